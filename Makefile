@@ -1,0 +1,38 @@
+# make figure1   Figure 1 from the bundled clip, into figure1-out/
+# make test      lint, types and tests, on the installed wheel
+# make clean     remove everything that these made
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+SOURCES := pyproject.toml README.md LICENSE $(shell find palkernels model bench -type f \
+	-not -path '*/__pycache__/*' -not -path 'bench/results/*')
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: figure1 test lint clean
+
+figure1: .venv/installed
+	$(BIN)/palkernels figure1
+
+test: lint
+	PALKERNELS_TEST_WHEEL=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy -p palkernels
+
+# The wheel with its pinned dependencies; a changed source reinstalls the wheel alone.
+.venv/installed: constraints.txt $(SOURCES)
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 must be on the PATH" >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	rm -rf build dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	rm -rf build
+	$(BIN)/pip install --progress-bar on "$$(ls dist/palkernels-*.whl)[all]"
+	$(BIN)/pip install --quiet --no-deps --force-reinstall dist/palkernels-*.whl
+	touch $@
+
+clean:
+	rm -rf .venv build dist figure1-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
