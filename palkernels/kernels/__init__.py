@@ -1,0 +1,1 @@
+"""The Triton code. Nothing here is imported before a Triton kernel is asked for."""

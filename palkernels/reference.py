@@ -1,0 +1,125 @@
+"""The definition of LAL attention: concatenate, mask, one softmax.
+
+Plain PyTorch in any floating dtype, differentiable by autograd. Everything else in this library is measured
+against these functions in float64. They favour being read over being fast: the keys are concatenated, the heads
+expanded, and the whole (B, Hq, T, N + S) score matrix is held.
+"""
+
+import torch
+from torch import Tensor
+
+
+def lal_mask(
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    num_audio: int,
+    *,
+    audio_lengths: Tensor | None = None,
+    audio_visible_from: Tensor | None = None,
+    text_start: Tensor | None = None,
+    text_end: Tensor | None = None,
+    window: int | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """What each query sees: bool (B, T, N + S), audio keys first.
+
+    Query t sits at key position ``p = text_end - T + t``. It sees text key s iff ``text_start <= s <= p`` and,
+    with a window, ``s > p - window``; and audio key j iff ``j < audio_lengths`` and
+    ``audio_visible_from[j] <= p``. The lengths here are per text row, (B,).
+
+    T = S = 4, N = 3, one padded text key (``text_start = 1``), audio of length 2 inserted before the third key
+    (``audio_visible_from = 2``)::
+
+              audio   text
+        p=0   0 0 0   0 0 0 0     a query that sees nothing gives output 0 and LSE -inf
+        p=1   0 0 0   0 1 0 0
+        p=2   1 1 0   0 1 1 0
+        p=3   1 1 0   0 1 1 1
+    """
+
+    def column(values: Tensor | None, default: int) -> Tensor:
+        if values is None:
+            values = torch.full((batch,), default, device=device)
+        return values.to(device=device, dtype=torch.int64).view(batch, 1, 1)
+
+    offset = column(text_end, num_keys) - num_queries
+    position = offset + torch.arange(num_queries, device=device).view(1, -1, 1)
+    key = torch.arange(num_keys, device=device).view(1, 1, -1)
+    text = (key >= column(text_start, 0)) & (key <= position)
+    if window is not None:
+        text &= key > position - window
+
+    token = torch.arange(num_audio, device=device).view(1, 1, -1)
+    audio = (token < column(audio_lengths, num_audio)).expand(batch, num_queries, num_audio)
+    if audio_visible_from is not None:
+        audio = audio & (audio_visible_from.to(torch.int64).unsqueeze(1) <= position)
+    return torch.cat([audio, text], dim=2)
+
+
+def lal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    audio_key: Tensor,
+    audio_value: Tensor,
+    *,
+    audio_lengths: Tensor | None = None,
+    audio_index: Tensor | None = None,
+    audio_visible_from: Tensor | None = None,
+    text_start: Tensor | None = None,
+    text_end: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`palkernels.lal_attention` by its definition; the same arguments without ``impl``.
+
+    The softmax runs in float32 (float64 for float64 inputs), the two products in the inputs' dtype, as eager
+    attention does in Hugging Face models. What no query sees is never used: it may hold NaN.
+    """
+    batch, num_heads, num_queries, head_dim = query.shape
+    num_audio = audio_key.shape[2]
+    group = num_heads // key.shape[1]
+    if audio_index is not None:
+        rows = audio_index.to(torch.int64)
+        audio_key, audio_value = audio_key[rows], audio_value[rows]
+        audio_lengths = None if audio_lengths is None else audio_lengths[rows]
+
+    mask = lal_mask(
+        batch,
+        num_queries,
+        key.shape[2],
+        num_audio,
+        audio_lengths=audio_lengths,
+        audio_visible_from=audio_visible_from,
+        text_start=text_start,
+        text_end=text_end,
+        window=window,
+        device=query.device,
+    )
+    unseen_key = ~mask.any(dim=1)[:, None, :, None]
+    blind_query = ~mask.any(dim=2)[:, None, :, None]
+    mask = mask.unsqueeze(1)
+
+    query = query.masked_fill(blind_query, 0)
+    all_keys = torch.cat([audio_key, key], dim=2).masked_fill(unseen_key, 0).repeat_interleave(group, dim=1)
+    all_values = torch.cat([audio_value, value], dim=2).masked_fill(unseen_key, 0).repeat_interleave(group, dim=1)
+
+    scores = (query @ all_keys.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32))
+    scores = scores * (head_dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+
+    peak = scores.detach().amax(dim=-1, keepdim=True).masked_fill(blind_query, 0)
+    weights = torch.exp(scores - peak)
+    total = weights.sum(dim=-1, keepdim=True).masked_fill(blind_query, 1)
+    out = (weights / total).to(query.dtype) @ all_values
+    # (B, T, Hq, D) in memory, so that the transpose Hugging Face does next is free.
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    if not return_lse:
+        return out
+    lse = (peak + torch.log(total)).masked_fill(blind_query, float("-inf"))
+    return out, lse.squeeze(-1)

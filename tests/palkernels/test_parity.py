@@ -1,0 +1,227 @@
+"""Every implementation against the definition: random and ragged shapes, NaN around and within the inputs."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from palkernels import lal_attention
+from palkernels.kernels import tiles
+from palkernels.testing import FEATURES, fill_unreachable, lal_case, max_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+SMALL_TILE = tiles.Tile(block_m=16, block_n=16, num_warps=4, num_stages=1)
+
+
+@st.composite
+def cases(draw, dtype):
+    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    queries = draw(st.sampled_from([1, 2, 5, 17, 40]))
+    features = draw(st.sets(st.sampled_from(FEATURES)))
+    return lal_case(
+        batch=draw(st.integers(1, 3)),
+        heads=kv_heads * draw(st.sampled_from([1, 2, 3, 4])),
+        kv_heads=kv_heads,
+        queries=queries,
+        keys=queries + draw(st.sampled_from([0, 1, 16, 33])),
+        audio=draw(st.sampled_from([0, 1, 15, 16, 17, 50])),
+        dim=draw(st.sampled_from([8, 16, 24, 64])),
+        features=sorted(features),
+        audio_rows=draw(st.integers(1, 4)),
+        dtype=dtype,
+        device=DEVICE,
+        seed=draw(st.integers(0, 2**20)),
+        poison=draw(st.booleans()),
+    )
+
+
+def random_cases(count):
+    return settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
+
+
+def run(case, impl):
+    with tiles.use(SMALL_TILE):
+        return lal_attention(*case.tensors, **case.options, return_lse=True, impl=impl)
+
+
+def check_against_reference(case, impl, tolerance):
+    out, lse = run(case, impl)
+    want_out, want_lse = run(case.to(torch.float64), "reference")
+    assert out.dtype == case.tensors[0].dtype
+    assert lse.dtype == (torch.float64 if out.dtype == torch.float64 else torch.float32)
+    assert max_error(out, want_out) <= tolerance, case.name
+    assert max_error(lse, want_lse) <= tolerance, case.name
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@given(case=cases(torch.float64))
+@random_cases(60)
+def test_sdpa_float64(case):
+    check_against_reference(case, "sdpa", 1e-12)
+
+
+@given(case=cases(torch.float32))
+@random_cases(60)
+def test_sdpa_float32(case):
+    check_against_reference(case, "sdpa", 1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="float64 tensor cores are not used: float64 is the interpreter's")
+@given(case=cases(torch.float64))
+@random_cases(40)
+def test_triton_float64(case):
+    check_against_reference(case, "triton", 1e-12)
+
+
+@given(case=cases(torch.float32))
+@random_cases(60)
+def test_triton_float32(case):
+    check_against_reference(case, "triton", 1e-5)
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+def test_triton_error_against_eager(dtype):
+    """Over many cases the kernel's largest error is at most 1.5 times that of eager PyTorch in the same dtype."""
+    errors = {"triton": 0.0, "reference": 0.0}
+    for seed in range(40):
+        features = [name for bit, name in enumerate(FEATURES) if (seed * 7 + 3) >> bit & 1]
+        case = lal_case(
+            batch=2, heads=4, kv_heads=2, queries=1 + seed % 21, keys=21 + seed % 13, audio=seed * 5 % 67,
+            dim=(16, 64, 40, 128)[seed % 4], features=features, audio_rows=3, dtype=dtype, device=DEVICE, seed=seed,
+        )  # fmt: skip
+        exact, _ = run(case.to(torch.float64), "reference")
+        for impl in errors:
+            errors[impl] = max(errors[impl], max_error(run(case, impl)[0], exact))
+    assert 0 < errors["triton"] <= 1.5 * errors["reference"]
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@given(case=cases(torch.float64))
+@random_cases(40)
+def test_sdpa_gradients(case, with_lse):
+    """All five gradients, with and without the LSE's own gradient."""
+    grads = {}
+    for impl in ("reference", "sdpa"):
+        leaves = case.requires_grad()
+        out, lse = run(leaves, impl)
+        generator = torch.Generator().manual_seed(1)
+        loss = (out * torch.randn(out.shape, dtype=out.dtype, generator=generator).to(DEVICE)).sum()
+        if with_lse:
+            finite = lse.masked_fill(lse == -math.inf, 0)
+            loss = loss + (finite * torch.randn(lse.shape, dtype=lse.dtype, generator=generator).to(DEVICE)).sum()
+        grads[impl] = torch.autograd.grad(loss, leaves.tensors)
+    for want, got in zip(grads["reference"], grads["sdpa"], strict=True):
+        assert max_error(got, want) <= 1e-10, case.name
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "triton"])
+@given(case=cases(torch.float32))
+@random_cases(25)
+def test_unreachable_values_do_not_matter(impl, case):
+    """NaN and Inf in padding, beyond lengths and ends: bitwise the results of zeros there."""
+    out, lse = run(fill_unreachable(case, 0.0), impl)
+    for value in (float("nan"), float("inf")):
+        other_out, other_lse = run(fill_unreachable(case, value), impl)
+        assert torch.equal(out, other_out), case.name
+        assert torch.equal(lse, other_lse), case.name
+
+
+@given(case=cases(torch.float32))
+@random_cases(30)
+def test_unreachable_values_do_not_matter_to_sdpa_gradients(case):
+    grads = []
+    for value in (0.0, float("nan")):
+        leaves = fill_unreachable(case, value).requires_grad()
+        grads.append(torch.autograd.grad(run(leaves, "sdpa")[0].square().sum(), leaves.tensors))
+    for zeros, poisoned in zip(*grads, strict=True):
+        assert torch.equal(zeros, poisoned), case.name
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "triton"])
+@pytest.mark.parametrize(
+    "empty",
+    [{"batch": 0}, {"queries": 0}, {"queries": 0, "keys": 0}, {"audio": 0}],
+    ids=lambda x: "-".join(x),
+)
+def test_empty_inputs(impl, empty):
+    shape = {"batch": 2, "heads": 4, "kv_heads": 2, "queries": 3, "keys": 5, "audio": 4, "dim": 8} | empty
+    case = lal_case(**shape, device=DEVICE)
+    out, lse = run(case, impl)
+    assert out.shape == case.tensors[0].shape
+    assert lse.shape == out.shape[:3]
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "triton"])
+def test_text_start_beyond_text_end_sees_nothing(impl):
+    case = lal_case(batch=2, heads=2, kv_heads=1, queries=3, keys=8, audio=4, dim=16, device=DEVICE)
+    case.options.update(
+        text_start=torch.tensor([7, 0], device=DEVICE),
+        text_end=torch.tensor([5, 5], device=DEVICE),
+        audio_lengths=torch.tensor([0, 4], device=DEVICE),
+    )
+    out, lse = run(case, impl)
+    assert (out[0] == 0).all()
+    assert (lse[0] == -math.inf).all()
+    assert lse[1].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "triton"])
+def test_autocast_casts_like_sdpa(impl):
+    case = lal_case(batch=1, heads=2, kv_heads=1, queries=3, keys=3, audio=4, dim=16, device=DEVICE)
+    mixed = list(case.tensors)
+    mixed[0] = mixed[0].half()
+    with torch.autocast(DEVICE, torch.float16):
+        out = lal_attention(*mixed, impl=impl)
+    want = lal_attention(*case.to(torch.float16).tensors, impl=impl)
+    assert out.dtype == torch.float16
+    assert torch.equal(out, want)
+
+
+def test_auto_is_sdpa_on_a_cpu():
+    case = lal_case(batch=1, heads=2, kv_heads=1, queries=3, keys=3, audio=4, dim=16)
+    assert torch.equal(lal_attention(*case.tensors), lal_attention(*case.tensors, impl="sdpa"))
+
+
+def test_sdpa_forms_no_mask_without_padding(monkeypatch):
+    """Without padding and windows neither call gets a mask; nothing of T x (N + S) is allocated."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if "scaled_dot_product" in str(func):
+                assert kwargs.get("attn_mask") is None
+            result = func(*args, **kwargs)
+            sizes.extend(x.numel() for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
+            return result
+
+    queries, audio = 64, 600
+    case = lal_case(batch=1, heads=2, kv_heads=1, queries=queries, keys=queries, audio=audio, dim=8).requires_grad()
+    with Record():
+        lal_attention(*case.tensors, impl="sdpa").sum().backward()
+    assert sizes
+    assert max(sizes) < queries * (audio + queries)
+
+
+@given(case=cases(torch.float32))
+@random_cases(20)
+def test_tiles_agree(case):
+    """A tile is a schedule, not a result: outputs agree across block shapes."""
+    assume(case.tensors[0].numel())
+    results = []
+    for tile in (SMALL_TILE, tiles.Tile(32, 64, 4, 1), tiles.Tile(64, 16, 4, 1)):
+        with tiles.use(tile):
+            results.append(lal_attention(*case.tensors, **case.options, impl="triton"))
+    assert max(max_error(results[0], other) for other in results[1:]) <= 1e-5
