@@ -1,0 +1,485 @@
+"""Drop-in: :func:`attach` lets a stock Hugging Face causal LM take audio as extra keys and values (LAL).
+
+The model's modules and weights stay as they are. Each selected layer's attention gets a copy of its config that names
+our attention function; ``forward`` and ``generate`` of this one instance learn the keyword ``audio=``. Without audio
+the stock functions run.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from transformers import PreTrainedModel
+
+from palkernels.api import IMPLEMENTATIONS, unsupported_reasons
+from palkernels.model.attention import (
+    ATTENTION_NAME,
+    REQUEST_KEYWORD,
+    STOCK_CONFIG,
+    AudioKV,
+    Request,
+    project_audio,
+    rotate,
+)
+from palkernels.model.audio_state import AudioLayout, AudioState
+
+HANDLE = "_palkernels_handle"
+# RoPE whose frequencies depend on the longest position seen: audio and text would have to be rotated together.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+CHECK_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+@dataclass(frozen=True)
+class LalConfig:
+    """How audio enters the model.
+
+    Args:
+        layers: "all", or the indices of the layers that see audio; delayed LAL is ``range(4, num_layers)``.
+        rope: "sequence" gives audio keys the positions they would have if the audio stood in the text, and shifts
+            the text behind it; "none" leaves audio keys as projected and text positions as they are. The paper does
+            not say which it uses; the default follows its closest public relatives.
+        impl: the implementation of :func:`palkernels.lal_attention`.
+    """
+
+    layers: str | Iterable[int] = "all"
+    rope: str = "sequence"
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.layers != "all":
+            if isinstance(self.layers, str) or not isinstance(self.layers, Iterable):
+                raise ValueError(f'layers must be "all" or layer indices, got {self.layers!r}')
+            layers = tuple(self.layers)
+            if any(isinstance(x, bool) or not isinstance(x, int) for x in layers) or len(set(layers)) < len(layers):
+                raise ValueError(f"layers must be distinct integers, got {layers}")
+            object.__setattr__(self, "layers", tuple(sorted(layers)))
+        if self.rope not in ("sequence", "none"):
+            raise ValueError(f'rope must be "sequence" or "none", got {self.rope!r}')
+        if self.impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {self.impl!r}")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer runs when the model is given audio."""
+
+    layer: int
+    audio: bool  # whether the layer sees audio
+    impl: str  # implementation at inference; "stock" where the layer sees no audio
+    training_impl: str
+    why_not_triton: tuple[str, ...]  # at inference; empty where triton runs
+
+
+@dataclass(frozen=True)
+class LalReport:
+    """What :meth:`LalHandle.report` returns; ``str`` of it is a table."""
+
+    model: str
+    rope: str
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}, rope={self.rope!r}", "layer  audio  inference  training"]
+        lines += [f"{x.layer:5}  {'yes' if x.audio else 'no':5}  {x.impl:9}  {x.training_impl}" for x in self.layers]
+        reasons = dict.fromkeys(reason for layer in self.layers for reason in layer.why_not_triton)
+        lines += [f"triton does not run: {reason}" for reason in reasons]
+        return "\n".join(lines)
+
+
+def attach(model: PreTrainedModel, config: LalConfig | None = None) -> "LalHandle":
+    """Let a causal LM take ``audio=AudioState(...)`` in ``forward`` and ``generate``.
+
+    The model is changed in place and works as before without audio. Attaching again with the same config returns the
+    same handle.
+
+    Raises:
+        TypeError, ValueError: the model or the config is not supported; the message names the model and the reason.
+    """
+    config = config or LalConfig()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    attached = getattr(model, HANDLE, None)
+    if attached is not None:
+        if attached.config != config:
+            raise ValueError(f"the model must be detached before another config is attached, got {config}")
+        return attached  # type: ignore[no-any-return]
+    return LalHandle(model, config)
+
+
+class LalHandle:
+    """An attached model. ``detach()`` makes it a stock model again, ``report()`` says what runs."""
+
+    def __init__(self, model: PreTrainedModel, config: LalConfig) -> None:
+        self.model = model
+        self.config = config
+        decoder = _decoder(model)
+        self.layers: list[nn.Module] = list(decoder.layers)
+        self.rotary: nn.Module = decoder.rotary_emb
+        everything = tuple(range(len(self.layers)))
+        self.selected: tuple[int, ...] = everything if config.layers == "all" else tuple(config.layers)  # type: ignore[arg-type]
+        if not set(self.selected) <= set(everything):
+            raise ValueError(f"layers must be from 0 to {len(everything) - 1}, got {self.selected}")
+        _check_rope(model, config)
+        for index in self.selected:
+            _check_layer(model, self.layers[index], self.rotary)
+
+        self._stock_configs: dict[int, Any] = {}
+        for index in self.selected:
+            attention: Any = self.layers[index].self_attn
+            self._stock_configs[index] = attention.config
+            ours = copy.copy(attention.config)
+            setattr(ours, STOCK_CONFIG, attention.config)
+            ours._attn_implementation = ATTENTION_NAME
+            attention.config = ours
+        # An instance may carry its own forward already (accelerate's hooks): it is called, and put back.
+        self._stock = {name: model.__dict__.get(name) for name in ("forward", "generate")}
+        object.__setattr__(model, HANDLE, self)
+        object.__setattr__(model, "forward", MethodType(_audio_forward(type(model)), model))
+        object.__setattr__(model, "generate", MethodType(_audio_generate(type(model)), model))
+
+    def detach(self) -> None:
+        """Make the model a stock one again; a second call does nothing."""
+        model = self.model
+        if getattr(model, HANDLE, None) is not self:
+            return
+        for index, stock in self._stock_configs.items():
+            self.layers[index].self_attn.config = stock  # type: ignore[union-attr]
+        for name, stock in self._stock.items():
+            if stock is None:
+                object.__delattr__(model, name)
+            else:
+                object.__setattr__(model, name, stock)
+        object.__delattr__(model, HANDLE)
+
+    def report(self) -> LalReport:
+        """Per layer: whether it sees audio, which implementation runs, and why Triton does not."""
+        return LalReport(
+            type(self.model).__name__,
+            self.config.rope,
+            tuple(self._report_layer(index) for index in range(len(self.layers))),
+        )
+
+    def _report_layer(self, index: int) -> LayerReport:
+        if index not in self.selected:
+            return LayerReport(index, False, "stock", "stock", ())
+        attention: Any = self.layers[index].self_attn
+        weight = attention.k_proj.weight
+        heads = attention.config.num_attention_heads
+        query = torch.empty(1, heads, 1, attention.head_dim, dtype=weight.dtype, device=weight.device)
+        key = query[:, : heads // attention.num_key_value_groups]
+        impl = {}
+        for training in (False, True):
+            with torch.enable_grad():
+                reasons = unsupported_reasons(query.requires_grad_(training), key, key, key, key, impl="triton")
+            auto = "triton" if query.is_cuda and not reasons else "sdpa"
+            impl[training] = (auto if self.config.impl == "auto" else self.config.impl), tuple(reasons)
+        inference, reasons_at_inference = impl[False]
+        return LayerReport(index, True, inference, impl[True][0], reasons_at_inference)
+
+    def stock(self, name: str) -> Callable[..., Any]:
+        """The model's forward or generate as it was before."""
+        own = self._stock[name]
+        return own if own is not None else functools.partial(getattr(type(self.model), name), self.model)
+
+    def forward(self, audio: "AudioState | Generation", arguments: dict[str, Any]) -> Any:
+        """One forward with audio; ``arguments`` by name."""
+        generation = audio if isinstance(audio, Generation) else None
+        state = audio.state if isinstance(audio, Generation) else audio
+        inputs = arguments.get("input_ids")
+        inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:
+            raise ValueError("a forward with audio must be given input_ids or inputs_embeds, got neither")
+        batch, num_queries = inputs.shape[:2]
+        self._check(state, arguments)
+        copies = 1 if generation is None else generation.copies(batch)
+        if batch != copies * state.batch_size:
+            raise ValueError(f"audio must describe the batch's {batch} text rows, got {state.batch_size}")
+
+        cache = arguments.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if generation is not None and generation.plan is not None and generation.plan.begun:
+            plan = generation.plan
+        else:
+            plan = self._plan(state, copies, arguments, batch, past, num_queries, inputs.device)
+            if generation is not None:
+                if plan.right_padded:
+                    raise ValueError("generate must be given a prompt without right padding: pad on the left")
+                generation.plan = plan
+        if arguments.get("attention_mask") is None:
+            # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
+            arguments["attention_mask"] = torch.ones(batch, past + num_queries, dtype=torch.long, device=inputs.device)
+        arguments["position_ids"] = self._positions(plan, past, num_queries, inputs.device)
+
+        request = Request(
+            state,
+            plan.layout,
+            self.layers,
+            plan.rotation,
+            plan.text_start,
+            past + num_queries,
+            self.config.impl,
+            None if generation is None else generation.cached,
+        )
+        outputs = self.stock("forward")(**arguments, **{REQUEST_KEYWORD: request})
+        if request.consumed != set(self.selected):
+            missed = sorted(set(self.selected) - request.consumed)
+            raise RuntimeError(f"every selected layer must take the audio, but layers {missed} did not")
+        return outputs
+
+    def _check(self, state: AudioState, arguments: dict[str, Any]) -> None:
+        if not isinstance(state, AudioState):
+            raise TypeError(f"audio must be an AudioState, got {type(state).__name__}")
+        embedding: Any = self.model.get_input_embeddings()
+        width, dtype, device = embedding.weight.shape[1], embedding.weight.dtype, embedding.weight.device
+        if state.hidden_size != width:
+            raise ValueError(f"audio states must have the model's hidden size {width}, got {state.hidden_size}")
+        if state.dtype != dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(f"audio states must have the model's dtype {dtype}, got {state.dtype}")
+        if state.device != device:
+            raise ValueError(f"audio states must be on the model's device {device}, got {state.device}")
+        if not isinstance(state.states, Tensor):
+            given = [index for index, states in enumerate(state.states) if states is not None]
+            if len(state.states) != len(self.layers) or given != list(self.selected):
+                raise ValueError(
+                    f"a list of states must have an entry for each of {len(self.layers)} layers, a tensor exactly at "
+                    f"layers {list(self.selected)}, got {len(state.states)} entries with tensors at {given}"
+                )
+        if arguments.get("output_attentions") or getattr(self.model.config, "output_attentions", False):
+            raise ValueError("output_attentions must be off with audio: the kernels do not form attention weights")
+        if self.model.training:
+            for index in self.selected:
+                if getattr(self.layers[index].self_attn, "attention_dropout", 0.0):
+                    raise ValueError("attention_dropout must be 0 in training with audio: the kernels do not drop out")
+
+    def _plan(
+        self,
+        state: AudioState,
+        copies: int,
+        arguments: dict[str, Any],
+        batch: int,
+        past: int,
+        num_queries: int,
+        device: torch.device,
+    ) -> "Plan":
+        mask = arguments.get("attention_mask")
+        start = torch.zeros(batch, dtype=torch.long, device=device)
+        length = torch.full_like(start, past + num_queries)
+        left_padded = right_padded = False
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.shape != (batch, past + num_queries):
+                got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(
+                    f"attention_mask must be 2-D with audio, (B, past + T) = {(batch, past + num_queries)}, got {got}"
+                )
+            start, length, left_padded, right_padded = _padding(mask)
+        if self.model.training or arguments.get("use_cache") is False:  # no more text can follow
+            _check_places(state, length)
+
+        rotated = self.config.rope == "sequence"
+        layout = AudioLayout.of(state, copies, rotated=rotated)
+        rotation = None
+        if rotated and self.selected:
+            like = state.for_layer(self.selected[0])
+            rotation = self.rotary(like, layout.positions)
+        begun = not torch.compiler.is_compiling() and bool((length > 0).all())
+        plan = Plan(layout, rotation, start, start if left_padded else None, right_padded, begun)
+
+        given = arguments.get("position_ids")
+        if given is not None and not torch.compiler.is_compiling():
+            own = plan.text_index(past, num_queries)
+            counted = (own >= 0) & (own < length.unsqueeze(1))
+            if given.ndim != 2 or bool(((given != own) & counted).any()):
+                raise ValueError(
+                    "position_ids must count each row's own text from 0 with audio (packed sequences are not "
+                    f"supported), got {given.tolist()}"
+                )
+        return plan
+
+    def _positions(self, plan: "Plan", past: int, num_queries: int, device: torch.device) -> Tensor:
+        """RoPE positions of the text (B, T)."""
+        own = plan.text_index(past, num_queries).clamp(min=0)
+        return own + plan.layout.shift(own) if self.config.rope == "sequence" else own
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What the mask and the audio state say about a batch; once every text has begun, the same for later steps."""
+
+    layout: AudioLayout
+    rotation: tuple[Tensor, Tensor] | None
+    start: Tensor  # (B,) first valid key
+    text_start: Tensor | None  # the same, None where no row is padded on the left
+    right_padded: bool
+    begun: bool  # whether every row has a valid key (the first chunks of a prompt may be all padding)
+
+    def text_index(self, past: int, num_queries: int) -> Tensor:
+        """Each query's place in its row's own text (B, T), negative in left padding."""
+        return torch.arange(past, past + num_queries, device=self.start.device) - self.start.unsqueeze(1)
+
+
+class Generation:
+    """One generate call: the caller's state, and what is worked out once and kept until the call ends."""
+
+    def __init__(self, state: AudioState) -> None:
+        self.state = state
+        self.plan: Plan | None = None
+        self.cached: dict[int, AudioKV] = {}
+
+    def copies(self, batch: int) -> int:
+        """Text rows per row of the prompt: beams and returned sequences follow each other."""
+        if not self.state.batch_size or batch % self.state.batch_size:
+            raise ValueError(
+                f"audio must describe the prompt's rows, got {self.state.batch_size} for {batch} text rows"
+            )
+        return batch // self.state.batch_size
+
+
+@functools.cache
+def _audio_forward(cls: Any) -> Callable[..., Any]:
+    """``forward`` of an attached instance, with the class's own signature and ``audio``: transformers reads it."""
+    signature = inspect.signature(cls.forward)
+    names = list(signature.parameters)[1:]
+
+    def forward(self: PreTrainedModel, *args: Any, audio: AudioState | Generation | None = None, **kwargs: Any) -> Any:
+        handle: LalHandle = getattr(self, HANDLE)
+        if audio is None:
+            return handle.stock("forward")(*args, **kwargs)
+        return handle.forward(audio, {**dict(zip(names, args, strict=False)), **kwargs})
+
+    forward.__signature__ = _with_audio(signature)  # type: ignore[attr-defined]
+    forward.__doc__ = cls.forward.__doc__
+    return forward
+
+
+@functools.cache
+def _audio_generate(cls: Any) -> Callable[..., Any]:
+    def generate(self: PreTrainedModel, *args: Any, audio: AudioState | None = None, **kwargs: Any) -> Any:
+        handle: LalHandle = getattr(self, HANDLE)
+        if audio is None:
+            return handle.stock("generate")(*args, **kwargs)
+        if not isinstance(audio, AudioState):
+            raise TypeError(f"audio must be an AudioState, got {type(audio).__name__}")
+        prompt = next(
+            (x for x in (*args[:1], *map(kwargs.get, ("inputs", "input_ids", "inputs_embeds"))) if x is not None),
+            None,
+        )
+        if isinstance(prompt, Tensor):
+            rows, length = prompt.shape[:2]
+            if rows != audio.batch_size:
+                raise ValueError(f"audio must describe the prompt's {rows} rows, got {audio.batch_size}")
+            mask = kwargs.get("attention_mask")
+            lengths = torch.full((rows,), length, device=audio.device)
+            if isinstance(mask, Tensor) and mask.ndim == 2:
+                lengths = (mask != 0).sum(dim=1)
+            _check_places(audio, lengths)
+        return handle.stock("generate")(*args, audio=Generation(audio), **kwargs)
+
+    generate.__signature__ = _with_audio(inspect.signature(cls.generate))  # type: ignore[attr-defined]
+    generate.__doc__ = cls.generate.__doc__
+    return generate
+
+
+def _with_audio(signature: inspect.Signature) -> inspect.Signature:
+    parameters = list(signature.parameters.values())
+    audio = inspect.Parameter("audio", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=AudioState | None)
+    at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    return signature.replace(parameters=[*parameters[:at], audio, *parameters[at:]])
+
+
+def _check_places(state: AudioState, length: Tensor) -> None:
+    """The audio must stand in the text or right behind it; ``length`` (B,) in tokens without padding."""
+    if state.insert_at is None or torch.compiler.is_compiling():
+        return
+    places = state.insert_at.view(state.batch_size, -1)
+    if bool((places > length.unsqueeze(1)).any()):
+        raise ValueError(f"insert_at must be at most each text's length {length.tolist()}, got {places.tolist()}")
+
+
+def _padding(mask: Tensor) -> tuple[Tensor, Tensor, bool, bool]:
+    """First valid key (B,) and number of valid keys (B,) of a 2-D mask; whether any row is padded left or right."""
+    valid = mask != 0
+    length = valid.sum(dim=1)
+    # A row without any valid key starts behind its end.
+    start = torch.where(length > 0, valid.int().argmax(dim=1), valid.shape[1])
+    if torch.compiler.is_compiling() or is_fake(mask):
+        return start, length, True, False
+    index = torch.arange(valid.shape[1], device=mask.device)
+    end = start + length
+    block = (index >= start.unsqueeze(1)) & (index < end.unsqueeze(1))
+    if bool((block != valid).any()):
+        raise ValueError("attention_mask must mark one run of tokens per row with audio, got a mask with holes")
+    return start, length, bool((start > 0).any()), bool((end < valid.shape[1]).any())
+
+
+def _decoder(model: PreTrainedModel) -> Any:
+    """The stack of decoder layers; refuses what we cannot patch, by name."""
+    name = type(model).__name__
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
+    missing = [part for part in ("layers", "rotary_emb") if not hasattr(decoder, part)]
+    if not model.can_generate() or missing:
+        what = f"its decoder has no {' and no '.join(missing)}" if missing else "it is not a causal LM"
+        raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: {what}")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: its attention is fixed")
+    return decoder
+
+
+def _check_rope(model: PreTrainedModel, config: LalConfig) -> None:
+    parameters = getattr(model.config, "rope_parameters", None) or {}
+    kind = parameters.get("rope_type")
+    if config.rope == "sequence" and kind in LENGTH_DEPENDENT_ROPE:
+        name = type(model).__name__
+        raise ValueError(f'rope_type must not be {kind!r} for rope="sequence", got it in {name}: use rope="none"')
+
+
+class _Captured(Exception):  # noqa: N818  (control flow, not an error)
+    pass
+
+
+class _CapturingCache:
+    """Stands in for a cache and stops the layer's forward where it hands over K and V."""
+
+    key: Tensor
+    value: Tensor
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.key, self.value = key, value
+        raise _Captured
+
+
+def _check_layer(model: PreTrainedModel, layer: nn.Module, rotary: nn.Module) -> None:
+    """Run the layer itself on random states and compare the K and V it computes with ours."""
+    name = type(model).__name__
+    attention: Any = getattr(layer, "self_attn", None)
+    missing = [part for part in ("k_proj", "v_proj", "config", "head_dim") if not hasattr(attention, part)]
+    missing += [] if hasattr(layer, "input_layernorm") else ["input_layernorm"]
+    if missing:
+        raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: no {', '.join(missing)}")
+    embedding: Any = model.get_input_embeddings()
+    weight = embedding.weight
+    if weight.is_meta or is_fake(weight):
+        return
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, 4, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    positions = torch.arange(4, device=weight.device).unsqueeze(0)
+    cache: Any = _CapturingCache()
+    with torch.no_grad():
+        rotation = rotary(states, positions)
+        try:
+            layer.forward(states, position_ids=positions, past_key_values=cache, position_embeddings=rotation)
+        except _Captured:
+            key, value = project_audio(layer, states)
+            ours = rotate(attention, key, rotation), value
+        else:
+            raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: it bypasses the cache")
+    for what, got, want in zip(("keys", "values"), ours, (cache.key, cache.value), strict=True):
+        tolerance = CHECK_TOLERANCE.get(want.dtype, 1e-2) * float(want.abs().max() + 1)
+        if got.shape != want.shape or float((got - want).abs().max()) > tolerance:
+            raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: its {what} differ")

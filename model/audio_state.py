@@ -1,0 +1,183 @@
+"""What one request carries: the audio states, which text row reads which, and where the audio stands in the text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AudioState:
+    """Audio for one batch of texts, given to an attached model as ``audio=``.
+
+    Args:
+        states: (A, N, d) hidden states in the model's width, dtype and device, shared by all layers; or a list with
+            one such tensor per model layer and None where a layer takes no audio (all of one A and N).
+        lengths: (A,) valid tokens of each audio row, which come first; None: all N.
+        index: (B,) the audio row that each text row reads; None: A == B, row for row. A text without audio points
+            at a row of length 0.
+        insert_at: where the audio stands in the row's own text, in tokens without padding, counted from the start
+            of the conversation. (B,), or (B, N) non-decreasing for several clips in one row; None: before the text.
+            Text before it does not see the audio; the prompt's length means that only generated tokens do.
+
+    B is the prompt's batch size: ``generate`` expands it for beams and several returned sequences. A state may be
+    used again, with other texts and other models.
+
+    Raises:
+        TypeError, ValueError: fields that do not fit each other.
+    """
+
+    states: Tensor | Sequence[Tensor | None]
+    lengths: Tensor | None = None
+    index: Tensor | None = None
+    insert_at: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        tensors = self._given()
+        if not tensors:
+            raise ValueError("states must hold at least one tensor, got none")
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                raise TypeError(f"states must be floating-point tensors, got {_kind(tensor)}")
+            if tensor.ndim != 3 or tensor.shape != tensors[0].shape:
+                shapes = [tuple(x.shape) for x in tensors]
+                raise ValueError(f"states must be (A, N, d), of one shape in all layers, got {shapes}")
+            if (tensor.dtype, tensor.device) != (tensors[0].dtype, tensors[0].device):
+                raise ValueError("states must share one dtype and device in all layers")
+        rows, tokens = self.num_rows, self.num_tokens
+        for name in ("lengths", "index", "insert_at"):
+            self._check_integers(name)
+        if self.lengths is not None:
+            if self.lengths.shape != (rows,):
+                raise ValueError(f"lengths must be (A,) = ({rows},), got shape {tuple(self.lengths.shape)}")
+            _check_range("lengths", self.lengths, 0, tokens)
+        if self.index is not None:
+            if self.index.ndim != 1:
+                raise ValueError(f"index must be (B,), got shape {tuple(self.index.shape)}")
+            _check_range("index", self.index, 0, rows - 1)
+        if self.insert_at is not None:
+            shape = tuple(self.insert_at.shape)
+            if len(shape) not in (1, 2) or (len(shape) == 2 and shape[1] != tokens):
+                raise ValueError(f"insert_at must be (B,) or (B, N) with N = {tokens}, got shape {shape}")
+            if shape[0] != self.batch_size:
+                raise ValueError(f"insert_at must have a row per text row = {self.batch_size}, got shape {shape}")
+            _check_range("insert_at", self.insert_at, 0, None)
+            if len(shape) == 2 and bool((self.insert_at.diff(dim=1) < 0).any()):
+                raise ValueError("insert_at must not decrease along a row's audio tokens, got a decreasing row")
+
+    def _given(self) -> list[Tensor]:
+        if isinstance(self.states, Tensor):
+            return [self.states]
+        if not isinstance(self.states, Sequence) or isinstance(self.states, str):
+            raise TypeError(f"states must be a tensor or a list of them, got {_kind(self.states)}")
+        return [tensor for tensor in self.states if tensor is not None]
+
+    def _check_integers(self, name: str) -> None:
+        tensor = getattr(self, name)
+        if tensor is None:
+            return
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {_kind(tensor)}")
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"{name} must have an integer dtype, got {tensor.dtype}")
+        if tensor.device != self.device:
+            raise ValueError(f"{name} must be on the states' device {self.device}, got {tensor.device}")
+
+    def for_layer(self, layer: int) -> Tensor | None:
+        """The states (A, N, d) that one layer takes."""
+        return self.states if isinstance(self.states, Tensor) else self.states[layer]
+
+    @property
+    def num_rows(self) -> int:
+        return self._given()[0].shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self._given()[0].shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        return self._given()[0].shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._given()[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._given()[0].device
+
+    @property
+    def batch_size(self) -> int:
+        """Text rows of the prompt."""
+        return self.num_rows if self.index is None else self.index.shape[0]
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_range(name: str, tensor: Tensor, least: int, most: int | None) -> None:
+    """Values are checked on the CPU only: elsewhere it would wait for the device."""
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return
+    low, high = int(tensor.min()), int(tensor.max())
+    if low < least or (most is not None and high > most):
+        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be {allowed}, got values from {low} to {high}")
+
+
+@dataclass(frozen=True)
+class AudioLayout:
+    """An :class:`AudioState` spelled out for the rows of one forward: what K/V rows there are and who reads them.
+
+    Rows that share a clip but not its place in the text need their keys rotated differently, so there is one K/V row
+    per distinct (audio row, place): P of them, P = A unless such rows exist.
+    """
+
+    source: Tensor | None  # (P,) audio row of each K/V row; None: row for row
+    positions: Tensor  # (P or 1, N) position of each audio token, as if it stood in the text
+    lengths: Tensor | None  # (P,)
+    index: Tensor | None  # (B,) K/V row of each text row; None: row for row
+    insert_at: Tensor | None  # (B, N); None: before the text
+    text_lengths: Tensor  # (B,) valid audio tokens of each text row
+
+    @classmethod
+    def of(cls, state: AudioState, copies: int, *, rotated: bool) -> "AudioLayout":
+        """``copies`` text rows follow each other for every row of the prompt (beams); ``rotated``: keys take RoPE."""
+        device, tokens = state.device, state.num_tokens
+        steps = torch.arange(tokens, device=device)
+        lengths = None if state.lengths is None else state.lengths.long()
+        index = None if state.index is None else state.index.long()
+        insert_at = None
+        if state.insert_at is not None:
+            insert_at = state.insert_at.long().view(state.batch_size, -1).expand(-1, tokens)
+
+        # Token j stands behind insert_at[j] text tokens and j audio tokens.
+        source, positions = None, steps.unsqueeze(0)
+        if insert_at is not None:
+            positions = insert_at + steps
+            if index is not None and rotated:
+                pairs = torch.cat([index.unsqueeze(1), insert_at], dim=1)
+                pairs, index = torch.unique(pairs, dim=0, return_inverse=True)
+                source, positions = pairs[:, 0], pairs[:, 1:] + steps
+                lengths = None if lengths is None else lengths[source]
+
+        text_lengths = torch.full((state.batch_size,), tokens, device=device)
+        if lengths is not None:
+            text_lengths = lengths if index is None else lengths[index]
+        if copies > 1:
+            rows = torch.arange(state.batch_size, device=device) if index is None else index
+            index = rows.repeat_interleave(copies)
+            text_lengths = text_lengths.repeat_interleave(copies)
+            insert_at = None if insert_at is None else insert_at.repeat_interleave(copies, dim=0)
+        return cls(source, positions, lengths, index, insert_at, text_lengths)
+
+    def shift(self, text_index: Tensor) -> Tensor:
+        """How many audio tokens stand before each text token (B, T), given its place in its row's own text."""
+        lengths = self.text_lengths.unsqueeze(1)
+        if self.insert_at is None:
+            return lengths.expand_as(text_index)
+        before = torch.searchsorted(self.insert_at.contiguous(), text_index.contiguous(), right=True)
+        return torch.minimum(before, lengths)

@@ -1,0 +1,602 @@
+"""An attached model against the oracles: stock models on the concatenated sequence, and layers written by hand."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from oracles import FAMILIES, build, oracle, rows_of
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from palkernels.model import AudioState, LalConfig, attach
+
+LENGTHS = (7, 4, 9)  # of the texts in a batch
+TOKENS = 6  # audio tokens per row
+WIDTH = 64
+
+
+def texts(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, 101, (n,), generator=generator) for n in LENGTHS]
+
+
+def batch(ids, side):
+    """Padded ids and mask; ``side`` is "left", "right", or "none" for equal lengths."""
+    longest = max(map(len, ids))
+    if side == "none":
+        ids = [torch.cat([row, row])[:longest] for row in ids]
+    rows, masks = [], []
+    for row in ids:
+        gap = longest - len(row)
+        pad = (gap, 0) if side == "left" else (0, gap)
+        rows.append(torch.nn.functional.pad(row, pad, value=0))
+        masks.append(torch.nn.functional.pad(torch.ones(len(row), dtype=torch.long), pad))
+    return ids, torch.stack(rows), torch.stack(masks)
+
+
+def audio_state(kind, dtype, layers=None, num_layers=3):
+    """One state for each way audio can be given."""
+    generator = torch.Generator().manual_seed(5)
+
+    def states(rows):
+        return torch.randn(rows, TOKENS, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+
+    if kind == "prefix":
+        return AudioState(states(3))
+    if kind == "lengths":
+        return AudioState(states(3), lengths=torch.tensor([6, 0, 3]))
+    if kind == "inserted":
+        return AudioState(states(3), lengths=torch.tensor([4, 6, 5]), insert_at=torch.tensor([3, 4, 0]))
+    if kind == "two clips":
+        insert_at = torch.tensor([[1, 1, 1, 5, 5, 5], [0, 0, 2, 2, 2, 2], [9, 9, 9, 9, 9, 9]])
+        return AudioState(states(3), lengths=torch.tensor([6, 5, 6]), insert_at=insert_at)
+    if kind == "shared":
+        return AudioState(states(2), lengths=torch.tensor([6, 2]), index=torch.tensor([1, 0, 0]))
+    if kind == "shared, inserted":
+        return AudioState(states(2), index=torch.tensor([1, 0, 0]), insert_at=torch.tensor([2, 4, 1]))
+    if kind == "per layer":
+        chosen = range(num_layers) if layers == "all" else layers
+        return AudioState(
+            [states(3) if i in chosen else None for i in range(num_layers)], lengths=torch.tensor([6, 1, 3])
+        )
+    raise ValueError(kind)
+
+
+KINDS = ("prefix", "lengths", "inserted", "two clips", "shared", "shared, inserted", "per layer")
+
+
+def oracle_logits(model, rope, ids, state, layers):
+    chosen = range(3) if layers == "all" else layers
+    stock = copy.deepcopy(model)
+    return [oracle(stock, rope)(stock, row, chosen) for row in rows_of(ids, LENGTHS, state, 3)]
+
+
+def unpadded(logits, mask):
+    return [row[keep.bool()] for row, keep in zip(logits, mask, strict=True)]
+
+
+def largest_difference(got, want):
+    return max(float((a - b).abs().max()) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rope", ["sequence", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits(family, rope, kind):
+    """Left- and right-padded and unpadded batches, all layers and a subset: fp32 within 1e-5."""
+    model = build(family)
+    for side, layers in (("left", "all"), ("right", (0, 2)), ("none", (1,)), ("left", (1, 2))):
+        ids, padded, mask = batch(texts(), side)
+        state = audio_state(kind, torch.float32, layers)
+        handle = attach(model, LalConfig(layers=layers, rope=rope))
+        with torch.no_grad():
+            got = unpadded(model(padded, attention_mask=mask, audio=state).logits, mask)
+            handle.detach()
+            want = oracle_logits(model, rope, ids, state, layers)
+        assert largest_difference(got, want) <= 1e-5, (side, layers)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_other_implementations(impl):
+    model = build("llama")
+    ids, padded, mask = batch(texts(), "left")
+    state = audio_state("inserted", torch.float32)
+    with torch.no_grad():
+        handle = attach(model, LalConfig(impl=impl))
+        got = unpadded(model(padded, attention_mask=mask, audio=state).logits, mask)
+        handle.detach()
+        assert largest_difference(got, oracle_logits(model, "sequence", ids, state, "all")) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("rope", ["sequence", "none"])
+@pytest.mark.parametrize("kind", ["inserted", "shared, inserted", "per layer"])
+def test_gradients(family, rope, kind):
+    """Loss gradients in float64 for the audio states and every weight: within 1e-6 of the oracle's."""
+    ids, padded, mask = batch(texts(), "left")
+    weights = [torch.randn(len(row), 101, generator=torch.Generator().manual_seed(3)).double() for row in ids]
+    results = []
+    for attached in (True, False):
+        model = build(family, torch.float64)
+        state = audio_state(kind, torch.float64, "all")
+        leaves = [state.states] if isinstance(state.states, torch.Tensor) else state.states
+        for leaf in leaves:
+            leaf.requires_grad_()
+        if attached:
+            attach(model, LalConfig(rope=rope))
+            logits = unpadded(model(padded, attention_mask=mask, audio=state).logits, mask)
+        else:
+            logits = [oracle(model, rope)(model, row, range(3)) for row in rows_of(ids, LENGTHS, state, 3)]
+        loss = sum((row * weight).sum() for row, weight in zip(logits, weights, strict=True))
+        loss.backward()
+        named = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append({**named, **{f"states {i}": leaf.grad for i, leaf in enumerate(leaves)}})
+    got, want = results
+    assert got.keys() == want.keys()
+    assert any(".k_proj." in name for name in got)
+    for name, gradient in want.items():
+        assert gradient.abs().max() > 0, name
+        assert float((got[name] - gradient).abs().max()) <= 1e-6 * max(1.0, float(gradient.abs().max())), name
+
+
+def oracle_greedy(model, rope, ids, state, steps):
+    """Uncached: the whole oracle again for every token."""
+    rows, chosen = rows_of(ids, LENGTHS, state, 3), []
+    stock = copy.deepcopy(model)
+    for row in rows:
+        for _ in range(steps):
+            logits = oracle(stock, rope)(stock, row, range(3))[-1]
+            row.ids = torch.cat([row.ids, logits.argmax().view(1)])
+        chosen.append(row.ids[-steps:])
+    return torch.stack(chosen)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rope", ["sequence", "none"])
+@pytest.mark.parametrize("kind", ["prefix", "two clips", "shared, inserted"])
+@torch.no_grad()
+def test_greedy_generation(family, rope, kind):
+    """Cached generation from a left-padded batch, also past a sliding window: the uncached oracle's tokens."""
+    model = build(family)
+    ids, padded, mask = batch(texts(), "left")
+    state = audio_state(kind, torch.float32)
+    want = oracle_greedy(model, rope, ids, state, 6)
+    attach(model, LalConfig(rope=rope))
+    got = model.generate(padded, attention_mask=mask, audio=state, max_new_tokens=6, do_sample=False)
+    assert torch.equal(got[:, -6:], want)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@torch.no_grad()
+def test_beam_search(family):
+    """Beams from cached K/V equal beams that recompute everything, and score as the oracle scores them."""
+    model = build(family)
+    ids, padded, mask = batch(texts(), "left")
+    state = audio_state("shared, inserted", torch.float32)
+    attach(model)
+    options = {
+        "attention_mask": mask,
+        "audio": state,
+        "num_beams": 3,
+        "max_new_tokens": 5,
+        "do_sample": False,
+    }
+    cached = model.generate(padded, **options, return_dict_in_generate=True, output_scores=True, num_return_sequences=2)
+    fresh = model.generate(padded, **options, num_return_sequences=2, use_cache=False)
+    assert torch.equal(cached.sequences, fresh)
+    model._palkernels_handle.detach()
+    for i, sequence in enumerate(cached.sequences):
+        row = rows_of(ids, LENGTHS, state, 3)[i // 2]
+        new = sequence[-5:]
+        row.ids = torch.cat([row.ids, new])
+        scores = oracle(model, "sequence")(copy.deepcopy(model), row, range(3)).log_softmax(-1)[-6:-1]
+        total = scores.gather(1, new[:, None]).sum() / 5
+        assert float((cached.sequences_scores[i] - total).abs()) <= 1e-5
+
+
+@torch.no_grad()
+def test_audio_is_projected_once_per_generate():
+    model = build("llama")
+    _, padded, mask = batch(texts(), "left")
+    attach(model)
+    calls = []
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[1]))
+    state = audio_state("prefix", torch.float32)
+    for beams in (1, 3):
+        calls.clear()
+        model.generate(padded, attention_mask=mask, audio=state, max_new_tokens=4, num_beams=beams, do_sample=False)
+        assert calls.count(TOKENS) == 3  # once for each of three layers; the other calls are the text's
+
+
+@torch.no_grad()
+def test_a_state_can_be_used_again():
+    model = build("llama")
+    attach(model)
+    state = audio_state("prefix", torch.float32)
+    _, padded, mask = batch(texts(), "left")
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    first = model.generate(padded, audio=state, **options)
+    model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+    changed = model.generate(padded, audio=state, **options)
+    assert not torch.equal(first, changed)  # nothing was kept from the first call
+    model.model.layers[0].self_attn.k_proj.weight.div_(1.5)
+    assert torch.equal(model.generate(padded, audio=state, **options), first)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_without_audio_and_after_detach_bitwise_stock(family, attention):
+    model = build(family)
+    model.set_attn_implementation(attention)
+    _, padded, mask = batch(texts(), "left")
+    stock = model(padded, attention_mask=mask).logits
+    tokens = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    handle = attach(model, LalConfig(layers=(0, 2)))
+    assert torch.equal(model(padded, attention_mask=mask).logits, stock)
+    assert torch.equal(model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False), tokens)
+    with_audio = model(padded, attention_mask=mask, audio=audio_state("prefix", torch.float32)).logits
+    assert not torch.equal(with_audio, stock)
+    handle.detach()
+    handle.detach()
+    assert torch.equal(model(padded, attention_mask=mask).logits, stock)
+    assert "forward" not in model.__dict__
+    assert "audio" not in inspect.signature(model.forward).parameters
+
+
+@torch.no_grad()
+def test_no_layers_is_the_text_alone():
+    model = build("llama")
+    _, padded, _ = batch(texts(), "none")
+    stock = model(padded).logits
+    attach(model, LalConfig(layers=(), rope="none"))
+    assert torch.equal(model(padded, audio=audio_state("prefix", torch.float32)).logits, stock)
+
+
+@torch.no_grad()
+def test_audio_of_length_zero_is_the_text_alone():
+    model = build("llama")
+    ids, padded, mask = batch(texts(), "left")
+    want = [model(row[None]).logits[0] for row in ids]
+    attach(model)
+    state = AudioState(torch.full((3, TOKENS, WIDTH), 7.0), lengths=torch.zeros(3, dtype=torch.int32))
+    got = unpadded(model(padded, attention_mask=mask, audio=state).logits, mask)
+    assert largest_difference(got, want) <= 1e-5
+    empty = AudioState(torch.zeros(3, 0, WIDTH), insert_at=torch.tensor([1, 2, 0]))
+    got = unpadded(model(padded, attention_mask=mask, audio=empty).logits, mask)
+    assert largest_difference(got, want) <= 1e-5
+
+
+def test_without_a_mask_positions_may_jump():
+    """Without a mask and cache, transformers reads a jump in positions as packed sequences and cuts attention."""
+    model = build("llama")
+    _, padded, mask = batch(texts(), "none")
+    state = audio_state("inserted", torch.float32)
+    attach(model)
+    with torch.no_grad():
+        without = model(padded, audio=state, use_cache=False).logits
+        torch.testing.assert_close(without, model(padded, attention_mask=mask, audio=state).logits)
+
+
+@torch.no_grad()
+def test_position_ids_are_the_texts_own():
+    model = build("llama")
+    _, padded, mask = batch(texts(), "left")
+    state = audio_state("inserted", torch.float32)
+    attach(model)
+    want = model(padded, attention_mask=mask, audio=state).logits
+    own = (mask.cumsum(1) - 1).clamp(min=0)
+    assert torch.equal(model(padded, attention_mask=mask, position_ids=own, audio=state).logits, want)
+    with pytest.raises(ValueError, match="position_ids must count each row's own text from 0"):
+        model(padded, attention_mask=mask, position_ids=own + 1, audio=state)
+
+
+@torch.no_grad()
+def test_chunked_prefill():
+    """The first chunks of a short text are all padding: the text starts where the whole prompt says."""
+    model = build("llama")
+    _, padded, mask = batch(texts(), "left")
+    attach(model)
+    options = {"attention_mask": mask, "audio": audio_state("inserted", torch.float32), "max_new_tokens": 4}
+    want = model.generate(padded, **options, do_sample=False)
+    assert torch.equal(model.generate(padded, **options, do_sample=False, prefill_chunk_size=2), want)
+
+
+@torch.no_grad()
+def test_cached_decoding_by_hand():
+    """A loop over forward with a growing cache gives what one forward gives."""
+    model = build("qwen2-window")
+    _, padded, mask = batch(texts(), "left")
+    state = audio_state("inserted", torch.float32)
+    attach(model)
+    whole = model(padded, attention_mask=mask, audio=state, use_cache=False).logits
+    out = model(padded[:, :5], attention_mask=mask[:, :5], audio=state, use_cache=True)
+    parts = [out.logits]
+    for t in range(5, padded.shape[1]):
+        out = model(
+            padded[:, t : t + 1],
+            attention_mask=mask[:, : t + 1],
+            audio=state,
+            past_key_values=out.past_key_values,
+        )
+        parts.append(out.logits)
+    assert largest_difference(unpadded(torch.cat(parts, 1), mask), unpadded(whole, mask)) <= 1e-5
+
+
+def test_training_step_with_checkpointing_equals_without():
+    gradients = []
+    for checkpointing in (False, True):
+        model = build("llama", torch.float64).train()
+        attach(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _, padded, mask = batch(texts(), "right")
+        state = audio_state("inserted", torch.float64)
+        state.states.requires_grad_()
+        labels = padded.masked_fill(mask == 0, -100)
+        model(padded, attention_mask=mask, labels=labels, audio=state).loss.backward()
+        gradients.append([state.states.grad, *(p.grad for p in model.parameters())])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_report_names_layers_and_reasons():
+    model = build("llama")
+    handle = attach(model, LalConfig(layers=(1, 2)))
+    report = handle.report()
+    assert [layer.audio for layer in report.layers] == [False, True, True]
+    assert [layer.impl for layer in report.layers] == ["stock", "sdpa", "sdpa"]
+    assert "LlamaForCausalLM" in str(report)
+    handle.detach()
+    handle = attach(model, LalConfig(impl="triton"))
+    assert {layer.impl for layer in handle.report().layers} == {"triton"}
+
+
+def test_attach_again():
+    model = build("llama")
+    handle = attach(model, LalConfig(layers=(0, 1)))
+    assert attach(model, LalConfig(layers=[1, 0])) is handle
+    with pytest.raises(ValueError, match="must be detached before another config"):
+        attach(model, LalConfig())
+    handle.detach()
+    attach(model, LalConfig())
+
+
+@torch.no_grad()
+def test_two_models_and_a_copy_stay_apart():
+    """Each attached model projects audio with its own weights, a deep copy included."""
+    first = build("llama")
+    _, padded, _ = batch(texts(), "none")
+    state = audio_state("prefix", torch.float32)
+    attach(first)
+    second = copy.deepcopy(first)
+    want = first(padded, audio=state).logits
+    assert torch.equal(second(padded, audio=state).logits, want)
+    second.model.layers[0].self_attn.k_proj.weight.zero_()
+    assert not torch.equal(second(padded, audio=state).logits, want)
+    assert torch.equal(first(padded, audio=state).logits, want)
+
+
+def test_save_pretrained_saves_a_stock_model(tmp_path):
+    model = build("llama")
+    attach(model)
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    _, padded, _ = batch(texts(), "none")
+    with torch.no_grad():
+        assert torch.equal(again(padded).logits, model(padded).logits)
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11))
+
+
+def dynamic_rope():
+    from oracles import SIZES
+
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    return LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=rope))
+
+
+def norm_on_the_output():
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.register_forward_hook(lambda module, args, out: out + 0)
+        layer.input_layernorm.forward = lambda x: x * 2  # what the layer calls, we call too: still supported
+    return model
+
+
+def other_keys():
+    """A layer that computes its keys otherwise than from k_proj of its input norm."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    class Doubled(LlamaAttention):
+        def forward(self, hidden_states, **kwargs):
+            return super().forward(hidden_states * 2, **kwargs)
+
+    Doubled.__module__ = LlamaAttention.__module__
+    model = build("llama")
+    model.model.layers[1].self_attn.__class__ = Doubled
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "message"),
+    [
+        (gpt2, {}, "got GPT2LMHeadModel: its decoder has no layers"),
+        (other_keys, {}, "got LlamaForCausalLM: its keys differ"),
+        (dynamic_rope, {}, "rope_type must not be 'dynamic'.*LlamaForCausalLM"),
+        (lambda: build("llama"), {"layers": (0, 3)}, r"layers must be from 0 to 2, got \(0, 3\)"),
+    ],
+    ids=["gpt2", "other keys", "dynamic rope", "layers"],
+)
+def test_refused_models(make, config, message):
+    model = make()
+    before = {name: value for name, value in model.__dict__.items() if name in ("forward", "generate")}
+    with pytest.raises(ValueError, match=message):
+        attach(model, LalConfig(**config))
+    assert {name: value for name, value in model.__dict__.items() if name in ("forward", "generate")} == before
+    assert not hasattr(model, "_palkernels_handle")
+
+
+def test_hooked_modules_are_honoured():
+    model = norm_on_the_output()
+    attach(model)
+
+
+def test_not_a_model():
+    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):
+        attach(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": "some"}, "layers must be"),
+        ({"layers": (0, 0)}, "layers must be distinct integers"),
+        ({"layers": (True,)}, "layers must be distinct integers"),
+        ({"rope": "yes"}, "rope must be"),
+        ({"impl": "flash"}, "impl must be one of"),
+    ],
+)
+def test_invalid_config(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LalConfig(**arguments)
+
+
+class TestRefusedCalls:
+    """Misuse that would otherwise be ignored, each with its own message."""
+
+    @pytest.fixture
+    def model(self):
+        model = build("llama")
+        attach(model)
+        return model
+
+    def state(self, **changes):
+        return AudioState(**({"states": torch.zeros(3, TOKENS, WIDTH)} | changes))
+
+    @pytest.mark.parametrize(
+        ("states", "error", "message"),
+        [
+            (torch.zeros(3, TOKENS, WIDTH + 1), ValueError, "model's hidden size 64, got 65"),
+            (
+                torch.zeros(3, TOKENS, WIDTH).half(),
+                TypeError,
+                "model's dtype torch.float32, got torch.float16",
+            ),
+            (torch.zeros(2, TOKENS, WIDTH), ValueError, "audio must describe the batch's 3 text rows, got 2"),
+            (torch.zeros(3, TOKENS, WIDTH, device="meta"), ValueError, "model's device cpu, got meta"),
+            ([torch.zeros(3, TOKENS, WIDTH), None, None], ValueError, "a tensor exactly at layers"),
+        ],
+    )
+    def test_states(self, model, states, error, message):
+        _, padded, _ = batch(texts(), "none")
+        with pytest.raises(error, match=message):
+            model(padded, audio=AudioState(states))
+
+    def test_not_a_state(self, model):
+        _, padded, _ = batch(texts(), "none")
+        with pytest.raises(TypeError, match="audio must be an AudioState, got Tensor"):
+            model(padded, audio=torch.zeros(3, TOKENS, WIDTH))
+        with pytest.raises(TypeError, match="audio must be an AudioState, got Tensor"):
+            model.generate(padded, audio=torch.zeros(3, TOKENS, WIDTH))
+
+    def test_masks(self, model):
+        _, padded, mask = batch(texts(), "left")
+        holes = torch.ones_like(mask)
+        holes[1, 3] = 0
+        with pytest.raises(ValueError, match="a mask with holes"):
+            model(padded, attention_mask=holes, audio=self.state())
+        with pytest.raises(ValueError, match=r"attention_mask must be 2-D with audio.*got \(3, 1, 9, 9\)"):
+            model(padded, attention_mask=torch.ones(3, 1, 9, 9), audio=self.state())
+
+    def test_right_padded_generate(self, model):
+        _, padded, mask = batch(texts(), "right")
+        with pytest.raises(ValueError, match="without right padding"):
+            model.generate(padded, attention_mask=mask, audio=self.state(), max_new_tokens=2)
+
+    def test_rows_of_generate(self, model):
+        _, padded, mask = batch(texts(), "left")
+        with pytest.raises(ValueError, match="audio must describe the prompt's 3 rows, got 1"):
+            model.generate(padded, attention_mask=mask, audio=AudioState(torch.zeros(1, TOKENS, WIDTH)))
+
+    def test_insert_beyond_the_text(self, model):
+        _, padded, mask = batch(texts(), "left")
+        state = self.state(insert_at=torch.tensor([0, 5, 0]))  # the second text has 4 tokens
+        with pytest.raises(ValueError, match="insert_at must be at most each text's length"):
+            model.train()(padded, attention_mask=mask, audio=state)
+        with pytest.raises(ValueError, match="insert_at must be at most each text's length"):
+            model.eval().generate(padded, attention_mask=mask, audio=state, max_new_tokens=2)
+
+    def test_output_attentions(self, model):
+        _, padded, _ = batch(texts(), "none")
+        with pytest.raises(ValueError, match="output_attentions must be off"):
+            model(padded, audio=self.state(), output_attentions=True)
+
+    def test_attention_dropout(self):
+        model = build("llama")
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        attach(model)
+        _, padded, _ = batch(texts(), "none")
+        model(padded, audio=self.state())
+        with pytest.raises(ValueError, match="attention_dropout must be 0 in training"):
+            model.train()(padded, audio=self.state())
+
+    def test_a_layer_that_does_not_take_the_audio(self, model):
+        """Somebody swaps a layer's attention function after attach: counted, not ignored."""
+        attention = model.model.layers[1].self_attn
+        attention.config = attention.config._palkernels_stock_config
+        _, padded, _ = batch(texts(), "none")
+        with pytest.raises(RuntimeError, match=r"layers \[1\] did not"):
+            model(padded, audio=self.state())
+
+    def test_preallocated_cache(self, model):
+        _, padded, mask = batch(texts(), "left")
+        with pytest.raises(ValueError, match="attention_mask must be 2-D with audio"):
+            model.generate(
+                padded,
+                attention_mask=mask,
+                audio=self.state(),
+                max_new_tokens=2,
+                cache_implementation="static",
+            )
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"states": []}, ValueError, "states must hold at least one tensor"),
+        ({"states": 3}, TypeError, "states must be a tensor or a list of them, got int"),
+        ({"states": torch.zeros(2, 3)}, ValueError, r"states must be \(A, N, d\)"),
+        (
+            {"states": torch.zeros(2, 3, 4).int()},
+            TypeError,
+            "states must be floating-point tensors, got torch.int32",
+        ),
+        ({"states": [torch.zeros(2, 3, 4), torch.zeros(2, 2, 4)]}, ValueError, "of one shape in all layers"),
+        ({"lengths": torch.tensor([1])}, ValueError, r"lengths must be \(A,\) = \(2,\)"),
+        (
+            {"lengths": torch.tensor([1, 4])},
+            ValueError,
+            "lengths must be from 0 to 3, got values from 1 to 4",
+        ),
+        ({"lengths": torch.tensor([1.0, 2.0])}, TypeError, "lengths must have an integer dtype"),
+        ({"lengths": [1, 2]}, TypeError, "lengths must be a tensor, got list"),
+        ({"index": torch.tensor([2])}, ValueError, "index must be from 0 to 1, got values from 2 to 2"),
+        ({"index": torch.tensor([[0]])}, ValueError, r"index must be \(B,\)"),
+        ({"insert_at": torch.tensor([-1, 0])}, ValueError, "insert_at must be at least 0"),
+        ({"insert_at": torch.tensor([0])}, ValueError, "insert_at must have a row per text row = 2"),
+        (
+            {"insert_at": torch.zeros(2, 4).long()},
+            ValueError,
+            r"insert_at must be \(B,\) or \(B, N\) with N = 3",
+        ),
+        ({"insert_at": torch.tensor([[1, 0, 2]] * 2)}, ValueError, "insert_at must not decrease"),
+    ],
+)
+def test_invalid_state(fields, error, message):
+    with pytest.raises(error, match=message):
+        AudioState(**({"states": torch.zeros(2, 3, 4)} | fields))
