@@ -29,7 +29,7 @@ BLOCK_FRAMES = 2**16  # Frames decoded at a time: 16 MiB for 64 channels.
 # A resampler's table has rate / gcd taps for each of its sampling_rate / gcd phases. Every usual pair of
 # rates needs under 300,000 taps (11,025 and 16,000 Hz). A pair without common divisors, such as 44,101 and
 # 16,000 Hz, needs 700 million: a header that states such a rate would otherwise take gigabytes of memory.
-MAX_RESAMPLER_TAPS = 2**22
+MAX_RESAMPLER_TAPS = 2**24
 
 # torchaudio's default low-pass filter, spelled out because resampling in chunks must know its reach.
 FILTER_ZEROS = 6
