@@ -279,7 +279,8 @@ class LalHandle:
                     f"attention_mask must be 2-D with audio, (B, past + T) = {(batch, past + num_queries)}, got {got}"
                 )
             start, length, left_padded, right_padded = _padding(mask)
-        if self.model.training or arguments.get("use_cache") is False:  # no more text can follow
+        no_text_follows = self.model.training or arguments.get("use_cache") is False
+        if no_text_follows and copies == 1:  # generate has checked its prompt
             _check_places(state, length)
 
         rotated = self.config.rope == "sequence"

@@ -279,18 +279,31 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class _CpuFlash:
-    """PyTorch's fused CPU kernel: grouped heads, any float dtype."""
+    """PyTorch's fused CPU kernel: any float dtype. It would read K and V again for every head of a group, so where
+    no query depends on its place (no causality, one mask for all) the group's heads become rows of one head."""
+
+    def _fold(self, part: Part, num_queries: int, group: int) -> tuple[Tensor | None, bool]:
+        """The mask (B or 1, 1, rows, keys), and whether heads are folded."""
+        folds = not part.causal and (part.mask is None or num_queries == 1)
+        mask = part.mask
+        if mask is not None and folds:
+            mask = mask.expand(-1, -1, group, -1)
+        return mask, folds
 
     def forward(self, query: Tensor, part: Part, settings: Settings) -> tuple[Tensor, Tensor]:
+        group = query.shape[1] // part.key.shape[1]
+        mask, folds = self._fold(part, query.shape[2], group)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query,
+            _fold(query, group) if folds else query,
             part.key,
             part.value,
             0.0,
             part.causal,
-            attn_mask=_additive(part.mask, query.dtype),
+            attn_mask=_additive(mask, query.dtype),
             scale=settings.scale,
         )
+        if folds:
+            out, lse = _unfold(out, group), _unfold(lse.unsqueeze(-1), group).squeeze(-1)
         return out, lse
 
     def backward(
@@ -304,6 +317,11 @@ class _CpuFlash:
         settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert grad_lse is None
+        group = query.shape[1] // part.key.shape[1]
+        mask, folds = self._fold(part, query.shape[2], group)
+        if folds:
+            grad_out, query, out = (_fold(tensor, group) for tensor in (grad_out, query, out))
+            lse = _fold(lse.unsqueeze(-1), group).squeeze(-1)
         grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out,
             query,
@@ -313,10 +331,10 @@ class _CpuFlash:
             lse,
             0.0,
             part.causal,
-            attn_mask=_additive(part.mask, query.dtype),
+            attn_mask=_additive(mask, query.dtype),
             scale=settings.scale,
         )
-        return grad_query, grad_key, grad_value
+        return _unfold(grad_query, group) if folds else grad_query, grad_key, grad_value
 
 
 class _CudaEfficient:
