@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
 
 from palkernels.api import IMPLEMENTATIONS, unsupported_reasons
@@ -25,15 +24,12 @@ from palkernels.model.attention import (
     STOCK_CONFIG,
     AudioKV,
     Request,
-    project_audio,
-    rotate,
 )
-from palkernels.model.audio_state import AudioLayout, AudioState
+from palkernels.model.audio_state import AudioState
+from palkernels.model.plan import AudioLayout, Plan, check_places, padding
+from palkernels.model.support import check_layer, check_rope, find_decoder
 
 HANDLE = "_palkernels_handle"
-# RoPE whose frequencies depend on the longest position seen: audio and text would have to be rotated together.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-CHECK_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4, torch.float64: 1e-8}
 
 
 @dataclass(frozen=True)
@@ -119,16 +115,16 @@ class LalHandle:
     def __init__(self, model: PreTrainedModel, config: LalConfig) -> None:
         self.model = model
         self.config = config
-        decoder = _decoder(model)
+        decoder = find_decoder(model)
         self.layers: list[nn.Module] = list(decoder.layers)
         self.rotary: nn.Module = decoder.rotary_emb
         everything = tuple(range(len(self.layers)))
         self.selected: tuple[int, ...] = everything if config.layers == "all" else tuple(config.layers)  # type: ignore[arg-type]
         if not set(self.selected) <= set(everything):
             raise ValueError(f"layers must be from 0 to {len(everything) - 1}, got {self.selected}")
-        _check_rope(model, config)
+        check_rope(model, config.rope)
         for index in self.selected:
-            _check_layer(model, self.layers[index], self.rotary)
+            check_layer(model, self.layers[index], self.rotary)
 
         self._stock_configs: dict[int, Any] = {}
         for index in self.selected:
@@ -215,7 +211,7 @@ class LalHandle:
         if arguments.get("attention_mask") is None:
             # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
             arguments["attention_mask"] = torch.ones(batch, past + num_queries, dtype=torch.long, device=inputs.device)
-        arguments["position_ids"] = self._positions(plan, past, num_queries, inputs.device)
+        arguments["position_ids"] = self._positions(plan, past, num_queries)
 
         request = Request(
             state,
@@ -267,7 +263,7 @@ class LalHandle:
         past: int,
         num_queries: int,
         device: torch.device,
-    ) -> "Plan":
+    ) -> Plan:
         mask = arguments.get("attention_mask")
         start = torch.zeros(batch, dtype=torch.long, device=device)
         length = torch.full_like(start, past + num_queries)
@@ -278,10 +274,10 @@ class LalHandle:
                 raise ValueError(
                     f"attention_mask must be 2-D with audio, (B, past + T) = {(batch, past + num_queries)}, got {got}"
                 )
-            start, length, left_padded, right_padded = _padding(mask)
+            start, length, left_padded, right_padded = padding(mask)
         no_text_follows = self.model.training or arguments.get("use_cache") is False
         if no_text_follows and copies == 1:  # generate has checked its prompt
-            _check_places(state, length)
+            check_places(state, length)
 
         rotated = self.config.rope == "sequence"
         layout = AudioLayout.of(state, copies, rotated=rotated)
@@ -303,26 +299,10 @@ class LalHandle:
                 )
         return plan
 
-    def _positions(self, plan: "Plan", past: int, num_queries: int, device: torch.device) -> Tensor:
+    def _positions(self, plan: Plan, past: int, num_queries: int) -> Tensor:
         """RoPE positions of the text (B, T)."""
         own = plan.text_index(past, num_queries).clamp(min=0)
         return own + plan.layout.shift(own) if self.config.rope == "sequence" else own
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What the mask and the audio state say about a batch; once every text has begun, the same for later steps."""
-
-    layout: AudioLayout
-    rotation: tuple[Tensor, Tensor] | None
-    start: Tensor  # (B,) first valid key
-    text_start: Tensor | None  # the same, None where no row is padded on the left
-    right_padded: bool
-    begun: bool  # whether every row has a valid key (the first chunks of a prompt may be all padding)
-
-    def text_index(self, past: int, num_queries: int) -> Tensor:
-        """Each query's place in its row's own text (B, T), negative in left padding."""
-        return torch.arange(past, past + num_queries, device=self.start.device) - self.start.unsqueeze(1)
 
 
 class Generation:
@@ -379,7 +359,7 @@ def _audio_generate(cls: Any) -> Callable[..., Any]:
             lengths = torch.full((rows,), length, device=audio.device)
             if isinstance(mask, Tensor) and mask.ndim == 2:
                 lengths = (mask != 0).sum(dim=1)
-            _check_places(audio, lengths)
+            check_places(audio, lengths)
         return handle.stock("generate")(*args, audio=Generation(audio), **kwargs)
 
     generate.__signature__ = _with_audio(inspect.signature(cls.generate))  # type: ignore[attr-defined]
@@ -392,95 +372,3 @@ def _with_audio(signature: inspect.Signature) -> inspect.Signature:
     audio = inspect.Parameter("audio", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=AudioState | None)
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     return signature.replace(parameters=[*parameters[:at], audio, *parameters[at:]])
-
-
-def _check_places(state: AudioState, length: Tensor) -> None:
-    """The audio must stand in the text or right behind it; ``length`` (B,) in tokens without padding."""
-    if state.insert_at is None or torch.compiler.is_compiling():
-        return
-    places = state.insert_at.view(state.batch_size, -1)
-    if bool((places > length.unsqueeze(1)).any()):
-        raise ValueError(f"insert_at must be at most each text's length {length.tolist()}, got {places.tolist()}")
-
-
-def _padding(mask: Tensor) -> tuple[Tensor, Tensor, bool, bool]:
-    """First valid key (B,) and number of valid keys (B,) of a 2-D mask; whether any row is padded left or right."""
-    valid = mask != 0
-    length = valid.sum(dim=1)
-    # A row without any valid key starts behind its end.
-    start = torch.where(length > 0, valid.int().argmax(dim=1), valid.shape[1])
-    if torch.compiler.is_compiling() or is_fake(mask):
-        return start, length, True, False
-    index = torch.arange(valid.shape[1], device=mask.device)
-    end = start + length
-    block = (index >= start.unsqueeze(1)) & (index < end.unsqueeze(1))
-    if bool((block != valid).any()):
-        raise ValueError("attention_mask must mark one run of tokens per row with audio, got a mask with holes")
-    return start, length, bool((start > 0).any()), bool((end < valid.shape[1]).any())
-
-
-def _decoder(model: PreTrainedModel) -> Any:
-    """The stack of decoder layers; refuses what we cannot patch, by name."""
-    name = type(model).__name__
-    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
-    missing = [part for part in ("layers", "rotary_emb") if not hasattr(decoder, part)]
-    if not model.can_generate() or missing:
-        what = f"its decoder has no {' and no '.join(missing)}" if missing else "it is not a causal LM"
-        raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: {what}")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: its attention is fixed")
-    return decoder
-
-
-def _check_rope(model: PreTrainedModel, config: LalConfig) -> None:
-    parameters = getattr(model.config, "rope_parameters", None) or {}
-    kind = parameters.get("rope_type")
-    if config.rope == "sequence" and kind in LENGTH_DEPENDENT_ROPE:
-        name = type(model).__name__
-        raise ValueError(f'rope_type must not be {kind!r} for rope="sequence", got it in {name}: use rope="none"')
-
-
-class _Captured(Exception):  # noqa: N818  (control flow, not an error)
-    pass
-
-
-class _CapturingCache:
-    """Stands in for a cache and stops the layer's forward where it hands over K and V."""
-
-    key: Tensor
-    value: Tensor
-
-    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.key, self.value = key, value
-        raise _Captured
-
-
-def _check_layer(model: PreTrainedModel, layer: nn.Module, rotary: nn.Module) -> None:
-    """Run the layer itself on random states and compare the K and V it computes with ours."""
-    name = type(model).__name__
-    attention: Any = getattr(layer, "self_attn", None)
-    missing = [part for part in ("k_proj", "v_proj", "config", "head_dim") if not hasattr(attention, part)]
-    missing += [] if hasattr(layer, "input_layernorm") else ["input_layernorm"]
-    if missing:
-        raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: no {', '.join(missing)}")
-    embedding: Any = model.get_input_embeddings()
-    weight = embedding.weight
-    if weight.is_meta or is_fake(weight):
-        return
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, 4, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-    positions = torch.arange(4, device=weight.device).unsqueeze(0)
-    cache: Any = _CapturingCache()
-    with torch.no_grad():
-        rotation = rotary(states, positions)
-        try:
-            layer.forward(states, position_ids=positions, past_key_values=cache, position_embeddings=rotation)
-        except _Captured:
-            key, value = project_audio(layer, states)
-            ours = rotate(attention, key, rotation), value
-        else:
-            raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: it bypasses the cache")
-    for what, got, want in zip(("keys", "values"), ours, (cache.key, cache.value), strict=True):
-        tolerance = CHECK_TOLERANCE.get(want.dtype, 1e-2) * float(want.abs().max() + 1)
-        if got.shape != want.shape or float((got - want).abs().max()) > tolerance:
-            raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: its {what} differ")

@@ -10,7 +10,8 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from palkernels import lal_attention
-from palkernels.model.audio_state import AudioLayout, AudioState
+from palkernels.model.audio_state import AudioState
+from palkernels.model.plan import AudioLayout
 
 # "sdpa" or "flex_attention" within the name would trigger transformers' capability checks for those.
 ATTENTION_NAME = "palkernels_lal"

@@ -1,4 +1,4 @@
-"""What one request carries: the audio states, which text row reads which, and where the audio stands in the text."""
+"""What a caller says of the audio: its states, which text row reads which, and where it stands in the text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,58 +126,3 @@ def _check_range(name: str, tensor: Tensor, least: int, most: int | None) -> Non
     if low < least or (most is not None and high > most):
         allowed = f"at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be {allowed}, got values from {low} to {high}")
-
-
-@dataclass(frozen=True)
-class AudioLayout:
-    """An :class:`AudioState` spelled out for the rows of one forward: what K/V rows there are and who reads them.
-
-    Rows that share a clip but not its place in the text need their keys rotated differently, so there is one K/V row
-    per distinct (audio row, place): P of them, P = A unless such rows exist.
-    """
-
-    source: Tensor | None  # (P,) audio row of each K/V row; None: row for row
-    positions: Tensor  # (P or 1, N) position of each audio token, as if it stood in the text
-    lengths: Tensor | None  # (P,)
-    index: Tensor | None  # (B,) K/V row of each text row; None: row for row
-    insert_at: Tensor | None  # (B, N); None: before the text
-    text_lengths: Tensor  # (B,) valid audio tokens of each text row
-
-    @classmethod
-    def of(cls, state: AudioState, copies: int, *, rotated: bool) -> "AudioLayout":
-        """``copies`` text rows follow each other for every row of the prompt (beams); ``rotated``: keys take RoPE."""
-        device, tokens = state.device, state.num_tokens
-        steps = torch.arange(tokens, device=device)
-        lengths = None if state.lengths is None else state.lengths.long()
-        index = None if state.index is None else state.index.long()
-        insert_at = None
-        if state.insert_at is not None:
-            insert_at = state.insert_at.long().view(state.batch_size, -1).expand(-1, tokens)
-
-        # Token j stands behind insert_at[j] text tokens and j audio tokens.
-        source, positions = None, steps.unsqueeze(0)
-        if insert_at is not None:
-            positions = insert_at + steps
-            if index is not None and rotated:
-                pairs = torch.cat([index.unsqueeze(1), insert_at], dim=1)
-                pairs, index = torch.unique(pairs, dim=0, return_inverse=True)
-                source, positions = pairs[:, 0], pairs[:, 1:] + steps
-                lengths = None if lengths is None else lengths[source]
-
-        text_lengths = torch.full((state.batch_size,), tokens, device=device)
-        if lengths is not None:
-            text_lengths = lengths if index is None else lengths[index]
-        if copies > 1:
-            rows = torch.arange(state.batch_size, device=device) if index is None else index
-            index = rows.repeat_interleave(copies)
-            text_lengths = text_lengths.repeat_interleave(copies)
-            insert_at = None if insert_at is None else insert_at.repeat_interleave(copies, dim=0)
-        return cls(source, positions, lengths, index, insert_at, text_lengths)
-
-    def shift(self, text_index: Tensor) -> Tensor:
-        """How many audio tokens stand before each text token (B, T), given its place in its row's own text."""
-        lengths = self.text_lengths.unsqueeze(1)
-        if self.insert_at is None:
-            return lengths.expand_as(text_index)
-        before = torch.searchsorted(self.insert_at.contiguous(), text_index.contiguous(), right=True)
-        return torch.minimum(before, lengths)
