@@ -10,7 +10,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -98,9 +97,11 @@ def attach(model: PreTrainedModel, config: LalConfig | None = None) -> "LalHandl
     Raises:
         TypeError, ValueError: the model or the config is not supported; the message names the model and the reason.
     """
-    config = config or LalConfig()
+    config = LalConfig() if config is None else config
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    if not isinstance(config, LalConfig):
+        raise TypeError(f"config must be a LalConfig, got {type(config).__name__}")
     attached = getattr(model, HANDLE, None)
     if attached is not None:
         if attached.config != config:
@@ -122,9 +123,9 @@ class LalHandle:
         self.selected: tuple[int, ...] = everything if config.layers == "all" else tuple(config.layers)  # type: ignore[arg-type]
         if not set(self.selected) <= set(everything):
             raise ValueError(f"layers must be from 0 to {len(everything) - 1}, got {self.selected}")
-        check_rope(model, config.rope)
+        check_rope(model, decoder.config, config.rope)
         for index in self.selected:
-            check_layer(model, self.layers[index], self.rotary)
+            check_layer(model, self.layers[index], index, self.rotary)
 
         self._stock_configs: dict[int, Any] = {}
         for index in self.selected:
@@ -137,8 +138,8 @@ class LalHandle:
         # An instance may carry its own forward already (accelerate's hooks): it is called, and put back.
         self._stock = {name: model.__dict__.get(name) for name in ("forward", "generate")}
         object.__setattr__(model, HANDLE, self)
-        object.__setattr__(model, "forward", MethodType(_audio_forward(type(model)), model))
-        object.__setattr__(model, "generate", MethodType(_audio_generate(type(model)), model))
+        object.__setattr__(model, "forward", AudioForward(model))
+        object.__setattr__(model, "generate", AudioGenerate(model))
 
     def detach(self) -> None:
         """Make the model a stock one again; a second call does nothing."""
@@ -192,6 +193,10 @@ class LalHandle:
         inputs = arguments.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             raise ValueError("a forward with audio must be given input_ids or inputs_embeds, got neither")
+        if inputs.ndim < 2 or inputs.shape[1] == 0:
+            raise ValueError(
+                f"a forward with audio must be given texts (B, T), T >= 1, got shape {tuple(inputs.shape)}"
+            )
         batch, num_queries = inputs.shape[:2]
         self._check(state, arguments)
         copies = 1 if generation is None else generation.copies(batch)
@@ -292,10 +297,12 @@ class LalHandle:
         if given is not None and not torch.compiler.is_compiling():
             own = plan.text_index(past, num_queries)
             counted = (own >= 0) & (own < length.unsqueeze(1))
-            if given.ndim != 2 or bool(((given != own) & counted).any()):
+            fits = isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] == num_queries
+            if not fits or given.shape[0] not in (1, batch) or bool(((given != own) & counted).any()):
+                got = given.tolist() if isinstance(given, Tensor) else type(given).__name__
                 raise ValueError(
-                    "position_ids must count each row's own text from 0 with audio (packed sequences are not "
-                    f"supported), got {given.tolist()}"
+                    "position_ids must count each row's own text from 0 with audio, (B, T) (packed sequences are not "
+                    f"supported), got {got}"
                 )
         return plan
 
@@ -322,49 +329,75 @@ class Generation:
         return batch // self.state.batch_size
 
 
-@functools.cache
-def _audio_forward(cls: Any) -> Callable[..., Any]:
-    """``forward`` of an attached instance, with the class's own signature and ``audio``: transformers reads it."""
-    signature = inspect.signature(cls.forward)
-    names = list(signature.parameters)[1:]
+class _Patched:
+    """What an attached instance has in place of a method. An object, not a bound method: pickling a bound method keeps
+    its name alone, which a loaded model would look up in its class."""
 
-    def forward(self: PreTrainedModel, *args: Any, audio: AudioState | Generation | None = None, **kwargs: Any) -> Any:
-        handle: LalHandle = getattr(self, HANDLE)
+    name: str
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The class's own signature and ``audio``: transformers reads it."""
+        return _with_audio(inspect.signature(getattr(type(self.model), self.name)))
+
+    @property
+    def handle(self) -> LalHandle:
+        handle: LalHandle = getattr(self.model, HANDLE)
+        return handle
+
+    def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name; raises as Python does where they do not fit."""
+        parameters = inspect.signature(getattr(type(self.model), self.name)).parameters.values()
+        names = [x.name for x in parameters if x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
+        twice = [name for name in names[: len(args)] if name in kwargs]
+        if len(args) > len(names) or twice:
+            got = f"{twice[0]} twice" if twice else f"{len(args)}"
+            raise TypeError(f"{self.name} must be given at most {len(names)} positional arguments, got {got}")
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+class AudioForward(_Patched):
+    """``forward`` of an attached model."""
+
+    name = "forward"
+
+    def __call__(self, *args: Any, audio: "AudioState | Generation | None" = None, **kwargs: Any) -> Any:
         if audio is None:
-            return handle.stock("forward")(*args, **kwargs)
-        return handle.forward(audio, {**dict(zip(names, args, strict=False)), **kwargs})
-
-    forward.__signature__ = _with_audio(signature)  # type: ignore[attr-defined]
-    forward.__doc__ = cls.forward.__doc__
-    return forward
+            return self.handle.stock("forward")(*args, **kwargs)
+        return self.handle.forward(audio, self.by_name(args, kwargs))
 
 
-@functools.cache
-def _audio_generate(cls: Any) -> Callable[..., Any]:
-    def generate(self: PreTrainedModel, *args: Any, audio: AudioState | None = None, **kwargs: Any) -> Any:
-        handle: LalHandle = getattr(self, HANDLE)
+class AudioGenerate(_Patched):
+    """``generate`` of an attached model."""
+
+    name = "generate"
+
+    def __call__(self, *args: Any, audio: AudioState | None = None, **kwargs: Any) -> Any:
         if audio is None:
-            return handle.stock("generate")(*args, **kwargs)
+            return self.handle.stock("generate")(*args, **kwargs)
         if not isinstance(audio, AudioState):
             raise TypeError(f"audio must be an AudioState, got {type(audio).__name__}")
-        prompt = next(
-            (x for x in (*args[:1], *map(kwargs.get, ("inputs", "input_ids", "inputs_embeds"))) if x is not None),
-            None,
-        )
-        if isinstance(prompt, Tensor):
-            rows, length = prompt.shape[:2]
-            if rows != audio.batch_size:
-                raise ValueError(f"audio must describe the prompt's {rows} rows, got {audio.batch_size}")
-            mask = kwargs.get("attention_mask")
-            lengths = torch.full((rows,), length, device=audio.device)
-            if isinstance(mask, Tensor) and mask.ndim == 2:
-                lengths = (mask != 0).sum(dim=1)
-            check_places(audio, lengths)
-        return handle.stock("generate")(*args, audio=Generation(audio), **kwargs)
-
-    generate.__signature__ = _with_audio(inspect.signature(cls.generate))  # type: ignore[attr-defined]
-    generate.__doc__ = cls.generate.__doc__
-    return generate
+        arguments = self.by_name(args, kwargs)
+        if arguments.get("assistant_model") is not None:
+            raise ValueError("assistant_model must be None with audio: assisted decoding is not supported yet")
+        prompts = (arguments.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+        prompt = next((prompt for prompt in prompts if prompt is not None), None)
+        if not isinstance(prompt, Tensor) or prompt.ndim < 2:
+            raise ValueError("generate must be given a prompt with audio: input_ids or inputs_embeds of (B, T, ...)")
+        rows, length = prompt.shape[:2]
+        if rows != audio.batch_size:
+            raise ValueError(f"audio must describe the prompt's {rows} rows, got {audio.batch_size}")
+        mask = arguments.get("attention_mask")
+        lengths = torch.full((rows,), length, device=audio.device)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            lengths = (mask != 0).sum(dim=1)
+        if bool((lengths == 0).any()):
+            raise ValueError("every row of a prompt with audio must hold a token, got a row of padding")
+        check_places(audio, lengths)
+        return self.handle.stock("generate")(**arguments, audio=Generation(audio))
 
 
 def _with_audio(signature: inspect.Signature) -> inspect.Signature:

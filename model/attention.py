@@ -17,6 +17,8 @@ from palkernels.model.plan import AudioLayout
 ATTENTION_NAME = "palkernels_lal"
 STOCK_CONFIG = "_palkernels_stock_config"  # on a selected layer's copied config: the config it replaced
 REQUEST_KEYWORD = "lal_request"
+# Keywords of transformers' attention functions that change what is seen; is_causal=True changes nothing.
+UNSUPPORTED_KEYWORDS = ("is_causal", "cu_seq_lens_q", "cu_seq_lens_k")
 
 AudioKV = tuple[Tensor, Tensor]
 
@@ -87,11 +89,18 @@ def lal_attention_forward(
     The stock mask is not used: causality, padding and window are the kernel's.
     """
     if lal_request is None:
+        if kwargs.get("audio") is not None:
+            raise ValueError("audio must be given to the attached causal LM itself, got it in a call of another module")
         given = {"sliding_window": sliding_window, "softcap": softcap}
         kwargs |= {name: setting for name, setting in given.items() if setting is not None}
         stock = _stock_attention(module)
         return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
+    if dropout:
+        raise ValueError(f"attention dropout must be 0 with audio: the kernels do not drop out, got {dropout}")
+    for name in UNSUPPORTED_KEYWORDS:
+        if kwargs.get(name) not in (None, True):
+            raise ValueError(f"{name} must not be given with audio: the kernels are causal over whole rows")
     layer: int = module.layer_idx  # type: ignore[assignment]
     audio_key, audio_value = lal_request.audio_kv(layer)
     layout, text_start = lal_request.layout, lal_request.text_start

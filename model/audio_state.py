@@ -24,6 +24,8 @@ class AudioState:
     B is the prompt's batch size: ``generate`` expands it for beams and several returned sequences. A state may be
     used again, with other texts and other models.
 
+    Integer tensors may have any integer dtype; they are kept as int64.
+
     Raises:
         TypeError, ValueError: fields that do not fit each other.
     """
@@ -83,6 +85,7 @@ class AudioState:
             raise TypeError(f"{name} must have an integer dtype, got {tensor.dtype}")
         if tensor.device != self.device:
             raise ValueError(f"{name} must be on the states' device {self.device}, got {tensor.device}")
+        object.__setattr__(self, name, tensor.to(torch.int64))
 
     def for_layer(self, layer: int) -> Tensor | None:
         """The states (A, N, d) that one layer takes."""

@@ -29,11 +29,10 @@ class AudioLayout:
         """``copies`` text rows follow each other for every row of the prompt (beams); ``rotated``: keys take RoPE."""
         device, tokens = state.device, state.num_tokens
         steps = torch.arange(tokens, device=device)
-        lengths = None if state.lengths is None else state.lengths.long()
-        index = None if state.index is None else state.index.long()
+        lengths, index = state.lengths, state.index
         insert_at = None
         if state.insert_at is not None:
-            insert_at = state.insert_at.long().view(state.batch_size, -1).expand(-1, tokens)
+            insert_at = state.insert_at.view(state.batch_size, -1).expand(-1, tokens)
 
         # Token j stands behind insert_at[j] text tokens and j audio tokens.
         source, positions = None, steps.unsqueeze(0)

@@ -1,63 +1,91 @@
 """Which models can be attached: found out by looking at the layers and by running them."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
-from palkernels.model.attention import project_audio, rotate
+from palkernels.model.attention import REQUEST_KEYWORD, project_audio, rotate
 
 # RoPE whose frequencies depend on the longest position seen: audio and text would have to be rotated together.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+PROBE_NAME = "palkernels_probe"
+# What an attention function may be given besides tensors and mask: ours honours these, or they change nothing.
+KNOWN_KEYWORDS = frozenset(
+    {"key", "value", "attention_mask", "scaling", "dropout", "sliding_window", "softcap", "position_ids"}
+    | {"position_embeddings", "past_key_values", "use_cache", "cache_position"}
+)
 CHECK_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+def refusal(model: PreTrainedModel, reason: str) -> ValueError:
+    return ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {type(model).__name__}: {reason}")
 
 
 def find_decoder(model: PreTrainedModel) -> Any:
     """The stack of decoder layers; refuses what we cannot patch, by name."""
-    name = type(model).__name__
+    if not model.can_generate():
+        raise refusal(model, "it is not a causal LM")
+    if model.config.get_text_config() is not model.config:
+        raise refusal(model, "it is composed of several models, give its language model")
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
     missing = [part for part in ("layers", "rotary_emb") if not hasattr(decoder, part)]
-    if not model.can_generate() or missing:
-        what = f"its decoder has no {' and no '.join(missing)}" if missing else "it is not a causal LM"
-        raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: {what}")
+    if missing:
+        raise refusal(model, f"its decoder has no {' and no '.join(missing)}")
     if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: its attention is fixed")
+        raise refusal(model, "its attention function cannot be chosen")
     return decoder
 
 
-def check_rope(model: PreTrainedModel, rope: str) -> None:
-    parameters = getattr(model.config, "rope_parameters", None) or {}
+def check_rope(model: PreTrainedModel, config: Any, rope: str) -> None:
+    parameters = getattr(config, "rope_parameters", None) or {}
     kind = parameters.get("rope_type")
     if rope == "sequence" and kind in LENGTH_DEPENDENT_ROPE:
-        name = type(model).__name__
-        raise ValueError(f'rope_type must not be {kind!r} for rope="sequence", got it in {name}: use rope="none"')
+        raise refusal(model, f'its rope_type is {kind!r}, which rope="sequence" does not support: use rope="none"')
+    if "mrope_section" in parameters:
+        raise refusal(model, "its positions have several dimensions")
 
 
-class _Captured(Exception):  # noqa: N818  (control flow, not an error)
-    pass
+class _Recorder:
+    """Stands in for the cache and for a request: notes what the layer caches, and how it calls its attention."""
+
+    def __init__(self) -> None:
+        self.cached: list[tuple[Tensor, Tensor]] = []
+        self.calls: list[dict[str, Any]] = []
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.cached.append((key, value))
+        return key, value
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 0
 
 
-class _CapturingCache:
-    """Stands in for a cache and stops the layer's forward where it hands over K and V."""
+def _probe_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """An attention function that only notes how it is called."""
+    recorder = kwargs.pop(REQUEST_KEYWORD, None)
+    if recorder is None:
+        raise TypeError("keywords do not reach its attention function")
+    recorder.calls.append({"key": key, "value": value, "attention_mask": attention_mask, **kwargs})
+    return torch.zeros_like(query).transpose(1, 2).contiguous(), None
 
-    key: Tensor
-    value: Tensor
 
-    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.key, self.value = key, value
-        raise _Captured
+AttentionInterface.register(PROBE_NAME, _probe_attention)
 
 
-def check_layer(model: PreTrainedModel, layer: nn.Module, rotary: nn.Module) -> None:
-    """Run the layer itself on random states and compare the K and V it computes with ours."""
-    name = type(model).__name__
+def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: nn.Module) -> None:
+    """Run the layer once on random states. Refuse it unless its K and V are those that we compute for audio, and its
+    attention is no more than scaled, capped, causal and windowed."""
     attention: Any = getattr(layer, "self_attn", None)
     missing = [part for part in ("k_proj", "v_proj", "config", "head_dim") if not hasattr(attention, part)]
     missing += [] if hasattr(layer, "input_layernorm") else ["input_layernorm"]
     if missing:
-        raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: no {', '.join(missing)}")
+        raise refusal(model, f"a layer has no {', no '.join(missing)}")
     embedding: Any = model.get_input_embeddings()
     weight = embedding.weight
     if weight.is_meta or is_fake(weight):
@@ -65,17 +93,60 @@ def check_layer(model: PreTrainedModel, layer: nn.Module, rotary: nn.Module) -> 
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, 4, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
     positions = torch.arange(4, device=weight.device).unsqueeze(0)
-    cache: Any = _CapturingCache()
-    with torch.no_grad():
-        rotation = rotary(states, positions)
-        try:
-            layer.forward(states, position_ids=positions, past_key_values=cache, position_embeddings=rotation)
-        except _Captured:
+    mask = torch.zeros(1, 1, 4, 4, device=weight.device, dtype=weight.dtype)
+    recorder: Any = _Recorder()
+    stock_config = attention.config
+    attention.config = copy.copy(stock_config)
+    attention.config._attn_implementation = PROBE_NAME
+    try:
+        with torch.no_grad():
+            rotation = rotary(states, positions)
+            layer.forward(
+                states,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=recorder,
+                position_embeddings=rotation,
+                **{REQUEST_KEYWORD: recorder},
+            )
             key, value = project_audio(layer, states)
-            ours = rotate(attention, key, rotation), value
-        else:
-            raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: it bypasses the cache")
-    for what, got, want in zip(("keys", "values"), ours, (cache.key, cache.value), strict=True):
+            key = rotate(attention, key, rotation)
+    except Exception as error:  # whatever a foreign layer raises means that it is not one of ours
+        raise refusal(model, f"a layer cannot be run as Llama's is: {' '.join(str(error).split())}") from error
+    finally:
+        attention.config = stock_config
+
+    reason = _difference(recorder, mask, (key, value)) or _other_attention(recorder.calls[0], stock_config, index)
+    if reason:
+        raise refusal(model, reason)
+
+
+def _difference(recorder: _Recorder, mask: Tensor, ours: tuple[Tensor, Tensor]) -> str | None:
+    """What in the layer's keys, values and mask is not as we would have it."""
+    if len(recorder.calls) != 1 or len(recorder.cached) != 1:
+        return f"a layer calls its attention function {len(recorder.calls)} times"
+    call, cached = recorder.calls[0], recorder.cached[0]
+    if call["key"] is not cached[0] or call["value"] is not cached[1]:
+        return "a layer changes its keys or values after caching them"
+    if call["attention_mask"] is not mask:
+        return "a layer changes its attention mask"
+    for what, got, want in zip(("keys", "values"), ours, cached, strict=True):
         tolerance = CHECK_TOLERANCE.get(want.dtype, 1e-2) * float(want.abs().max() + 1)
         if got.shape != want.shape or float((got - want).abs().max()) > tolerance:
-            raise ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {name}: its {what} differ")
+            return f"its {what} differ from those of its k_proj, v_proj and rotary embedding"
+    return None
+
+
+def _other_attention(call: dict[str, Any], config: Any, index: int) -> str | None:
+    """What in the layer's attention is beyond our kernels."""
+    extra = [name for name, given in call.items() if name not in KNOWN_KEYWORDS and given is not None]
+    if extra:
+        return f"its attention takes {', '.join(extra)}"
+    types = getattr(config, "layer_types", None)
+    windowed = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+    kind = types[index] if types else ("sliding_attention" if windowed else "full_attention")
+    if kind not in ("full_attention", "sliding_attention"):
+        return f"layer {index} is of type {kind!r}"
+    if (kind == "sliding_attention") != bool(call.get("sliding_window")):
+        return f"layer {index} is of type {kind!r} and gives its attention sliding_window={call.get('sliding_window')}"
+    return None

@@ -23,6 +23,7 @@ INTEGER_DTYPES = (
     torch.uint32,
     torch.uint64,
 )
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 MAX_TRITON_HEAD_DIM = 256
 MIN_CAPABILITY = (8, 0)
 
@@ -313,7 +314,7 @@ def _value_problems(call: _Call) -> list[Exception]:
         if name not in bounds or not tensor.numel():
             continue
         least, most, why = bounds[name]
-        low, high = (int(x) for x in torch.aminmax(tensor.to(torch.int64)))
+        low, high = (int(x) for x in torch.aminmax(_as_int64(tensor)))
         if low < least or (most is not None and high > most):
             allowed = f"{why} = {least} to {most}" if most is not None else why
             problems.append(ValueError(f"{name} must be {allowed}, got values from {low} to {high}"))
@@ -324,7 +325,7 @@ def _autocast_dtypes(call: _Call) -> list[tuple[str, torch.dtype]]:
     """The dtype each float tensor computes in: autocast's, if it is on; it leaves float64 alone, as SDPA does."""
     device = call.query.device.type
     target = None
-    if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         target = torch.get_autocast_dtype(device)
     return [
         (name, tensor.dtype if target is None or tensor.dtype == torch.float64 else target)
@@ -339,10 +340,20 @@ def _prepared(call: _Call) -> _Call:
         changes[name] = getattr(call, name).to(dtype)
     for name, tensor in call.integers().items():
         if tensor.dtype not in (torch.int32, torch.int64):
-            changes[name] = tensor.to(torch.int64)
+            changes[name] = _as_int64(tensor)
     scale = call.query.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
     softcap = None if call.softcap is None else float(call.softcap)
-    return replace(call, scale=scale, softcap=softcap, **changes)  # type: ignore[arg-type]
+    # A window as long as the text hides nothing.
+    window = None if call.window is None or call.window >= call.key.shape[2] else call.window
+    return replace(call, scale=scale, softcap=softcap, window=window, **changes)  # type: ignore[arg-type]
+
+
+def _as_int64(tensor: Tensor) -> Tensor:
+    """uint64 values beyond int64 stay large: as a first visible position they mean never."""
+    converted = tensor.to(torch.int64)
+    if tensor.dtype == torch.uint64:
+        converted = torch.where(converted < 0, torch.iinfo(torch.int64).max, converted)
+    return converted
 
 
 def _triton_reasons(call: _Call) -> list[str]:

@@ -82,6 +82,9 @@ def lal_attention(
     batch, num_heads, num_queries, head_dim = query.shape
     num_audio = audio_key.shape[2]
     group = num_heads // key.shape[1]
+    if num_audio + key.shape[2] == 0:  # no keys, so no queries either
+        lse = query.new_zeros(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+        return (query.clone(), lse) if return_lse else query.clone()
     if audio_index is not None:
         rows = audio_index.to(torch.int64)
         audio_key, audio_value = audio_key[rows], audio_value[rows]

@@ -39,7 +39,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Part:
-    """One set of keys. ``mask`` is bool (B or 1, 1, T, keys), None where every query sees every key;
+    """One set of keys. ``mask`` is bool (B or 1, 1, T or 1, keys), None where every query sees every key;
     ``causal`` stands for the lower triangle of a square mask."""
 
     key: Tensor
@@ -80,6 +80,11 @@ def lal_attention(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`palkernels.lal_attention` on validated inputs; returns ``(out, lse)``."""
+    # PyTorch's fused kernels read the last dimension as if its stride were 1.
+    query, key, value, audio_key, audio_value = (
+        tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+        for tensor in (query, key, value, audio_key, audio_value)
+    )
     settings = Settings(
         scale,
         softcap,
@@ -107,13 +112,14 @@ class _MergedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.settings = settings
-        batch, heads, num_queries, head_dim = query.shape
-        out = query.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)
-        lse = query.new_full((batch, heads, num_queries), NEG_INF, dtype=_accumulator(query.dtype))
-        if out.numel():
+        if query.numel():
             seen_query, parts = _split(query, key, value, audio_key, audio_value, settings)
             engine = _engine(query, settings)
-            _merge([engine.forward(seen_query, part, settings) for part in parts], parts, out, lse)
+            out, lse = _merge([engine.forward(seen_query, part, settings) for part in parts], parts)
+        else:
+            out, lse = torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=_accumulator(query.dtype))
+        # (B, T, Hq, D) in memory, so that the transpose Hugging Face does next is free.
+        out = out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         ctx.save_for_backward(query, key, value, audio_key, audio_value, out, lse)
         return out, lse
 
@@ -169,7 +175,8 @@ def _split(
         parts.insert(0, Part(*_zero_unseen(audio_key, audio_value, audio_mask), audio_mask))
     masks = [part.mask for part in parts]
     if not causal and all(mask is not None for mask in masks):
-        blind = torch.stack([(~mask).all(dim=-1).expand(query.shape[0], 1, -1) for mask in masks if mask is not None])
+        rows = (query.shape[0], 1, query.shape[2])
+        blind = torch.stack([(~mask).all(dim=-1).expand(rows) for mask in masks if mask is not None])
         query = query.masked_fill(blind.all(dim=0).unsqueeze(-1), 0)
     return query, parts
 
@@ -205,7 +212,6 @@ def _audio_mask(query: Tensor, key: Tensor, num_audio: int, settings: Settings) 
     if settings.audio_lengths is not None:
         lengths = _rows(settings.audio_lengths, settings.audio_index).view(-1, 1, 1, 1)
         mask = torch.arange(num_audio, device=query.device) < lengths
-        mask = mask.expand(-1, 1, query.shape[2], -1)
     if settings.audio_visible_from is not None:
         visible = settings.audio_visible_from[:, None, None, :] <= _positions(query, key, settings)
         mask = visible if mask is None else mask & visible
@@ -237,8 +243,8 @@ def _sum_shared(grad: Tensor, tensor: Tensor, index: Tensor | None) -> Tensor:
     return torch.zeros_like(tensor).index_add_(0, index, grad)
 
 
-def _merge(results: list[tuple[Tensor, Tensor]], parts: list[Part], out: Tensor, lse: Tensor) -> None:
-    """Write the merged output and LSE. What an engine gives for a query that sees none of its keys is ignored."""
+def _merge(results: list[tuple[Tensor, Tensor]], parts: list[Part]) -> tuple[Tensor, Tensor]:
+    """The merged output and LSE. What an engine gives for a query that sees none of its keys is ignored."""
     outs, lses = [], []
     for (part_out, part_lse), part in zip(results, parts, strict=True):
         if part.mask is not None:
@@ -248,13 +254,11 @@ def _merge(results: list[tuple[Tensor, Tensor]], parts: list[Part], out: Tensor,
         outs.append(part_out)
         lses.append(part_lse)
     if len(outs) == 1:
-        out.copy_(outs[0])
-        lse.copy_(lses[0])
-        return
-    torch.logaddexp(lses[0], lses[1], out=lse)
+        return outs[0], lses[0]
+    lse = torch.logaddexp(lses[0], lses[1])
     finite = lse.masked_fill(lse == NEG_INF, 0)
-    weights = [torch.exp(part_lse - finite).unsqueeze(-1) for part_lse in lses]
-    out.copy_(weights[0] * outs[0] + weights[1] * outs[1])
+    audio_weight, text_weight = (torch.exp(part_lse - finite).unsqueeze(-1) for part_lse in lses)
+    return audio_weight * outs[0] + text_weight * outs[1], lse
 
 
 def _engine(query: Tensor, settings: Settings) -> Engine:
@@ -284,10 +288,10 @@ class _CpuFlash:
 
     def _fold(self, part: Part, num_queries: int, group: int) -> tuple[Tensor | None, bool]:
         """The mask (B or 1, 1, rows, keys), and whether heads are folded."""
-        folds = not part.causal and (part.mask is None or num_queries == 1)
         mask = part.mask
-        if mask is not None and folds:
-            mask = mask.expand(-1, -1, group, -1)
+        folds = not part.causal and (mask is None or mask.shape[2] == 1)
+        if mask is not None and mask.shape[2] == 1:
+            mask = mask.expand(-1, -1, num_queries * group if folds else num_queries, -1)
         return mask, folds
 
     def forward(self, query: Tensor, part: Part, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -346,7 +350,7 @@ class _CudaEfficient:
         if part.mask is None:
             return key, value, None
         num_keys = key.shape[2]
-        mask = pad(part.mask, (0, -num_keys % BIAS_ALIGNMENT))
+        mask = pad(part.mask.expand(-1, -1, query.shape[2], -1), (0, -num_keys % BIAS_ALIGNMENT))
         bias = _additive(mask, query.dtype)
         assert bias is not None
         return key, value, bias[..., :num_keys].expand(query.shape[0], query.shape[1], -1, -1)
@@ -413,7 +417,8 @@ class _Plain:
         if part.causal:
             mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
         if mask is not None:
-            scores = scores.masked_fill(~mask[:, :, rows].repeat(1, 1, group, 1), NEG_INF)
+            seen = mask.expand(-1, -1, query.shape[2], -1)[:, :, rows]
+            scores = scores.masked_fill(~seen.repeat(1, 1, group, 1), NEG_INF)
         return folded, scores, tanh
 
     def forward(self, query: Tensor, part: Part, settings: Settings) -> tuple[Tensor, Tensor]:

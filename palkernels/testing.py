@@ -62,8 +62,16 @@ def lal_case(
         values = torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
         if not poison:
             return values
-        parent = torch.full([size + 3 for size in shape], float("nan"), dtype=dtype, device=device)
-        view = parent[tuple(slice(1, 1 + size) for size in shape)]
+        *outer, rows, columns = shape
+        layout = choose.choice(["rows", "columns", "every other"])
+        step = 2 if layout == "every other" else 1
+        sizes = [size + 3 for size in outer] + [rows + 3, columns * step + 3]
+        if layout == "columns":
+            sizes[-2:] = sizes[:-3:-1]
+        parent = torch.full(sizes, float("nan"), dtype=dtype, device=device)
+        parent = parent.transpose(-1, -2) if layout == "columns" else parent
+        last = slice(1, 1 + columns * step, step)
+        view = parent[(*(slice(1, 1 + size) for size in (*outer, rows)), last)]
         return view.copy_(values)
 
     def integers(low: int, high: int, *shape: int) -> Tensor:

@@ -378,6 +378,34 @@ def test_two_models_and_a_copy_stay_apart():
     assert torch.equal(first(padded, audio=state).logits, want)
 
 
+def test_a_pickled_model_stays_attached(tmp_path):
+    first = build("llama")
+    _, padded, _ = batch(texts(), "none")
+    state = audio_state("prefix", torch.float32)
+    attach(first)
+    torch.save(first, tmp_path / "model.pt")
+    second = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(second(padded, audio=state).logits, first(padded, audio=state).logits)
+        second._palkernels_handle.detach()
+        assert not torch.equal(second(padded).logits, first(padded, audio=state).logits)
+
+
+def test_compiled_model_has_the_eager_gradients():
+    """Graph breaks are allowed, wrong gradients are not."""
+    model = build("llama").train()
+    _, padded, _ = batch(texts(), "none")
+    attach(model)
+    gradients = []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        state = audio_state("prefix", torch.float32)
+        state.states.requires_grad_()
+        run(padded, audio=state, labels=padded).loss.backward()
+        gradients.append(state.states.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
+
+
 def test_save_pretrained_saves_a_stock_model(tmp_path):
     model = build("llama")
     attach(model)
@@ -392,19 +420,19 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11))
 
 
+def tiny(model_type, **changes):
+    """A family that looks like ours and computes something else."""
+    from oracles import SIZES
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(SIZES | changes)))
+
+
 def dynamic_rope():
     from oracles import SIZES
 
     rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
     return LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=rope))
-
-
-def norm_on_the_output():
-    model = build("llama")
-    for layer in model.model.layers:
-        layer.self_attn.k_proj.register_forward_hook(lambda module, args, out: out + 0)
-        layer.input_layernorm.forward = lambda x: x * 2  # what the layer calls, we call too: still supported
-    return model
 
 
 def other_keys():
@@ -426,10 +454,19 @@ def other_keys():
     [
         (gpt2, {}, "got GPT2LMHeadModel: its decoder has no layers"),
         (other_keys, {}, "got LlamaForCausalLM: its keys differ"),
-        (dynamic_rope, {}, "rope_type must not be 'dynamic'.*LlamaForCausalLM"),
+        (dynamic_rope, {}, "got LlamaForCausalLM: its rope_type is 'dynamic'"),
+        (lambda: tiny("gpt_oss"), {}, "got GptOssForCausalLM: its attention takes s_aux"),
+        (lambda: tiny("diffllama"), {}, "got DiffLlamaForCausalLM: a layer calls its attention function 2 times"),
+        (lambda: tiny("doge"), {}, "got DogeForCausalLM: a layer changes its attention mask"),
+        (
+            lambda: tiny("qwen2_moe", use_sliding_window=True, sliding_window=4, max_window_layers=1),
+            {},
+            "got Qwen2MoeForCausalLM: layer 0 is of type 'sliding_attention' and gives its attention sliding_win",
+        ),
+        (lambda: tiny("phi"), {}, "got PhiForCausalLM: a layer"),
         (lambda: build("llama"), {"layers": (0, 3)}, r"layers must be from 0 to 2, got \(0, 3\)"),
     ],
-    ids=["gpt2", "other keys", "dynamic rope", "layers"],
+    ids=["gpt2", "other keys", "dynamic rope", "sinks", "two calls", "own mask", "own window", "dense", "layers"],
 )
 def test_refused_models(make, config, message):
     model = make()
@@ -440,9 +477,23 @@ def test_refused_models(make, config, message):
     assert not hasattr(model, "_palkernels_handle")
 
 
+@torch.no_grad()
 def test_hooked_modules_are_honoured():
-    model = norm_on_the_output()
-    attach(model)
+    """Projections are called as modules, so a hook or an adapter on them also acts on the audio."""
+    model = build("llama")
+    ids, padded, mask = batch(texts(), "left")
+    state = audio_state("inserted", torch.float32)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.register_forward_hook(lambda module, args, out: out * 0.5)
+    handle = attach(model)
+    got = unpadded(model(padded, attention_mask=mask, audio=state).logits, mask)
+    handle.detach()
+    assert largest_difference(got, oracle_logits(model, "sequence", ids, state, "all")) <= 1e-5
+
+
+def test_not_a_config():
+    with pytest.raises(TypeError, match="config must be a LalConfig, got str"):
+        attach(build("llama"), "all")
 
 
 def test_not_a_model():
@@ -545,6 +596,47 @@ class TestRefusedCalls:
         with pytest.raises(ValueError, match="attention_dropout must be 0 in training"):
             model.train()(padded, audio=self.state())
 
+    def test_dropout_that_only_the_layers_apply(self, model):
+        _, padded, _ = batch(texts(), "none")
+        model.model.layers[0].self_attn.attention_dropout = 0.5
+        model.model.layers[0].train()
+        with pytest.raises(ValueError, match=r"attention dropout must be 0 with audio.*got 0.5"):
+            model(padded, audio=self.state())
+
+    def test_audio_to_the_inner_model(self, model):
+        _, padded, _ = batch(texts(), "none")
+        with pytest.raises(ValueError, match="audio must be given to the attached causal LM itself"):
+            model.model(padded, audio=self.state())
+
+    def test_bidirectional_attention(self, model):
+        _, padded, _ = batch(texts(), "none")
+        with pytest.raises(ValueError, match="is_causal must not be given with audio"):
+            model(padded, audio=self.state(), is_causal=False)
+
+    def test_arguments_that_do_not_fit(self, model):
+        _, padded, _ = batch(texts(), "none")
+        with pytest.raises(TypeError, match="got input_ids twice"):
+            model(padded, input_ids=padded, audio=self.state())
+        with pytest.raises(TypeError, match="positional arguments, got 20"):
+            model(padded, *[None] * 19, audio=self.state())
+        with pytest.raises(ValueError, match="input_ids or inputs_embeds, got neither"):
+            model(audio=self.state())
+        with pytest.raises(ValueError, match=r"texts \(B, T\), T >= 1, got shape \(9,\)"):
+            model(padded[0], audio=self.state())
+        with pytest.raises(ValueError, match=r"position_ids must count.*got list"):
+            model(padded, position_ids=[0], audio=self.state())
+
+    def test_assistant(self, model):
+        _, padded, mask = batch(texts(), "left")
+        with pytest.raises(ValueError, match="assistant_model must be None with audio"):
+            model.generate(padded, attention_mask=mask, audio=self.state(), assistant_model=build("llama"))
+
+    def test_a_prompt_of_padding(self, model):
+        _, padded, mask = batch(texts(), "left")
+        mask[1] = 0
+        with pytest.raises(ValueError, match="every row of a prompt with audio must hold a token"):
+            model.generate(padded, attention_mask=mask, audio=self.state(), max_new_tokens=2)
+
     def test_a_layer_that_does_not_take_the_audio(self, model):
         """Somebody swaps a layer's attention function after attach: counted, not ignored."""
         attention = model.model.layers[1].self_attn
@@ -595,6 +687,8 @@ class TestRefusedCalls:
             r"insert_at must be \(B,\) or \(B, N\) with N = 3",
         ),
         ({"insert_at": torch.tensor([[1, 0, 2]] * 2)}, ValueError, "insert_at must not decrease"),
+        ({"insert_at": torch.tensor([[5, 1, 0]] * 2).to(torch.uint8)}, ValueError, "insert_at must not decrease"),
+        ({"lengths": torch.tensor([1, 9]).to(torch.uint16)}, ValueError, "lengths must be from 0 to 3"),
     ],
 )
 def test_invalid_state(fields, error, message):

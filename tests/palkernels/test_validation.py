@@ -124,6 +124,7 @@ INVALID = {
     "infinite scale": ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
     "softcap sign": ({"softcap": 0.0}, ValueError, "softcap must be positive, got 0.0"),
     "window type": ({"window": 2.0}, TypeError, "window must be an int or None, got float"),
+    "bool window": ({"window": True}, TypeError, "window must be an int or None, got bool"),
     "window range": ({"window": 0}, ValueError, "window must be at least 1, got 0"),
     "impl": (
         {"impl": "cuda"},
@@ -150,6 +151,15 @@ def test_extremes_are_valid():
         text_end=ints(3, 5),
         window=1,
     )
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "triton", "reference"])
+def test_huge_unsigned_positions_mean_never(impl):
+    """2**64 - 1 is -1 as int64, which would mean always."""
+    never = torch.full((2, 4), 2**64 - 1, dtype=torch.uint64)
+    without = valid() | {name: valid()[name][:, :, :0] for name in ("audio_key", "audio_value")}
+    got = lal_attention(**valid(), audio_visible_from=never, impl=impl)
+    torch.testing.assert_close(got, lal_attention(**without, impl=impl))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64])
