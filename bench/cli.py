@@ -1,0 +1,152 @@
+"""The command `palkernels`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+# torch, transformers and matplotlib take seconds to import, so each command imports what it needs.
+from palkernels.bench.errors import UserError
+
+__all__ = ["app", "main"]
+
+INTERRUPTED = 130  # a shell's exit code for Ctrl-C; typer returns it by itself, and silently
+
+app = typer.Typer(
+    name="palkernels",
+    help="Measure what LAL saves over PLITS, and see what runs on this machine.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"palkernels {version('palkernels')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def figure1(
+    audio: Annotated[Path | None, typer.Option(help="WAV, FLAC, OGG or MP3 file.  [default: the bundled clip]")] = None,
+    model: Annotated[
+        str, typer.Option(help="llama-3.2-1b, llama-3.2-3b, qwen2.5-1.5b, or a directory with a config.json.")
+    ] = "llama-3.2-1b",
+    layers: Annotated[int | None, typer.Option(help="Layers of the model.  [default: all; 2 on a CPU]")] = None,
+    audio_tokens: Annotated[str, typer.Option(help="Numbers of audio tokens.")] = "128,512,1500",
+    text_tokens: Annotated[int, typer.Option(help="Text tokens of each sample.")] = 128,
+    train_batch: Annotated[
+        int | None, typer.Option(help="Samples of a training step.  [default: 8; on a CPU 2, or 1 in fp32]")
+    ] = None,
+    infer_batch: Annotated[
+        int | None, typer.Option(help="Samples generated together.  [default: 12; on a CPU 2, or 1 in fp32]")
+    ] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate.  [default: 32; 8 on a CPU]")] = None,
+    methods: Annotated[str, typer.Option(help="What to compare.")] = "plits,lal",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, bf16, fp16 or fp32; auto is bf16, or fp32 on a CPU without bf16.")
+    ] = "auto",
+    repeats: Annotated[
+        int | None,
+        typer.Option(help="Timed passes of each point.  [default: 10; on a CPU at most 2 in training, 5 in inference]"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for figure1.json, .csv and .png.")] = Path("figure1-out"),
+    seed: Annotated[int, typer.Option(help="Seed of all random weights and of the text.")] = 0,
+    encoder_checkpoint: Annotated[
+        Path | None, typer.Option(help="Directory of a Whisper checkpoint.  [default: random weights]")
+    ] = None,
+    encoder_size: Annotated[str, typer.Option(help="Whisper size of a random encoder.")] = "tiny",
+) -> None:
+    """Reproduce Figure 1: memory and throughput of PLITS and LAL against audio tokens."""
+    counts = _counts("--audio-tokens", audio_tokens)
+
+    from rich.console import Console
+
+    from palkernels.bench.figure1 import run
+    from palkernels.bench.settings import Options
+
+    options = Options(
+        audio=audio,
+        model=model,
+        layers=layers,
+        audio_tokens=counts,
+        text_tokens=text_tokens,
+        train_batch=train_batch,
+        infer_batch=infer_batch,
+        new_tokens=new_tokens,
+        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
+        device=device,
+        dtype=dtype,
+        repeats=repeats,
+        out=out,
+        seed=seed,
+        encoder_checkpoint=encoder_checkpoint,
+        encoder_size=encoder_size,
+    )
+    # Into a pipe or a log rich assumes 80 columns, in which the table does not fit.
+    console = Console() if sys.stdout.isatty() else Console(width=110)
+    picture = run(options, console)
+    typer.echo(f"Plot: {picture}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices, and which implementations run here and why not."""
+    from palkernels.bench.doctor import diagnosis
+
+    typer.echo(diagnosis())
+
+
+def _counts(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} must be whole numbers separated by commas, got {text!r}") from None
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command. A mistake of the user is one line on stderr and exit code 2, Ctrl-C 130."""
+    given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        result: Any = app(args=given, prog_name="palkernels", standalone_mode=False)
+    except KeyboardInterrupt:
+        result = INTERRUPTED
+    except UserError as error:
+        _fail(str(error), 2)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("palkernels"):
+            raise
+        _fail(f"{error.name} must be installed: pip install 'palkernels[bench]'", 2)
+    except Exception as error:
+        # By version, typer raises its own classes or click's; what can be shown to a user has a message for it.
+        describe = getattr(error, "format_message", None)
+        if type(error).__name__ == "Abort":
+            result = INTERRUPTED
+        elif describe is None:
+            raise
+        else:
+            _fail(str(describe()), 2)
+    if result == INTERRUPTED:
+        _fail("interrupted", INTERRUPTED)
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

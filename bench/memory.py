@@ -1,0 +1,172 @@
+"""Peak memory of a block of PyTorch code, counted from the tensors it allocates.
+
+Process size says little about a method: it holds the interpreter, thread pools, the allocator's reserves and
+whatever ran before. `AllocationTracker` instead follows every storage that a dispatched operation creates,
+until the storage is released, and gives two figures:
+
+- `peak_bytes`: the most bytes alive at once: what `static` names (it exists before the block) plus everything
+  the block allocates. Storages that exist before and are not named (inputs) are not counted.
+- `peak_above_static_bytes`: the maximum over time of the bytes alive minus the bytes of those live storages
+  that belong to the static part (parameters, gradients, optimizer states). It is a peak of its own: it need
+  not occur when the total peaks. It is the part in which methods differ, since the static part is the model's.
+
+What belongs to the static part is known only afterwards (a gradient becomes one when it reaches `.grad`), so
+the tracker records events and classifies them at the end. Static are: the tensors given at the start and
+those given to `report()`, by storage, from the moment each was allocated; and the *contributions* to them. A
+weight used twice, as a tied embedding is, has two gradients side by side before autograd sums them; for a
+128256-word vocabulary each is as large as the embedding. They belong to the model and to no method. A
+contribution is recognised by data flow, not by its size (logits can have exactly a parameter's size): an
+operand of a sum that ran inside a backward pass, has the result's shape, and whose result is static.
+
+The autograd engine adds to a gradient in place if nobody else holds it and it is no view, but not while a
+dispatch mode is active, as one is here. The tracker undoes that: such a sum takes over the bytes of its first
+operand if that is released right after it.
+
+Memory that never becomes a storage (scratch inside a kernel, oneDNN's packed weights) is not seen. Tracking
+costs time, so nothing that is timed runs under it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+_SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes; see the module's docstring for what each counts."""
+
+    peak_bytes: int
+    peak_above_static_bytes: int
+    end_bytes: int
+
+
+@dataclass(frozen=True)
+class _Event:
+    """A change in a block's size; `replaces` is the block that the change takes over if that goes next."""
+
+    block: int
+    delta: int
+    replaces: int | None = None
+
+
+class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Context manager: counts what the code inside allocates on `device` (its type; None: everywhere).
+
+    with AllocationTracker(static=model.parameters()) as tracker:
+        loss = step()
+    report = tracker.report(static=[p.grad for p in model.parameters()])
+    """
+
+    def __init__(self, static: Iterable[torch.Tensor] = (), device: str | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
+        self.current_bytes = 0
+        self._sizes: list[int] = []  # by block: its size now
+        self._made_in: dict[int, int | None] = {}  # by block: the backward node at work when it was made
+        self._live: dict[int, tuple[int, Any]] = {}  # id(storage) -> block, weak reference to the storage
+        self._events: list[_Event] = []
+        self._sums: list[tuple[int, int]] = []  # (result's block, operand's block)
+        self._static: set[int] = set()
+        for tensor in static:
+            self._static.add(self._block(tensor, counted=True))
+
+    def report(self, static: Iterable[torch.Tensor] = ()) -> MemoryReport:
+        """The peaks so far, with the tensors in `static` (alive now) added to the static part."""
+        known = self._static | {self._live[key][0] for key in map(_key, static) if key in self._live}
+        # Sums are in the order of execution, so one pass from the last to the first also finds the parts of
+        # parts.
+        for result, operand in reversed(self._sums):
+            if result in known:
+                known.add(operand)
+        live = above = peak = peak_above = 0
+        for event in _in_place_sums(self._events):
+            live += event.delta
+            above += 0 if event.block in known else event.delta
+            peak, peak_above = max(peak, live), max(peak_above, above)
+        return MemoryReport(peak, peak_above, live)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)]
+        for tensor in inputs:
+            self._block(tensor, counted=False)  # first met as an input: it existed before
+        out = func(*args, **kwargs)
+        operands: list[int] = []
+        replaces: int | None = None
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and func in _SUMS and all(x.shape == out.shape for x in inputs):
+            operands = [self._block(x, counted=False) for x in inputs]
+            # What one node made and sums itself is part of its formula; the engine sums what several nodes made.
+            if any(self._made_in.get(operand) != self._node() for operand in operands) and not inputs[0]._is_view():
+                replaces = operands[0]
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                result = self._block(tensor, counted=True, replaces=replaces)
+                self._sums += [(result, operand) for operand in operands if operand != result]
+        for tensor in inputs:
+            self._block(tensor, counted=False)  # an in-place operation may have resized it
+        return out
+
+    def _block(self, tensor: torch.Tensor, counted: bool, replaces: int | None = None) -> int:
+        """The number of the tensor's storage; a new one counts with its size, or not at all."""
+        if self.device is not None and tensor.device.type != self.device:
+            return -1
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        known = self._live.get(id(storage))
+        if known is None:
+            block = len(self._sizes)
+            self._sizes.append(-1 if not counted else 0)  # -1: not ours to count
+            self._made_in[block] = self._node()
+            self._live[id(storage)] = (block, weakref.ref(storage, self._on_release(id(storage), block)))
+        else:
+            block = known[0]
+        if self._sizes[block] not in (-1, size):
+            self._change(block, size - self._sizes[block], replaces)
+        return block
+
+    def _node(self) -> int | None:
+        node = torch._C._current_autograd_node()
+        return None if node is None else node._sequence_nr()
+
+    def _on_release(self, key: int, block: int) -> Callable[[Any], None]:
+        tracker = weakref.ref(self)
+
+        def release(_: Any) -> None:
+            self = tracker()
+            if self is not None:
+                self._live.pop(key, None)
+                if self._sizes[block] > 0:
+                    self._change(block, -self._sizes[block])
+
+        return release
+
+    def _change(self, block: int, delta: int, replaces: int | None = None) -> None:
+        self._sizes[block] += delta
+        self.current_bytes += delta
+        self._events.append(_Event(block, delta, replaces))
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return id(tensor.untyped_storage())
+
+
+def _in_place_sums(events: list[_Event]) -> list[_Event]:
+    """The events, with a sum that the engine made placed behind the release of its operand."""
+    ordered = list(events)
+    for i, event in enumerate(ordered[:-1]):
+        following = ordered[i + 1]
+        if event.replaces == following.block and following.delta == -event.delta:
+            ordered[i], ordered[i + 1] = following, event
+    return ordered

@@ -1,0 +1,182 @@
+"""From the command line to what is measured: options checked, and what was left open chosen for the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from palkernels.bench import machine
+from palkernels.bench.errors import UserError
+from palkernels.bench.methods import METHODS, Method
+from palkernels.bench.presets import LlmPlan, plan_llm
+
+__all__ = ["Options", "Settings", "fit_time", "reductions", "settle"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line. None: chosen for the device by `settle`."""
+
+    audio: Path | None = None
+    model: str = "llama-3.2-1b"
+    layers: int | None = None
+    audio_tokens: tuple[int, ...] = (128, 512, 1500)
+    text_tokens: int = 128
+    train_batch: int | None = None
+    infer_batch: int | None = None
+    new_tokens: int | None = None
+    methods: tuple[str, ...] = ("plits", "lal")
+    device: str = "auto"
+    dtype: str = "auto"
+    repeats: int | None = None
+    out: Path = Path("figure1-out")
+    seed: int = 0
+    encoder_checkpoint: Path | None = None
+    encoder_size: str = "tiny"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What depends on the device; `batch` and `repeats` by mode."""
+
+    batch: dict[str, int]
+    new_tokens: int
+    repeats: dict[str, int]
+
+
+GPU_DEFAULTS = Defaults({"train": 8, "infer": 12}, 32, {"train": 10, "infer": 10})
+# On a CPU the widths and the vocabulary stay true, and depth, batches and repeats shrink to fit a few minutes. In
+# training the batch is 2: at 1 the gradients of the tied embedding, which every method has, weigh as much as all that
+# PLITS adds at 512 audio tokens, and the total peaks would be equal.
+CPU_DEFAULTS = Defaults({"train": 2, "infer": 2}, 8, {"train": 2, "infer": 5})
+# Without bfloat16 instructions a product takes more than twice as long, so half the batch.
+CPU_FP32_DEFAULTS = Defaults({"train": 1, "infer": 1}, 8, {"train": 2, "infer": 5})
+CPU_LAYERS = 2
+# On slow processors the repeats shrink too, if the run would take longer than this.
+CPU_SECONDS = 300
+CPU_FEWEST_REPEATS = {"train": 1, "infer": 3}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, with nothing left open."""
+
+    llm: LlmPlan
+    audio_tokens: tuple[int, ...]
+    text_tokens: int
+    batch: dict[str, int]  # by mode
+    new_tokens: int
+    methods: tuple[Method, ...]
+    device: torch.device
+    dtype: torch.dtype
+    repeats: dict[str, int]  # by mode
+    seed: int
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def settle(options: Options) -> Settings:
+    """Check the options and fill in what was left open.
+
+    Raises:
+        UserError: an option is not usable; the message names it.
+    """
+    _check(options)
+    device = _device(options.device)
+    on_cpu = device.type == "cpu"
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "bf16" if not on_cpu or machine.cpu_has_bf16() else "fp32"
+    llm = plan_llm(options.model, options.layers)
+    if on_cpu and options.layers is None and llm.full_layers > CPU_LAYERS:
+        llm = plan_llm(options.model, CPU_LAYERS)
+    defaults = GPU_DEFAULTS
+    if on_cpu:
+        defaults = CPU_DEFAULTS if dtype == "bf16" else CPU_FP32_DEFAULTS
+    settings = Settings(
+        llm=llm,
+        audio_tokens=options.audio_tokens,
+        text_tokens=options.text_tokens,
+        batch={
+            "train": options.train_batch or defaults.batch["train"],
+            "infer": options.infer_batch or defaults.batch["infer"],
+        },
+        new_tokens=options.new_tokens or defaults.new_tokens,
+        methods=tuple(METHODS[name] for name in options.methods),
+        device=device,
+        dtype=DTYPES[dtype],
+        repeats={mode: options.repeats or number for mode, number in defaults.repeats.items()},
+        seed=options.seed,
+    )
+    longest = max(options.audio_tokens) + options.text_tokens + settings.new_tokens
+    most = getattr(llm.config, "max_position_embeddings", None)
+    if most is not None and longest > most:
+        raise UserError(f"audio, text and new tokens together must be at most {most} for {llm.name}, got {longest}")
+    return settings
+
+
+def fit_time(options: Options, settings: Settings, seconds: float) -> Settings:
+    """Fewer repeats for a run on a CPU that would take `seconds`, if that is long and the user left them open."""
+    if settings.device.type != "cpu" or options.repeats is not None or seconds <= CPU_SECONDS:
+        return settings
+    return replace(settings, repeats=CPU_FEWEST_REPEATS)
+
+
+def reductions(options: Options, settings: Settings) -> str:
+    """What the defaults cut on a CPU, against what a run on a GPU takes by default; "" if nothing."""
+    if settings.device.type != "cpu":
+        return ""
+    full, cut = GPU_DEFAULTS, []
+    if options.layers is None and settings.llm.layers < settings.llm.full_layers:
+        cut.append(f"{settings.llm.layers} of {settings.llm.full_layers} layers")
+    if options.train_batch is None:
+        cut.append(f"training batch {settings.batch['train']} instead of {full.batch['train']}")
+    if options.infer_batch is None:
+        cut.append(f"inference batch {settings.batch['infer']} instead of {full.batch['infer']}")
+    if options.new_tokens is None:
+        cut.append(f"{settings.new_tokens} new tokens instead of {full.new_tokens}")
+    if options.repeats is None:
+        train, infer = settings.repeats["train"], settings.repeats["infer"]
+        cut.append(f"{train} training and {infer} inference repeats instead of {full.repeats['train']}")
+    if not cut:
+        return ""
+    return f"On a CPU the defaults are reduced: {', '.join(cut)}. Widths and vocabulary are the model's own."
+
+
+def _check(options: Options) -> None:
+    for name in ("layers", "text_tokens", "train_batch", "infer_batch", "new_tokens", "repeats"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if options.text_tokens < 2:
+        raise UserError(f"--text-tokens must be at least 2 for a next token to be predicted, got {options.text_tokens}")
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed must be from 0 to 2**63 - 1, got {options.seed}")
+    counts = options.audio_tokens
+    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
+        raise UserError(f"--audio-tokens must be distinct counts of at least 1, got {', '.join(map(str, counts))}")
+    names = options.methods
+    if not names or not set(names) <= set(METHODS) or len(set(names)) < len(names):
+        raise UserError(f"--methods must be distinct names out of {', '.join(METHODS)}, got {', '.join(names)!r}")
+    if options.dtype not in ("auto", *DTYPES):
+        raise UserError(f"--dtype must be one of auto, {', '.join(DTYPES)}, got {options.dtype!r}")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:INDEX, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device must exist on this machine, got {name!r} and {torch.cuda.device_count()} GPUs")
+    return device
