@@ -51,10 +51,10 @@ def figure1(
     audio_tokens: Annotated[str, typer.Option(help="Numbers of audio tokens.")] = "128,512,1500",
     text_tokens: Annotated[int, typer.Option(help="Text tokens of each sample.")] = 128,
     train_batch: Annotated[
-        int | None, typer.Option(help="Samples of a training step.  [default: 8; on a CPU 2, or 1 in fp32]")
+        int | None, typer.Option(help="Samples of a training step.  [default: 8; 2 on a CPU]")
     ] = None,
     infer_batch: Annotated[
-        int | None, typer.Option(help="Samples generated together.  [default: 12; on a CPU 2, or 1 in fp32]")
+        int | None, typer.Option(help="Samples generated together.  [default: 12; 2 on a CPU]")
     ] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate.  [default: 32; 8 on a CPU]")] = None,
     methods: Annotated[str, typer.Option(help="What to compare.")] = "plits,lal",

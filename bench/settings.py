@@ -49,12 +49,10 @@ class Defaults:
 
 
 GPU_DEFAULTS = Defaults({"train": 8, "infer": 12}, 32, {"train": 10, "infer": 10})
-# On a CPU the widths and the vocabulary stay true, and depth, batches and repeats shrink to fit a few minutes. In
-# training the batch is 2: at 1 the gradients of the tied embedding, which every method has, weigh as much as all that
-# PLITS adds at 512 audio tokens, and the total peaks would be equal.
+# On a CPU the widths and the vocabulary stay true, and depth, batches and repeats shrink to fit a few minutes. The
+# batch is 2: at 1 the gradients of the tied embedding, which every method has, weigh more than all that PLITS adds at
+# 512 audio tokens, and the total peaks are equal. In float32, with those gradients twice as large, they still are.
 CPU_DEFAULTS = Defaults({"train": 2, "infer": 2}, 8, {"train": 2, "infer": 5})
-# Without bfloat16 instructions a product takes more than twice as long, so half the batch.
-CPU_FP32_DEFAULTS = Defaults({"train": 1, "infer": 1}, 8, {"train": 2, "infer": 5})
 CPU_LAYERS = 2
 # On slow processors the repeats shrink too, if the run would take longer than this.
 CPU_SECONDS = 300
@@ -96,9 +94,7 @@ def settle(options: Options) -> Settings:
     llm = plan_llm(options.model, options.layers)
     if on_cpu and options.layers is None and llm.full_layers > CPU_LAYERS:
         llm = plan_llm(options.model, CPU_LAYERS)
-    defaults = GPU_DEFAULTS
-    if on_cpu:
-        defaults = CPU_DEFAULTS if dtype == "bf16" else CPU_FP32_DEFAULTS
+    defaults = CPU_DEFAULTS if on_cpu else GPU_DEFAULTS
     settings = Settings(
         llm=llm,
         audio_tokens=options.audio_tokens,

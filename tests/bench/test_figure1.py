@@ -100,7 +100,7 @@ def test_rows_are_complete(measured: tuple[dict[str, Any], Path, str]) -> None:
             "source",
             "status",
         ]
-        assert (row["text_tokens"], row["batch_size"], row["dtype"]) == (16, 1, "float32")
+        assert (row["text_tokens"], row["batch_size"], row["dtype"]) == (16, 2, "float32")
         assert (row["impl"], row["source"], row["status"]) == ("sdpa", "measured", "ok")
         assert row["memory_source"] == "tracked tensor allocations"
         samples = row["samples_per_second"]["samples"]
@@ -263,7 +263,7 @@ def test_one_method_and_own_audio(tiny: Path, tmp_path: Path) -> None:
     document = json.loads((out / "figure1.json").read_text())
     assert [(row["method"], row["mode"], row["batch_size"]) for row in document["rows"]] == [
         ("lal", "train", 3),
-        ("lal", "infer", 1),
+        ("lal", "infer", 2),
     ]
     assert document["meta"]["audio_file"] == str(clip)
     assert document["meta"]["layers"] == 1

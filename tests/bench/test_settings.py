@@ -31,12 +31,10 @@ def test_what_is_given_is_taken() -> None:
     assert fit_time(options, settings, 10 * CPU_SECONDS) is settings
 
 
-def test_dtype_and_batch_follow_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    for native, dtype, batch in ((True, torch.bfloat16, 2), (False, torch.float32, 1)):
+def test_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(machine, "cpu_has_bf16", lambda native=native: native)
-        settings = settle(CPU)
-        assert settings.dtype == dtype
-        assert settings.batch == {"train": batch, "infer": batch}
+        assert settle(CPU).dtype == dtype
 
 
 def test_a_slow_processor_gets_fewer_repeats() -> None:
