@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from palkernels.bench.errors import UserError, one_line
-from palkernels.bench.results import BASELINE, GIB, MODES, Row, baseline_of, reduction, speed_up, write_all
+from palkernels.bench.results import BASELINE, GIB, MODES, Row, baseline_of, percent, reduction, speed_up, write_all
 
 __all__ = ["draw", "render"]
 
@@ -150,8 +150,7 @@ def _note(ax: Axes, row: Row, rows: list[Row], x: float, metric: str, color: str
         gain = speed_up(row, base)
         text, offset = "" if gain is None else f"{gain:.2f}x", 9
     else:
-        share = reduction(row, base, metric)
-        text, offset = "" if share is None else f"{-100 * share:+.1f} %", -17
+        text, offset = percent(reduction(row, base, metric)), -17
     if text:
         ax.annotate(
             text,

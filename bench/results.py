@@ -18,6 +18,7 @@ from palkernels.bench.errors import UserError, one_line
 __all__ = [
     "baseline_of",
     "csv_text",
+    "percent",
     "reduction",
     "speed_up",
     "summary_table",
@@ -50,6 +51,11 @@ def speed_up(row: Row, base: Row | None) -> float | None:
 def reduction(row: Row, base: Row | None, key: str) -> float | None:
     """The share of the baseline's memory that is saved: 0.6 is 60 % less. `key` names the figure."""
     return None if base is None or not base[key] else float(1 - row[key] / base[key])
+
+
+def percent(share: float | None) -> str:
+    """A reduction as it is written in tables and plots: -60.0 %; "" if there is none."""
+    return "" if share is None else f"{round(-100 * share, 1) + 0.0:+.1f} %"  # + 0.0: no "-0.0"
 
 
 def csv_text(rows: list[Row]) -> str:
@@ -99,15 +105,11 @@ def summary_table(rows: list[Row], labels: dict[str, str]) -> Table:
             f"{row['samples_per_second']['p50']:.3g}",
             "" if faster is None else f"{faster:.2f}x",
             f"{row['peak_memory_bytes'] / GIB:.3f}",
-            _percent(reduction(row, base, "peak_memory_bytes")),
+            percent(reduction(row, base, "peak_memory_bytes")),
             f"{row['peak_above_static_bytes'] / GIB:.3f}",
-            _percent(reduction(row, base, "peak_above_static_bytes")),
+            percent(reduction(row, base, "peak_above_static_bytes")),
         )
     return table
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{-100 * share:+.1f} %"
 
 
 @contextmanager

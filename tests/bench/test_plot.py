@@ -131,6 +131,13 @@ def test_comparisons(document: dict[str, Any]) -> None:
     assert results.baseline_of(rows[3], rows) is None  # the baseline did not fit
 
 
+def test_percent() -> None:
+    assert results.percent(0.641) == "-64.1 %"
+    assert results.percent(-0.02) == "+2.0 %"
+    assert results.percent(0.0001) == "+0.0 %"
+    assert results.percent(None) == ""
+
+
 def test_csv_has_a_line_per_row(document: dict[str, Any]) -> None:
     lines = results.csv_text(document["rows"]).splitlines()
     assert len(lines) == 1 + len(document["rows"])
