@@ -15,6 +15,7 @@ from palkernels.bench.presets import LlmPlan, plan_llm
 __all__ = ["Options", "Settings", "fit_time", "reductions", "settle"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}  # PyTorch's names do too
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,11 @@ def test_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
         assert settle(CPU).dtype == dtype
 
 
+def test_dtype_by_either_name() -> None:
+    for name, dtype in (("fp32", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        assert settle(Options(device="cpu", dtype=name)).dtype == dtype
+
+
 def test_a_slow_processor_gets_fewer_repeats() -> None:
     settings = settle(CPU)
     assert fit_time(CPU, settings, CPU_SECONDS) is settings
