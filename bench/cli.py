@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit("error: typer must be installed: pip install 'palkernels[bench]'")
 
 # torch, transformers and matplotlib take seconds to import, so each command imports what it needs.
 from palkernels.bench.errors import UserError

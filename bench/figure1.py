@@ -74,9 +74,10 @@ def run(options: Options, console: Console) -> Path:
         document = {"meta": meta, "rows": rows}
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
         png = plot.render(document)
-        contents = (text.encode(), results.csv_text(rows).encode(), png)
+        contents = (text.encode(), results.csv_text(rows, bench.encoder_weights).encode(), png)
         results.write_all(options.out, dict(zip(FILES, contents, strict=True)))
-    console.print(results.summary_table(rows, {name: method.label for name, method in METHODS.items()}))
+    labels = {name: method.label for name, method in METHODS.items()}
+    console.print(results.summary_table(rows, labels, bench.encoder_weights))
     return options.out / FILES[2]
 
 
@@ -381,5 +382,9 @@ def _meta(options: Options, settings: Settings, bench: Bench, audio_file: str) -
         "optimizer": f"fused AdamW, learning rate {LEARNING_RATE}",
         "above_static_source": "tracked tensor allocations",
         "reductions": reductions(options, settings),
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()},
+        "options": {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in asdict(options).items()
+            if key != "out"
+        },
     }

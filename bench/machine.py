@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 _MARGIN = 256 * 2**20  # left to everything else on the machine
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "alloc_failed")
 
 
 def cpu_name() -> str:

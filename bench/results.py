@@ -58,12 +58,13 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{round(-100 * share, 1) + 0.0:+.1f} %"  # + 0.0: no "-0.0"
 
 
-def csv_text(rows: list[Row]) -> str:
+def csv_text(rows: list[Row], encoder_weights: str) -> str:
     """One line per row; `samples_per_second` becomes its median and, separated by blanks, its samples."""
     out = io.StringIO()
     flat = []
     for row in rows:
         line = {key: value for key, value in row.items() if key != "samples_per_second"}
+        line["encoder_weights"] = encoder_weights
         line["samples_per_second_p50"] = row["samples_per_second"]["p50"]
         line["samples_per_second_samples"] = " ".join(map(repr, row["samples_per_second"]["samples"]))
         flat.append(line)
@@ -73,9 +74,12 @@ def csv_text(rows: list[Row]) -> str:
     return out.getvalue()
 
 
-def summary_table(rows: list[Row], labels: dict[str, str]) -> Table:
+def summary_table(rows: list[Row], labels: dict[str, str], encoder_weights: str) -> Table:
     """What was measured, with reductions and speed-ups against the baseline at the same point."""
-    table = Table(title="Memory in GiB; reductions and speed-ups against PLITS at the same point")
+    table = Table(
+        title="Memory in GiB; reductions and speed-ups against PLITS at the same point",
+        caption=f"encoder weights: {encoder_weights}",
+    )
     headings = (
         "mode",
         "audio\ntokens",

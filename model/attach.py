@@ -67,7 +67,7 @@ class LayerReport:
 
     layer: int
     audio: bool  # whether the layer sees audio
-    impl: str  # implementation at inference; "stock" where the layer sees no audio
+    impl: str  # implementation at inference; "stock" where the layer sees no audio, "none" where it would raise
     training_impl: str
     why_not_triton: tuple[str, ...]  # at inference; empty where triton runs
 
@@ -175,8 +175,12 @@ class LalHandle:
         for training in (False, True):
             with torch.enable_grad():
                 reasons = unsupported_reasons(query.requires_grad_(training), key, key, key, key, impl="triton")
-            auto = "triton" if query.is_cuda and not reasons else "sdpa"
-            impl[training] = (auto if self.config.impl == "auto" else self.config.impl), tuple(reasons)
+            runs = self.config.impl
+            if runs == "auto":
+                runs = "triton" if query.is_cuda and not reasons else "sdpa"
+            elif runs == "triton" and reasons:
+                runs = "none"
+            impl[training] = runs, tuple(reasons)
         inference, reasons_at_inference = impl[False]
         return LayerReport(index, True, inference, impl[True][0], reasons_at_inference)
 
@@ -290,7 +294,7 @@ class LalHandle:
         if rotated and self.selected:
             like = state.for_layer(self.selected[0])
             rotation = self.rotary(like, layout.positions)
-        begun = not torch.compiler.is_compiling() and bool((length > 0).all())
+        begun = mask is None or (not torch.compiler.is_compiling() and bool((length > 0).all()))
         plan = Plan(layout, rotation, start, start if left_padded else None, right_padded, begun)
 
         given = arguments.get("position_ids")

@@ -99,7 +99,8 @@ def lal_attention_forward(
     if dropout:
         raise ValueError(f"attention dropout must be 0 with audio: the kernels do not drop out, got {dropout}")
     for name in UNSUPPORTED_KEYWORDS:
-        if kwargs.get(name) not in (None, True):
+        given_keyword = kwargs.get(name)
+        if given_keyword is not None and given_keyword is not True:
             raise ValueError(f"{name} must not be given with audio: the kernels are causal over whole rows")
     layer: int = module.layer_idx  # type: ignore[assignment]
     audio_key, audio_value = lal_request.audio_kv(layer)

@@ -26,6 +26,7 @@ INTEGER_DTYPES = (
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 MAX_TRITON_HEAD_DIM = 256
 MIN_CAPABILITY = (8, 0)
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for, not imported
 
 
 def lal_attention(
@@ -360,7 +361,7 @@ def _triton_reasons(call: _Call) -> list[str]:
     """Why the Triton kernels cannot take a call whose arguments are otherwise valid."""
     query = call.query
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         reasons.append("triton must be installed")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted:
@@ -398,8 +399,24 @@ def _run_triton(call: _Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def _clamped(call: _Call) -> _Call:
+    """Unchecked integers within bounds, on devices where they may be wrong; the Triton kernels do so themselves."""
+    if call.query.device.type == "cpu":
+        return call
+    audio_rows, num_audio = call.audio_key.shape[0], call.audio_key.shape[2]
+    bounds = {
+        "audio_lengths": (0, num_audio),
+        "audio_index": (0, audio_rows - 1),
+        "text_end": (call.query.shape[2], call.key.shape[2]),
+    }
+    given = call.integers()
+    changes = {name: given[name].clamp(*limits) for name, limits in bounds.items() if name in given}
+    return replace(call, **changes)  # type: ignore[arg-type]
+
+
 def _run_sdpa(call: _Call) -> tuple[Tensor, Tensor]:
     assert call.scale is not None
+    call = _clamped(call)
     return sdpa.lal_attention(
         *call.floats().values(),
         audio_lengths=call.audio_lengths,
@@ -414,6 +431,7 @@ def _run_sdpa(call: _Call) -> tuple[Tensor, Tensor]:
 
 
 def _run_reference(call: _Call) -> tuple[Tensor, Tensor]:
+    call = _clamped(call)
     return reference.lal_attention(  # type: ignore[return-value]
         *call.floats().values(),
         audio_lengths=call.audio_lengths,

@@ -115,7 +115,7 @@ class _MergedAttention(torch.autograd.Function):
         if query.numel():
             seen_query, parts = _split(query, key, value, audio_key, audio_value, settings)
             engine = _engine(query, settings)
-            out, lse = _merge([engine.forward(seen_query, part, settings) for part in parts], parts)
+            out, lse = _merge([_attend(engine, seen_query, part, settings) for part in parts], parts)
         else:
             out, lse = torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=_accumulator(query.dtype))
         # (B, T, Hq, D) in memory, so that the transpose Hugging Face does next is free.
@@ -140,7 +140,7 @@ class _MergedAttention(torch.autograd.Function):
         # exp(-inf - 0) is 0, where exp(-inf - -inf) would be NaN: a blind query's probabilities.
         lse = lse.masked_fill(lse == NEG_INF, 0)
         engine = _PLAIN if grad_lse is not None else _engine(query, settings)
-        shares = [engine.backward(grad_out, grad_lse, query, p, out, lse, settings) for p in parts]
+        shares = [_attend_backward(engine, grad_out, grad_lse, query, part, out, lse, settings) for part in parts]
 
         grad_query = shares[-1][0]
         for grad, _, _ in shares[:-1]:
@@ -276,38 +276,70 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _additive(mask: Tensor | None, query: Tensor, alignment: int = 1) -> Tensor | None:
+    """The mask as 0 and -inf, (B or 1, 1, T, keys) in query's dtype; rows start on multiples of ``alignment``."""
     if mask is None:
         return None
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, NEG_INF)
+    num_keys = mask.shape[-1]
+    padded = pad(mask, (0, -num_keys % alignment))
+    bias = torch.zeros(padded.shape, dtype=query.dtype, device=mask.device).masked_fill_(~padded, NEG_INF)
+    return bias[..., :num_keys].expand(-1, -1, query.shape[2], -1)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A tensor whose rows start on 16-byte boundaries; rows of the right length are known to be there."""
+    steps = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
+    fits = tensor.stride(-1) == 1 and tensor.storage_offset() * tensor.element_size() % 16 == 0
+    return tensor if fits and all(step % 16 == 0 for step in steps) else tensor.contiguous()
+
+
+def _folded_group(query: Tensor, part: Part) -> int:
+    """Where no query depends on its place (no causality, one mask for all), the heads of a group become rows of one
+    head, so that their keys are read once: how many heads fold, 1 where none may."""
+    one_mask = part.mask is None or part.mask.shape[2] == 1
+    return query.shape[1] // part.key.shape[1] if one_mask and not part.causal else 1
+
+
+def _attend(engine: Engine, query: Tensor, part: Part, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Output and LSE over one part, (B, Hq, T, D) and (B, Hq, T)."""
+    group = _folded_group(query, part)
+    out, lse = engine.forward(_fold(query, group), part, settings)
+    return _unfold(out, group), _unfold(lse.unsqueeze(-1), group).squeeze(-1)
+
+
+def _attend_backward(
+    engine: Engine,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    part: Part,
+    out: Tensor,
+    lse: Tensor,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One part's gradients of query, key and value, given the merged output and LSE."""
+    group = _folded_group(query, part)
+    grad_out, query, out = (_fold(tensor, group) for tensor in (grad_out, query, out))
+    lse = _fold(lse.unsqueeze(-1), group).squeeze(-1)
+    if grad_lse is not None:
+        grad_lse = _fold(grad_lse.unsqueeze(-1), group).squeeze(-1)
+    grad_query, grad_key, grad_value = engine.backward(grad_out, grad_lse, query, part, out, lse, settings)
+    return _unfold(grad_query, group), grad_key, grad_value
 
 
 class _CpuFlash:
-    """PyTorch's fused CPU kernel: any float dtype. It would read K and V again for every head of a group, so where
-    no query depends on its place (no causality, one mask for all) the group's heads become rows of one head."""
-
-    def _fold(self, part: Part, num_queries: int, group: int) -> tuple[Tensor | None, bool]:
-        """The mask (B or 1, 1, rows, keys), and whether heads are folded."""
-        mask = part.mask
-        folds = not part.causal and (mask is None or mask.shape[2] == 1)
-        if mask is not None and mask.shape[2] == 1:
-            mask = mask.expand(-1, -1, num_queries * group if folds else num_queries, -1)
-        return mask, folds
+    """PyTorch's fused CPU kernel: grouped heads, any float dtype."""
 
     def forward(self, query: Tensor, part: Part, settings: Settings) -> tuple[Tensor, Tensor]:
-        group = query.shape[1] // part.key.shape[1]
-        mask, folds = self._fold(part, query.shape[2], group)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _fold(query, group) if folds else query,
+            query,
             part.key,
             part.value,
             0.0,
             part.causal,
-            attn_mask=_additive(mask, query.dtype),
+            attn_mask=_additive(part.mask, query),
             scale=settings.scale,
         )
-        if folds:
-            out, lse = _unfold(out, group), _unfold(lse.unsqueeze(-1), group).squeeze(-1)
         return out, lse
 
     def backward(
@@ -321,11 +353,6 @@ class _CpuFlash:
         settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert grad_lse is None
-        group = query.shape[1] // part.key.shape[1]
-        mask, folds = self._fold(part, query.shape[2], group)
-        if folds:
-            grad_out, query, out = (_fold(tensor, group) for tensor in (grad_out, query, out))
-            lse = _fold(lse.unsqueeze(-1), group).squeeze(-1)
         grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out,
             query,
@@ -335,28 +362,27 @@ class _CpuFlash:
             lse,
             0.0,
             part.causal,
-            attn_mask=_additive(mask, query.dtype),
+            attn_mask=_additive(part.mask, query),
             scale=settings.scale,
         )
-        return _unfold(grad_query, group) if folds else grad_query, grad_key, grad_value
+        return grad_query, grad_key, grad_value
 
 
 class _CudaEfficient:
-    """PyTorch's memory-efficient CUDA kernel. It knows no grouped heads, so K and V are expanded meanwhile."""
+    """PyTorch's memory-efficient CUDA kernel. It knows no grouped heads, so K and V are expanded meanwhile, and takes
+    rows that start on 16-byte boundaries."""
 
-    def _inputs(self, query: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _inputs(self, query: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         group = query.shape[1] // part.key.shape[1]
-        key, value = part.key.repeat_interleave(group, dim=1), part.value.repeat_interleave(group, dim=1)
-        if part.mask is None:
-            return key, value, None
-        num_keys = key.shape[2]
-        mask = pad(part.mask.expand(-1, -1, query.shape[2], -1), (0, -num_keys % BIAS_ALIGNMENT))
-        bias = _additive(mask, query.dtype)
-        assert bias is not None
-        return key, value, bias[..., :num_keys].expand(query.shape[0], query.shape[1], -1, -1)
+        key, value = part.key, part.value
+        if group > 1:
+            key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+        query, key, value = (_aligned(tensor) for tensor in (query, key, value))
+        bias = _additive(part.mask, query, alignment=BIAS_ALIGNMENT)
+        return query, key, value, None if bias is None else bias.expand(*query.shape[:2], -1, -1)
 
     def forward(self, query: Tensor, part: Part, settings: Settings) -> tuple[Tensor, Tensor]:
-        key, value, bias = self._inputs(query, part)
+        query, key, value, bias = self._inputs(query, part)
         out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, True, 0.0, part.causal, scale=settings.scale
         )
@@ -373,16 +399,17 @@ class _CudaEfficient:
         settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert grad_lse is None
-        key, value, bias = self._inputs(query, part)
+        query, key, value, bias = self._inputs(query, part)
         no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
         grad_query, grad_key, grad_value, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            grad_out,
+            _aligned(grad_out),
             query,
             key,
             value,
             bias,
-            out,
-            pad(lse, (0, -lse.shape[2] % LSE_ALIGNMENT)),
+            _aligned(out),
+            # Rows that do not exist get probability exp(-inf) = 0, as the kernel's own forward pads.
+            pad(lse, (0, -lse.shape[2] % LSE_ALIGNMENT), value=float("inf")),
             no_dropout,
             no_dropout,
             0.0,
@@ -472,12 +499,16 @@ def _chunks(num_queries: int) -> list[slice]:
 
 def _fold(tensor: Tensor, group: int) -> Tensor:
     """(B, Hkv * G, t, n) -> (B, Hkv, G * t, n)"""
+    if group == 1:
+        return tensor
     batch, heads, rows, columns = tensor.shape
     return tensor.reshape(batch, heads // group, group * rows, columns)
 
 
 def _unfold(tensor: Tensor, group: int) -> Tensor:
     """(B, Hkv, G * t, n) -> (B, Hkv * G, t, n)"""
+    if group == 1:
+        return tensor
     batch, kv_heads, rows, columns = tensor.shape
     return tensor.reshape(batch, kv_heads * group, rows // group, columns)
 

@@ -1,4 +1,4 @@
-"""Inputs and error measures that the tests and the benchmarks share."""
+"""Inputs and error measures for tests of attention implementations."""
 
 import random
 from collections.abc import Iterable

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from palkernels.bench import plot
-from palkernels.bench.results import baseline_of, reduction, speed_up
+from palkernels.bench.results import baseline_of, percent, reduction, speed_up
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "figure1-cpu.json"
@@ -33,11 +33,13 @@ def table(document: dict) -> str:
         if row["method"] != "lal":
             continue
         base = baseline_of(row, rows)
+        if base is None:
+            raise ValueError(f"every point must fit into memory with both methods, got {row['status']} or no baseline")
         rate, base_rate = (x["samples_per_second"]["p50"] for x in (row, base))
         lines.append(
             f"| {row['mode']} | {row['audio_tokens']} | {base_rate:.3g} | {rate:.3g} | {speed_up(row, base):.1f}x "
-            f"| {-100 * reduction(row, base, 'peak_memory_bytes'):.0f} % "
-            f"| {-100 * reduction(row, base, 'peak_above_static_bytes'):.0f} % |"
+            f"| {percent(reduction(row, base, 'peak_memory_bytes'))} "
+            f"| {percent(reduction(row, base, 'peak_above_static_bytes'))} |"
         )
     return "\n".join(lines) + "\n"
 

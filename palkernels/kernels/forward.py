@@ -1,7 +1,8 @@
 """LAL attention, forward: one pass over the audio keys, then over the text keys, from two pointers.
 
 The query heads that share a K/V head are packed into the tile's rows (row = t * GROUP + g), so each key and value is
-loaded once for the whole group. Audio needs no causal test: its loop is maskless but for the last, partial block.
+loaded once for the whole group. Audio needs no causal test: its loop is maskless but for the last, partial block,
+unless tokens have a first visible position.
 """
 
 import contextlib

@@ -139,7 +139,7 @@ def test_percent() -> None:
 
 
 def test_csv_has_a_line_per_row(document: dict[str, Any]) -> None:
-    lines = results.csv_text(document["rows"]).splitlines()
+    lines = results.csv_text(document["rows"], "random (seed 0)").splitlines()
     assert len(lines) == 1 + len(document["rows"])
     assert "samples_per_second_p50" in lines[0]
     assert "2.0 2.0" in lines[1]

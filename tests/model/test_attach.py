@@ -349,8 +349,16 @@ def test_report_names_layers_and_reasons():
     assert [layer.impl for layer in report.layers] == ["stock", "sdpa", "sdpa"]
     assert "LlamaForCausalLM" in str(report)
     handle.detach()
-    handle = attach(model, LalConfig(impl="triton"))
-    assert {layer.impl for layer in handle.report().layers} == {"triton"}
+    report = attach(model, LalConfig(impl="triton")).report()
+    assert {(layer.impl, layer.training_impl) for layer in report.layers} == {("triton", "none")}
+
+
+def test_report_says_why_triton_does_not_run(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    report = attach(build("llama"), LalConfig(impl="triton")).report()
+    assert {layer.impl for layer in report.layers} == {"none"}
+    assert "CUDA device" in report.layers[0].why_not_triton[0]
+    assert "triton does not run: tensors must be on a CUDA device" in str(report)
 
 
 def test_attach_again():
@@ -612,6 +620,8 @@ class TestRefusedCalls:
         _, padded, _ = batch(texts(), "none")
         with pytest.raises(ValueError, match="is_causal must not be given with audio"):
             model(padded, audio=self.state(), is_causal=False)
+        with pytest.raises(ValueError, match="cu_seq_lens_q must not be given with audio"):
+            model(padded, audio=self.state(), cu_seq_lens_q=torch.tensor([0, 1]))
 
     def test_arguments_that_do_not_fit(self, model):
         _, padded, _ = batch(texts(), "none")
