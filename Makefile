@@ -21,7 +21,7 @@ test: lint
 lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy -p palkernels
+	cd dist && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p palkernels
 
 # The wheel with its pinned dependencies; a changed source reinstalls the wheel alone.
 .venv/installed: constraints.txt $(SOURCES)
@@ -29,7 +29,7 @@ lint: .venv/installed
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	rm -rf build dist
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
-	rm -rf build
+	rm -rf build *.egg-info
 	$(BIN)/pip install --progress-bar on "$$(ls dist/palkernels-*.whl)[all]"
 	$(BIN)/pip install --quiet --no-deps --force-reinstall dist/palkernels-*.whl
 	touch $@

@@ -147,7 +147,8 @@ class LalHandle:
         if getattr(model, HANDLE, None) is not self:
             return
         for index, stock in self._stock_configs.items():
-            self.layers[index].self_attn.config = stock  # type: ignore[union-attr]
+            attention: Any = self.layers[index].self_attn
+            attention.config = stock
         for name, stock in self._stock.items():
             if stock is None:
                 object.__delattr__(model, name)
@@ -303,10 +304,10 @@ class LalHandle:
             counted = (own >= 0) & (own < length.unsqueeze(1))
             fits = isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] == num_queries
             if not fits or given.shape[0] not in (1, batch) or bool(((given != own) & counted).any()):
-                got = given.tolist() if isinstance(given, Tensor) else type(given).__name__
+                what = given.tolist() if isinstance(given, Tensor) else type(given).__name__
                 raise ValueError(
                     "position_ids must count each row's own text from 0 with audio, (B, T) (packed sequences are not "
-                    f"supported), got {got}"
+                    f"supported), got {what}"
                 )
         return plan
 

@@ -415,8 +415,8 @@ def _clamped(call: _Call) -> _Call:
 
 
 def _run_sdpa(call: _Call) -> tuple[Tensor, Tensor]:
-    assert call.scale is not None
     call = _clamped(call)
+    assert call.scale is not None
     return sdpa.lal_attention(
         *call.floats().values(),
         audio_lengths=call.audio_lengths,
