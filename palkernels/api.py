@@ -4,6 +4,7 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,6 +189,10 @@ class _Call:
     def floats(self) -> dict[str, Tensor]:
         names = ("query", "key", "value", "audio_key", "audio_value")
         return {name: getattr(self, name) for name in names}
+
+    def options(self) -> dict[str, Any]:
+        names = ("audio_lengths", "audio_index", "audio_visible_from", "text_start", "text_end")
+        return {name: getattr(self, name) for name in (*names, "scale", "softcap", "window")}
 
     def integers(self) -> dict[str, Tensor]:
         names = ("audio_lengths", "audio_index", "audio_visible_from", "text_start", "text_end")
@@ -384,21 +389,6 @@ def _triton_reasons(call: _Call) -> list[str]:
     return reasons
 
 
-def _run_triton(call: _Call) -> tuple[Tensor, Tensor]:
-    out, lse = ops.lal_forward(
-        *call.floats().values(),
-        call.audio_lengths,
-        call.audio_index,
-        call.audio_visible_from,
-        call.text_start,
-        call.text_end,
-        call.scale,
-        call.softcap,
-        call.window,
-    )
-    return out, lse
-
-
 def _clamped(call: _Call) -> _Call:
     """Unchecked integers within bounds, on devices where they may be wrong; the Triton kernels do so themselves."""
     if call.query.device.type == "cpu":
@@ -414,36 +404,21 @@ def _clamped(call: _Call) -> _Call:
     return replace(call, **changes)  # type: ignore[arg-type]
 
 
+def _run_triton(call: _Call) -> tuple[Tensor, Tensor]:
+    out, lse = ops.lal_forward(*call.floats().values(), **call.options())
+    return out, lse
+
+
 def _run_sdpa(call: _Call) -> tuple[Tensor, Tensor]:
     call = _clamped(call)
-    assert call.scale is not None
-    return sdpa.lal_attention(
-        *call.floats().values(),
-        audio_lengths=call.audio_lengths,
-        audio_index=call.audio_index,
-        audio_visible_from=call.audio_visible_from,
-        text_start=call.text_start,
-        text_end=call.text_end,
-        scale=call.scale,
-        softcap=call.softcap,
-        window=call.window,
-    )
+    return sdpa.lal_attention(*call.floats().values(), **call.options())
 
 
 def _run_reference(call: _Call) -> tuple[Tensor, Tensor]:
     call = _clamped(call)
-    return reference.lal_attention(  # type: ignore[return-value]
-        *call.floats().values(),
-        audio_lengths=call.audio_lengths,
-        audio_index=call.audio_index,
-        audio_visible_from=call.audio_visible_from,
-        text_start=call.text_start,
-        text_end=call.text_end,
-        scale=call.scale,
-        softcap=call.softcap,
-        window=call.window,
-        return_lse=True,
-    )
+    result = reference.lal_attention(*call.floats().values(), **call.options(), return_lse=True)
+    assert isinstance(result, tuple)
+    return result
 
 
 _RUN = {"triton": _run_triton, "sdpa": _run_sdpa, "reference": _run_reference}
