@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -9,7 +10,8 @@ from typing import Annotated, Any, NoReturn
 try:
     import typer
 except ModuleNotFoundError:
-    sys.exit("error: typer must be installed: pip install 'palkernels[bench]'")
+    print("error: typer must be installed: pip install 'palkernels[bench]'", file=sys.stderr)
+    sys.exit(2)
 
 # torch, transformers and matplotlib take seconds to import, so each command imports what it needs.
 from palkernels.bench.errors import UserError
@@ -17,6 +19,7 @@ from palkernels.bench.errors import UserError
 __all__ = ["app", "main"]
 
 INTERRUPTED = 130  # a shell's exit code for Ctrl-C; typer returns it by itself, and silently
+TERMINATED = 143  # and for SIGTERM, which batch systems send at a time limit
 
 app = typer.Typer(
     name="palkernels",
@@ -126,6 +129,8 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command. A mistake of the user is one line on stderr and exit code 2, Ctrl-C 130."""
     given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    # As an exception, so that what a run has begun is cleaned up.
+    signal.signal(signal.SIGTERM, lambda number, frame: _fail("terminated", TERMINATED))
     try:
         result: Any = app(args=given, prog_name="palkernels", standalone_mode=False)
     except KeyboardInterrupt:

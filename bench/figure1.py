@@ -228,11 +228,18 @@ class _Series:
 def _measure_point(bench: Bench, mode: str, count: int) -> list[results.Row]:
     settings = bench.settings
     rows, text = settings.batch[mode], settings.text_tokens
-    batch = Batch.make(bench.clips[count], rows, text, settings.llm.config.vocab_size, settings.seed)
     series = {method.name: _Series() for method in settings.methods}
+    batch = None
+    try:
+        batch = Batch.make(bench.clips[count], rows, text, settings.llm.config.vocab_size, settings.seed)
+    except (RuntimeError, MemoryError) as error:
+        if not machine.is_out_of_memory(error):
+            raise
+        for current in series.values():
+            current.fits = False
     for turn in range(settings.repeats[mode] + 1):
         for method in settings.methods:
-            if series[method.name].fits:
+            if batch is not None and series[method.name].fits:
                 _take_turn(bench, method, mode, batch, series[method.name], memory_pass=turn == 0)
     cuda = settings.device.type == "cuda"
     point = []

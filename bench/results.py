@@ -88,9 +88,9 @@ def summary_table(rows: list[Row], labels: dict[str, str], encoder_weights: str)
         "samples/s",
         "speed-up",
         "peak\nmemory",
-        "reduction",
+        "change",
     )
-    for heading in (*headings, "above\nstatic", "reduction"):
+    for heading in (*headings, "above\nstatic", "change"):
         table.add_column(heading, justify="left" if heading in ("mode", "method", "impl") else "right")
     previous = None
     for row in rows:

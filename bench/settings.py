@@ -55,6 +55,7 @@ GPU_DEFAULTS = Defaults({"train": 8, "infer": 12}, 32, {"train": 10, "infer": 10
 # 512 audio tokens, and the total peaks are equal. In float32, with those gradients twice as large, they still are.
 CPU_DEFAULTS = Defaults({"train": 2, "infer": 2}, 8, {"train": 2, "infer": 5})
 CPU_LAYERS = 2
+MOST = 10**9  # of any count on the command line
 # On slow processors the repeats shrink too, if the run would take longer than this.
 CPU_SECONDS = 300
 CPU_FEWEST_REPEATS = {"train": 1, "infer": 3}
@@ -149,15 +150,16 @@ def reductions(options: Options, settings: Settings) -> str:
 def _check(options: Options) -> None:
     for name in ("layers", "text_tokens", "train_batch", "infer_batch", "new_tokens", "repeats"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if value is not None and not 1 <= value <= MOST:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1 and at most {MOST}, got {value}")
     if options.text_tokens < 2:
         raise UserError(f"--text-tokens must be at least 2 for a next token to be predicted, got {options.text_tokens}")
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed must be from 0 to 2**63 - 1, got {options.seed}")
     counts = options.audio_tokens
-    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
-        raise UserError(f"--audio-tokens must be distinct counts of at least 1, got {', '.join(map(str, counts))}")
+    if not counts or min(counts) < 1 or max(counts) > MOST or len(set(counts)) < len(counts):
+        got = ", ".join(map(str, counts))
+        raise UserError(f"--audio-tokens must be distinct counts of at least 1 and at most {MOST}, got {got}")
     names = options.methods
     if not names or not set(names) <= set(METHODS) or len(set(names)) < len(names):
         raise UserError(f"--methods must be distinct names out of {', '.join(METHODS)}, got {', '.join(names)!r}")

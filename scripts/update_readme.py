@@ -24,7 +24,8 @@ def table(document: dict) -> str:
         f"{meta['model']} with {meta['layers']} of its {meta['full_layers']} layers, {meta['dtype']}, training batch "
         f"{meta['train_batch']}, inference batch {meta['infer_batch']}, {meta['text_tokens']} text tokens, "
         f"{meta['new_tokens']} new tokens, on {meta['device_name']} with {meta['threads']} threads, "
-        f"{meta['date'][:10]}:",
+        f"{meta['date'][:10]}; medians of {meta['repeats']['train']} training steps and {meta['repeats']['infer']} "
+        "inferences:",
         "",
         "| | audio tokens | PLITS samples/s | LAL samples/s | speed-up | peak memory | above static |",
         "|---|---:|---:|---:|---:|---:|---:|",

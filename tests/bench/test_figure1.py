@@ -21,7 +21,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from palkernels.bench import figure1, machine
 from palkernels.bench.cli import main
-from palkernels.bench.methods import Lal, Method, Plits
+from palkernels.bench.methods import Batch, Lal, Method, Plits
 
 FILES = ["figure1.csv", "figure1.json", "figure1.png"]
 
@@ -142,7 +142,7 @@ def test_says_what_is_to_come_and_where_the_plot_is(measured: tuple[dict[str, An
     assert "LLM weights random (seed 0)" in printed
     assert "Whisper tiny, encoder weights random (seed 0)" in printed
     assert "speed-up" in printed
-    assert "reduction" in printed
+    assert "change" in printed
     assert lines[-1] == f"Plot: {out / 'figure1.png'}"
 
 
@@ -352,7 +352,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_a_batch_that_does_not_fit(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs too large to be made are out of memory as well, and the other points are still measured."""
+    make = Batch.make
+
+    def fail(clip: Any, *rest: Any) -> Batch:
+        if clip.shape[0] == 256:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return make(clip, *rest)
+
+    monkeypatch.setattr(Batch, "make", fail)
+    assert run(*small(tiny, tmp_path / "out")) == 0
+    rows = json.loads((tmp_path / "out" / "figure1.json").read_text())["rows"]
+    assert {row["audio_tokens"] for row in rows if row["status"] == "out of memory"} == {256}
+    assert {row["audio_tokens"] for row in rows if row["status"] == "ok"} == {16}
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "message"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_leaves_nothing(number: signal.Signals, code: int, message: str, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = [*map(str, small(tiny, out)), "--repeats", "100000"]
     command = [sys.executable, "-c", f"from palkernels.bench.cli import main; main({arguments!r})"]
@@ -361,10 +380,10 @@ def test_ctrl_c_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
     while not (line := process.stdout.readline()).startswith("Estimated"):
         assert line, process.communicate()
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error == "error: interrupted\n"
+    assert process.returncode == code
+    assert error == f"error: {message}\n"
     assert list(tmp_path.iterdir()) == []
 
 
