@@ -150,8 +150,7 @@ def _note(ax: Axes, row: Row, rows: list[Row], x: float, metric: str, color: str
         gain = speed_up(row, base)
         text, offset = "" if gain is None else f"{gain:.2f}x", 9
     else:
-        # Above the static part the line runs along the axis: the label stands above it.
-        text, offset = percent(reduction(row, base, metric)), 9 if metric == "peak_above_static_bytes" else -17
+        text, offset = percent(reduction(row, base, metric)), -17
     if text:
         ax.annotate(
             text,
