@@ -10,7 +10,7 @@ from palkernels.testing import FEATURES, fill_unreachable, lal_case
 
 
 def by_loops(case):
-    """DESIGN of the function, one query and one key at a time, in Python floats."""
+    """The definition, one query and one key at a time, in Python floats."""
     query, key, value, audio_key, audio_value = case.tensors
     o = case.options
     batch, heads, queries, dim = query.shape
