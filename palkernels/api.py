@@ -411,7 +411,7 @@ def _run_triton(call: _Call) -> tuple[Tensor, Tensor]:
 
 def _run_sdpa(call: _Call) -> tuple[Tensor, Tensor]:
     call = _clamped(call)
-    return sdpa.lal_attention(*call.floats().values(), **call.options())
+    return sdpa.lal_attention(*call.floats().values(), settings=sdpa.Settings(**call.options()))
 
 
 def _run_reference(call: _Call) -> tuple[Tensor, Tensor]:

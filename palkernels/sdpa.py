@@ -70,30 +70,13 @@ def lal_attention(
     audio_key: Tensor,
     audio_value: Tensor,
     *,
-    audio_lengths: Tensor | None,
-    audio_index: Tensor | None,
-    audio_visible_from: Tensor | None,
-    text_start: Tensor | None,
-    text_end: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """:func:`palkernels.lal_attention` on validated inputs; returns ``(out, lse)``."""
     # PyTorch's fused kernels read the last dimension as if its stride were 1.
     query, key, value, audio_key, audio_value = (
         tensor if tensor.stride(-1) == 1 else tensor.contiguous()
         for tensor in (query, key, value, audio_key, audio_value)
-    )
-    settings = Settings(
-        scale,
-        softcap,
-        window,
-        audio_lengths,
-        audio_index,
-        audio_visible_from,
-        text_start,
-        text_end,
     )
     out, lse = _MergedAttention.apply(query, key, value, audio_key, audio_value, settings)  # type: ignore[no-untyped-call]
     return out, lse
