@@ -283,8 +283,7 @@ def _take_turn(bench: Bench, method: Method, mode: str, batch: Batch, series: _S
     try:
         if mode == "train" and bench.optimizer is None:
             _make_optimizer(bench)
-        with method.ready(bench.model) as ran:
-            series.impl = ran(mode)
+        with method.ready(bench.model) as series.impl:
             if memory_pass:
                 series.memory = _measure_memory(bench, batch, work)
             else:

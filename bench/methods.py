@@ -8,7 +8,7 @@ back.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -49,8 +49,8 @@ class Method(ABC):
     audio_in_sequence: ClassVar[bool]  # whether audio tokens pass whole layers, or only key and value projections
 
     @abstractmethod
-    def ready(self, model: Any) -> AbstractContextManager[Callable[[str], str]]:
-        """Make the model usable with this method; what it yields maps a mode to what runs in it."""
+    def ready(self, model: Any) -> AbstractContextManager[str]:
+        """Make the model usable with this method; yields the name of the attention that runs."""
 
     @abstractmethod
     def loss(self, model: Any, connector: nn.Module, batch: Batch) -> Tensor:
@@ -69,8 +69,8 @@ class Plits(Method):
     audio_in_sequence = True
 
     @contextmanager
-    def ready(self, model: Any) -> Iterator[Callable[[str], str]]:
-        yield lambda mode: str(model.config._attn_implementation)
+    def ready(self, model: Any) -> Iterator[str]:
+        yield str(model.config._attn_implementation)
 
     def loss(self, model: Any, connector: nn.Module, batch: Batch) -> Tensor:
         audio_labels = batch.labels.new_full(batch.states.shape[:2], IGNORED)
@@ -94,15 +94,10 @@ class Lal(Method):
     audio_in_sequence = False
 
     @contextmanager
-    def ready(self, model: Any) -> Iterator[Callable[[str], str]]:
+    def ready(self, model: Any) -> Iterator[str]:
         handle = attach(model, LalConfig(layers="all", rope="sequence", impl="auto"))
-
-        def ran(mode: str) -> str:
-            layers = handle.report().layers
-            return "+".join(sorted({x.training_impl if mode == "train" else x.impl for x in layers}))
-
         try:
-            yield ran
+            yield "+".join(sorted({layer.impl for layer in handle.report().layers}))
         finally:
             handle.detach()
 

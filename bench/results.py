@@ -117,9 +117,9 @@ def summary_table(rows: list[Row], labels: dict[str, str], encoder_weights: str)
 
 
 @contextmanager
-def writable_folder(out: Path, names: tuple[str, ...]) -> Iterator[None]:
+def writable_folder(out: Path, names: tuple[str, ...], what: str = "--out") -> Iterator[None]:
     """Make sure, before a long run, that `names` can be written into `out`; a folder it made goes if the run
-    fails.
+    fails. Errors call the folder `what`.
 
     Raises:
         UserError: the folder cannot be made or written to, or a folder stands where a file belongs.
@@ -132,10 +132,10 @@ def writable_folder(out: Path, names: tuple[str, ...]) -> Iterator[None]:
                 pass
         except OSError as error:
             reason = error.strerror or one_line(error)
-            raise UserError(f"--out must be a folder that can be written to, got {str(out)!r}: {reason}") from error
+            raise UserError(f"{what} must be a folder that can be written to, got {str(out)!r}: {reason}") from error
         blocked = [name for name in names if (out / name).is_dir()]
         if blocked:
-            raise UserError(f"--out must be free for {blocked[0]}, got a folder of that name in {str(out)!r}")
+            raise UserError(f"{what} must be free for {blocked[0]}, got a folder of that name in {str(out)!r}")
         yield
     except BaseException:
         for folder in made:  # from the innermost outwards

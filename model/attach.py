@@ -67,9 +67,8 @@ class LayerReport:
 
     layer: int
     audio: bool  # whether the layer sees audio
-    impl: str  # implementation at inference; "stock" where the layer sees no audio, "none" where it would raise
-    training_impl: str
-    why_not_triton: tuple[str, ...]  # at inference; empty where triton runs
+    impl: str  # the implementation; "stock" where the layer sees no audio, "none" where it would raise
+    why_not_triton: tuple[str, ...]  # empty where triton runs
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ class LalReport:
     layers: tuple[LayerReport, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.model}, rope={self.rope!r}", "layer  audio  inference  training"]
-        lines += [f"{x.layer:5}  {'yes' if x.audio else 'no':5}  {x.impl:9}  {x.training_impl}" for x in self.layers]
+        lines = [f"{self.model}, rope={self.rope!r}", "layer  audio  implementation"]
+        lines += [f"{x.layer:5}  {'yes' if x.audio else 'no':5}  {x.impl}" for x in self.layers]
         reasons = dict.fromkeys(reason for layer in self.layers for reason in layer.why_not_triton)
         lines += [f"triton does not run: {reason}" for reason in reasons]
         return "\n".join(lines)
@@ -166,24 +165,19 @@ class LalHandle:
 
     def _report_layer(self, index: int) -> LayerReport:
         if index not in self.selected:
-            return LayerReport(index, False, "stock", "stock", ())
+            return LayerReport(index, False, "stock", ())
         attention: Any = self.layers[index].self_attn
         weight = attention.k_proj.weight
         heads = attention.config.num_attention_heads
         query = torch.empty(1, heads, 1, attention.head_dim, dtype=weight.dtype, device=weight.device)
         key = query[:, : heads // attention.num_key_value_groups]
-        impl = {}
-        for training in (False, True):
-            with torch.enable_grad():
-                reasons = unsupported_reasons(query.requires_grad_(training), key, key, key, key, impl="triton")
-            runs = self.config.impl
-            if runs == "auto":
-                runs = "triton" if query.is_cuda and not reasons else "sdpa"
-            elif runs == "triton" and reasons:
-                runs = "none"
-            impl[training] = runs, tuple(reasons)
-        inference, reasons_at_inference = impl[False]
-        return LayerReport(index, True, inference, impl[True][0], reasons_at_inference)
+        reasons = unsupported_reasons(query, key, key, key, key, impl="triton")
+        impl = self.config.impl
+        if impl == "auto":
+            impl = "triton" if query.is_cuda and not reasons else "sdpa"
+        elif impl == "triton" and reasons:
+            impl = "none"
+        return LayerReport(index, True, impl, tuple(reasons))
 
     def stock(self, name: str) -> Callable[..., Any]:
         """The model's forward or generate as it was before."""

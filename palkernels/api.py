@@ -3,14 +3,14 @@
 import importlib.util
 import math
 import os
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from palkernels import ops, reference, sdpa
+from palkernels.call import Call
 
 IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -93,21 +93,10 @@ def lal_attention(
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, device or value; or ``impl`` cannot run these inputs. Every reason is named.
     """
-    call = _Call(
-        query,
-        key,
-        value,
-        audio_key,
-        audio_value,
-        audio_lengths,
-        audio_index,
-        audio_visible_from,
-        text_start,
-        text_end,
-        scale,
-        softcap,
-        window,
-    )
+    call = Call(
+        query, key, value, audio_key, audio_value,
+        audio_lengths, audio_index, audio_visible_from, text_start, text_end, scale, softcap, window,
+    )  # fmt: skip
     _check_impl(impl)
     problems = _problems(call)
     if problems:
@@ -146,21 +135,10 @@ def unsupported_reasons(
 
     An empty list says that ``impl`` runs them.
     """
-    call = _Call(
-        query,
-        key,
-        value,
-        audio_key,
-        audio_value,
-        audio_lengths,
-        audio_index,
-        audio_visible_from,
-        text_start,
-        text_end,
-        scale,
-        softcap,
-        window,
-    )
+    call = Call(
+        query, key, value, audio_key, audio_value,
+        audio_lengths, audio_index, audio_visible_from, text_start, text_end, scale, softcap, window,
+    )  # fmt: skip
     _check_impl(impl)
     reasons = [str(problem) for problem in _problems(call)]
     if impl == "triton" and isinstance(query, Tensor):
@@ -168,48 +146,17 @@ def unsupported_reasons(
     return reasons
 
 
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of one call. Field names are the public ones."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    audio_key: Tensor
-    audio_value: Tensor
-    audio_lengths: Tensor | None
-    audio_index: Tensor | None
-    audio_visible_from: Tensor | None
-    text_start: Tensor | None
-    text_end: Tensor | None
-    scale: float | None
-    softcap: float | None
-    window: int | None
-
-    def floats(self) -> dict[str, Tensor]:
-        names = ("query", "key", "value", "audio_key", "audio_value")
-        return {name: getattr(self, name) for name in names}
-
-    def options(self) -> dict[str, Any]:
-        names = ("audio_lengths", "audio_index", "audio_visible_from", "text_start", "text_end")
-        return {name: getattr(self, name) for name in (*names, "scale", "softcap", "window")}
-
-    def integers(self) -> dict[str, Tensor]:
-        names = ("audio_lengths", "audio_index", "audio_visible_from", "text_start", "text_end")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
 def _check_impl(impl: str) -> None:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
 
 
-def _problems(call: _Call) -> list[Exception]:
+def _problems(call: Call) -> list[Exception]:
     """Everything that is wrong with the arguments themselves; later checks only where earlier ones pass."""
     return _type_problems(call) or _shape_problems(call) or _value_problems(call)
 
 
-def _type_problems(call: _Call) -> list[Exception]:
+def _type_problems(call: Call) -> list[Exception]:
     problems: list[Exception] = []
     tensors = {**call.floats(), **call.integers()}
     for name, tensor in tensors.items():
@@ -250,7 +197,7 @@ def _type_problems(call: _Call) -> list[Exception]:
     return problems
 
 
-def _shape_problems(call: _Call) -> list[Exception]:
+def _shape_problems(call: Call) -> list[Exception]:
     layouts = {
         "query": "(B, Hq, T, D)",
         "key": "(B, Hkv, S, D)",
@@ -302,7 +249,7 @@ def _shape_problems(call: _Call) -> list[Exception]:
     return problems
 
 
-def _value_problems(call: _Call) -> list[Exception]:
+def _value_problems(call: Call) -> list[Exception]:
     on_cpu = call.query.device.type == "cpu"
     tracing = torch.compiler.is_compiling() or is_fake(call.query)
     if tracing or not (on_cpu or os.environ.get("PALKERNELS_CHECK") == "1"):
@@ -327,7 +274,7 @@ def _value_problems(call: _Call) -> list[Exception]:
     return problems
 
 
-def _autocast_dtypes(call: _Call) -> list[tuple[str, torch.dtype]]:
+def _autocast_dtypes(call: Call) -> list[tuple[str, torch.dtype]]:
     """The dtype each float tensor computes in: autocast's, if it is on; it leaves float64 alone, as SDPA does."""
     device = call.query.device.type
     target = None
@@ -339,7 +286,7 @@ def _autocast_dtypes(call: _Call) -> list[tuple[str, torch.dtype]]:
     ]
 
 
-def _prepared(call: _Call) -> _Call:
+def _prepared(call: Call) -> Call:
     """Autocast applied, integers as int32 or int64, the scale filled in."""
     changes: dict[str, object] = {}
     for name, dtype in _autocast_dtypes(call):
@@ -362,7 +309,7 @@ def _as_int64(tensor: Tensor) -> Tensor:
     return converted
 
 
-def _triton_reasons(call: _Call) -> list[str]:
+def _triton_reasons(call: Call) -> list[str]:
     """Why the Triton kernels cannot take a call whose arguments are otherwise valid."""
     query = call.query
     reasons = []
@@ -384,12 +331,10 @@ def _triton_reasons(call: _Call) -> list[str]:
             reasons.append("float64 must be run with TRITON_INTERPRET=1 or another implementation")
     if query.ndim == 4 and query.shape[-1] > MAX_TRITON_HEAD_DIM:
         reasons.append(f"D must be at most {MAX_TRITON_HEAD_DIM}, got {query.shape[-1]}")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.floats().values()):
-        reasons.append("no input may require gradients: the Triton kernels have no backward yet")
     return reasons
 
 
-def _clamped(call: _Call) -> _Call:
+def _clamped(call: Call) -> Call:
     """Unchecked integers within bounds, on devices where they may be wrong; the Triton kernels do so themselves."""
     if call.query.device.type == "cpu":
         return call
@@ -404,17 +349,17 @@ def _clamped(call: _Call) -> _Call:
     return replace(call, **changes)  # type: ignore[arg-type]
 
 
-def _run_triton(call: _Call) -> tuple[Tensor, Tensor]:
-    out, lse = ops.lal_forward(*call.floats().values(), **call.options())
+def _run_triton(call: Call) -> tuple[Tensor, Tensor]:
+    out, lse = ops.lal_forward(*call.arguments())
     return out, lse
 
 
-def _run_sdpa(call: _Call) -> tuple[Tensor, Tensor]:
+def _run_sdpa(call: Call) -> tuple[Tensor, Tensor]:
     call = _clamped(call)
     return sdpa.lal_attention(*call.floats().values(), settings=sdpa.Settings(**call.options()))
 
 
-def _run_reference(call: _Call) -> tuple[Tensor, Tensor]:
+def _run_reference(call: Call) -> tuple[Tensor, Tensor]:
     call = _clamped(call)
     result = reference.lal_attention(*call.floats().values(), **call.options(), return_lse=True)
     assert isinstance(result, tuple)

@@ -1,7 +1,13 @@
-"""PyTorch operators over the Triton kernels: schema and shapes only, so that importing this needs no triton."""
+"""PyTorch operators over the Triton kernels: schema, shapes, autograd. Importing this needs no triton."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from palkernels import flops
+from palkernels.call import FLOATS, Call
 
 
 @torch.library.custom_op("palkernels::lal_forward", mutates_args=())
@@ -21,27 +27,52 @@ def lal_forward(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, Hq, T, D), laid out as (B, T, Hq, D), and its natural-log LSE (B, Hq, T)."""
-    from palkernels.kernels import forward
+    from palkernels.kernels.forward import forward_launch
 
+    call = Call(
+        query, key, value, audio_key, audio_value,
+        audio_lengths, audio_index, audio_visible_from, text_start, text_end, scale, softcap, window,
+    )  # fmt: skip
     out, lse = _empty_outputs(query)
-    forward.lal_forward(
-        query,
-        key,
-        value,
-        audio_key,
-        audio_value,
-        audio_lengths,
-        audio_index,
-        audio_visible_from,
-        text_start,
-        text_end,
-        scale,
-        softcap,
-        window,
-        out,
-        lse,
-    )
+    forward_launch(call, out, lse, _capability(query)).run()
     return out, lse
+
+
+@torch.library.custom_op("palkernels::lal_backward", mutates_args=())
+def lal_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needed: Sequence[bool],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    audio_key: Tensor,
+    audio_value: Tensor,
+    audio_lengths: Tensor | None,
+    audio_index: Tensor | None,
+    audio_visible_from: Tensor | None,
+    text_start: Tensor | None,
+    text_end: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> list[Tensor]:
+    """Gradients of those of query, key, value, audio_key and audio_value that are ``needed`` (five bools), in order."""
+    from palkernels.kernels.backward import backward_launches
+
+    call = Call(
+        query, key, value, audio_key, audio_value,
+        audio_lengths, audio_index, audio_visible_from, text_start, text_end, scale, softcap, window,
+    )  # fmt: skip
+    gradients = {
+        name: torch.empty_like(tensor) if need else None
+        for need, (name, tensor) in zip(needed, call.floats().items(), strict=True)
+    }
+    for launch in backward_launches(call, out, lse, dout, dlse, gradients, _capability(query)):
+        launch.run()
+    return [gradient for gradient in gradients.values() if gradient is not None]
 
 
 @lal_forward.register_fake
@@ -49,8 +80,46 @@ def _(query: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return _empty_outputs(query)
 
 
+@lal_backward.register_fake
+def _(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needed: Sequence[bool],
+    *arguments: Any,
+) -> list[Tensor]:
+    floats = arguments[: len(FLOATS)]
+    return [torch.empty_like(tensor) for need, tensor in zip(needed, floats, strict=True) if need]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # an unused LSE costs nothing
+    *tensors, ctx.scale, ctx.softcap, ctx.window = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    out, lse, *tensors = ctx.saved_tensors
+    needed = ctx.needs_input_grad[: len(FLOATS)]
+    if dout is None:
+        dout = torch.zeros_like(out)
+    found = iter(lal_backward(dout, dlse, out, lse, list(needed), *tensors, ctx.scale, ctx.softcap, ctx.window))
+    return (*(next(found) if need else None for need in needed), *[None] * (len(ctx.needs_input_grad) - len(FLOATS)))
+
+
+lal_forward.register_autograd(_backward, setup_context=_setup_context)
+flops.register()
+
+
 def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, num_queries, head_dim = query.shape
     out = query.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)
     lse = query.new_empty(batch, heads, num_queries, dtype=torch.promote_types(query.dtype, torch.float32))
     return out, lse
+
+
+def _capability(query: Tensor) -> int | None:
+    from palkernels.kernels import launch, tiles
+
+    return None if launch.INTERPRETED else tiles.capability(query.device)

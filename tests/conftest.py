@@ -1,8 +1,37 @@
-"""The environment of every test and of the processes that tests start."""
+"""The environment of every test and of the processes that tests start.
+
+pytest                  on a CPU; the Triton kernels run in Triton's interpreter
+pytest --device cuda    on a GPU: the tests marked gpu, compiled
+"""
 
 import os
 
+import pytest
+
 # A child process imports the installed package, not the source tree that it happens to start in.
 os.environ["PYTHONSAFEPATH"] = "1"
-# The Triton kernels run in Triton's interpreter, which must be chosen before triton is imported.
-os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where the kernels run")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: runs on a GPU too, with --device cuda")
+    config.addinivalue_line("markers", "cuda_only: cannot run in the interpreter")
+    if config.getoption("--device") == "cpu":  # must be chosen before triton is imported
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config, items):
+    on_gpu = config.getoption("--device") == "cuda"
+    marker = "gpu" if on_gpu else "cuda_only"
+    dropped = [item for item in items if (item.get_closest_marker(marker) is None) == on_gpu]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return request.config.getoption("--device")

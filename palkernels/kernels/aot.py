@@ -1,115 +1,174 @@
 """Compile every shipped tile ahead of time, without a GPU, and read what the compiler made of it.
 
-    python -m palkernels.kernels.aot 90        one JSON object per tile
+    python -m palkernels.kernels.aot 90 --dtypes bfloat16        one JSON object per kernel variant
 
-It must run in a process without TRITON_INTERPRET: the interpreter replaces the compiler when kernels are defined.
+The launches are the real ones, on tensors without memory. This needs a process of its own: it replaces Triton's GPU
+driver, and TRITON_INTERPRET, which replaces the compiler when kernels are defined, must not be set.
 """
 
+import argparse
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import triton
-import triton.language as tl
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
+from palkernels.call import FLOATS, Call
 from palkernels.kernels import tiles
-from palkernels.kernels.forward import lal_forward_kernel
+from palkernels.kernels.backward import backward_launches
+from palkernels.kernels.forward import forward_launch
+from palkernels.kernels.launch import INTERPRETED, Launch
 
-# Shared memory one program may use, bytes.
-SHARED_MEMORY = {80: 166_912, 90: 232_448}
-TYPES = {2: "bf16", 4: "fp32"}
+# Shared memory one program may use, bytes. Ampere's table also serves the consumer GPUs, which have the least.
+SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# No option at all; padding, shared audio and the LSE's gradient; every option.
+FEATURES = ("none", "padding", "all")
+HEAD_DIMS = tuple(sorted({head_dim for _, head_dim in tiles.TILES["forward"][80]}))
+GROUP = 4
 
 
 @dataclass(frozen=True)
 class Compiled:
     """What one kernel variant uses on one architecture."""
 
+    kernel: str
+    gradients: str  # which of dK and dV the keys' gradient kernel computes; "" for the others
     capability: int
     dtype: str
     head_dim: int
     features: str
     tile: tiles.Tile
     registers: int
-    stack_bytes: int
+    stack_bytes: int  # registers that did not fit live there
     shared_bytes: int
-    wgmma: int
+    wgmma: int  # Hopper's matrix instructions
+    async_copies: int
     transposed_register_dots: int
 
 
-def compile_forward(capability: int, element_size: int, head_dim: int, tile: tiles.Tile, *, features: str) -> Compiled:
-    """Compile the forward kernel; ``features`` is "plain" or "all" (every optional tensor, softcap and a window)."""
-    everything = features == "all"
-    dtype = TYPES[element_size]
-    constants: dict[str, object] = {
-        "SCALE": head_dim**-0.5,
-        "SOFTCAP": 50.0 if everything else None,
-        "GROUP": 4,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": tiles.padded_head_dim(head_dim),
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "ACC": tl.float32,
-    }
-    for name in ("stride_qd", "stride_kd", "stride_vd", "stride_akd", "stride_avd", "stride_od"):
-        constants[name] = 1
-    optional = ("lengths_ptr", "index_ptr", "visible_ptr", "start_ptr", "end_ptr")
-    if not everything:
-        constants |= dict.fromkeys((*optional, "window"))
-    signature, aligned = {}, []
-    for name in lal_forward_kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in optional:
-            signature[name] = "*i64"
-        elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name == "lse_ptr" else f"*{dtype}"
-            aligned.append(name)
-        else:
-            signature[name] = "i32"
-            if name.startswith("stride") and "visible" not in name:
-                aligned.append(name)
-    position = {name: (index,) for index, name in enumerate(lal_forward_kernel.arg_names)}
-    source = ASTSource(
-        lal_forward_kernel,
-        signature,
-        {position[name]: value for name, value in constants.items()},
-        {position[name]: [["tt.divisibility", 16]] for name in aligned},
-    )
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, stack = _resources(kernel.asm["cubin"])
-    return Compiled(
-        capability=capability,
-        dtype=dtype,
-        head_dim=head_dim,
-        features=features,
-        tile=tile,
-        registers=registers,
-        stack_bytes=stack,
-        shared_bytes=kernel.metadata.shared,
-        wgmma=kernel.asm["ptx"].count("wgmma.mma_async"),
-        # Triton 3.4 to 3.7.0 miscompiles a dot whose left operand is a transposed register tile.
-        transposed_register_dots=len(re.findall(r"tt\.trans .*: tensor<[^>]*, #mma", kernel.asm["ttgir"])),
-    )
+def compile_kernel(
+    kernel: str, capability: int, dtype: torch.dtype, head_dim: int, tile: tiles.Tile, features: str
+) -> list[Compiled]:
+    """One entry per launch: above head dim 128 dK and dV take one each."""
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET must not be set where kernels are compiled")
+    driver.set_active(_Compiler(capability))
+    with tiles.use(**{kernel: tile}):
+        launches = _launches(kernel, dtype, head_dim, tile.block_m, features)
+    found = []
+    for gradients, launch in launches.items():
+        binary = launch.compile()
+        registers, stack = _resources(binary.asm["cubin"])
+        found.append(
+            Compiled(
+                kernel=kernel,
+                gradients=gradients,
+                capability=capability,
+                dtype=str(dtype).removeprefix("torch."),
+                head_dim=head_dim,
+                features=features,
+                tile=tile,
+                registers=registers,
+                stack_bytes=stack,
+                shared_bytes=binary.metadata.shared,
+                wgmma=binary.asm["ptx"].count("wgmma.mma_async"),
+                async_copies=len(re.findall(r"cp\.async\.c[ga]|cp\.async\.bulk\.tensor", binary.asm["ptx"])),
+                transposed_register_dots=transposed_register_dots(binary.asm["ttgir"]),
+            )
+        )
+    return found
 
 
-def compile_shipped(capability: int, element_sizes: tuple[int, ...] = (2, 4)) -> Iterator[Compiled]:
-    """Every tile that :mod:`palkernels.kernels.tiles` can choose on this architecture, plain and with all features."""
-    for element_size, head_dim, tile in tiles.shipped_forward_tiles(capability):
-        if element_size in element_sizes:
-            for features in ("plain", "all"):
-                yield compile_forward(capability, element_size, head_dim, tile, features=features)
+def shipped_variants(
+    capability: int,
+    dtypes: tuple[torch.dtype, ...],
+    kernels: tuple[str, ...] = tiles.KERNELS,
+    head_dims: tuple[int, ...] = HEAD_DIMS,
+) -> list[tuple[str, int, torch.dtype, int, tiles.Tile, str]]:
+    """Arguments of :func:`compile_kernel` for every tile that :mod:`palkernels.kernels.tiles` can choose there."""
+    return [
+        (kernel, capability, dtype, head_dim, tile, features)
+        for kernel in kernels
+        for dtype in dtypes
+        for features in FEATURES
+        for element_size, head_dim, tile in tiles.shipped(kernel, tiles.architecture(capability), features == "all")
+        if element_size == dtype.itemsize and head_dim in head_dims
+    ]
+
+
+def _launches(kernel: str, dtype: torch.dtype, head_dim: int, num_rows: int, features: str) -> dict[str, Launch]:
+    """Launches of the kernel at usual strides, for the gradients of all five tensors in backward."""
+    batch, kv_heads, num_keys, num_audio = 8, 8, 256, 1504
+    num_queries = max(num_rows // GROUP, 1)
+    padded = features != "none"
+
+    def floats(heads: int, tokens: int) -> Tensor:  # (B, H, T, D) as models have it: heads innermost but one
+        return torch.empty(batch, tokens, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+
+    def integers(*shape: int) -> Tensor | None:
+        return torch.empty(shape, dtype=torch.int64, device="meta") if padded else None
+
+    query = floats(kv_heads * GROUP, num_queries)
+    call = Call(
+        query,
+        floats(kv_heads, num_keys),
+        floats(kv_heads, num_keys),
+        floats(kv_heads, num_audio),
+        floats(kv_heads, num_audio),
+        audio_lengths=integers(batch),
+        audio_index=integers(batch),
+        audio_visible_from=integers(batch, num_audio) if features == "all" else None,
+        text_start=integers(batch),
+        text_end=integers(batch),
+        scale=head_dim**-0.5,
+        softcap=50.0 if features == "all" else None,
+        window=100 if features == "all" else None,
+    )
+    out = torch.empty_like(query)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device="meta")
+    if kernel == "forward":
+        return {"": forward_launch(call, out, lse, capability=None)}
+    gradients: dict[str, Tensor | None] = {name: torch.empty_like(getattr(call, name)) for name in FLOATS}
+    dlse = lse if padded else None
+    query_launch, *key_launches = backward_launches(call, out, lse, out, dlse, gradients, capability=None)
+    if kernel == "query_gradient":
+        return {"": query_launch}
+    return dict(zip(("dK", "dV") if len(key_launches) == 2 else ("dK dV",), key_launches, strict=True))
+
+
+class _Compiler:
+    """Stands in for Triton's GPU driver: it says what to compile for, and cannot launch."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton keeps what it has compiled per device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def transposed_register_dots(ttgir: str) -> int:
+    """How often a product's register tile is transposed: Triton 3.4 to 3.7 miscompiles that on Hopper."""
+    return len(re.findall(r"tt\.trans .*: tensor<[^>]*, #mma", ttgir))
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread, and bytes of stack per thread: spilled registers live there."""
+    """Registers per thread, and bytes of stack per thread."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -122,9 +181,19 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> None:
-    for capability in map(int, sys.argv[1:]):
-        for compiled in compile_shipped(capability):
-            print(json.dumps(asdict(compiled)), flush=True)
+    parser = argparse.ArgumentParser(description="Compile every shipped tile; one JSON object per kernel variant.")
+    parser.add_argument("capabilities", type=int, nargs="+", help="80, 90 or 100")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
+    parser.add_argument("--kernels", nargs="+", choices=tiles.KERNELS, default=tiles.KERNELS)
+    parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
+    arguments = parser.parse_args()
+    for capability in arguments.capabilities:
+        dtypes = tuple(DTYPES[name] for name in arguments.dtypes)
+        for variant in shipped_variants(capability, dtypes, tuple(arguments.kernels), tuple(arguments.head_dims)):
+            with contextlib.redirect_stdout(sys.stderr):  # Triton prints the code that it cannot compile
+                found = compile_kernel(*variant)
+            for compiled in found:
+                print(json.dumps(asdict(compiled)), flush=True)
 
 
 if __name__ == "__main__":

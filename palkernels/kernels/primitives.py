@@ -1,92 +1,110 @@
-"""Steps that the attention kernels share: loading rows, scores, one online-softmax update.
+"""Steps that forward and backward share: programs to tiles, packed query rows, loads, scores.
 
-Scores are kept in base 2 (scaled by log2 e), so that exponentials are single ``exp2`` instructions.
+Query heads that share a K/V head are packed into a tile's rows, row = t * GROUP + g, so that each key and value is
+loaded once for the whole group. Scores are kept in base 2 (scaled by log2 e): exponentials are single ``exp2``s.
 """
 
 import triton
 import triton.language as tl
 
+from palkernels.kernels.tiles import padded_head_dim
+
+padded = triton.constexpr_function(padded_head_dim)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_block(
-    base,
-    row,
-    stride_row,
-    stride_dim,
-    row_ok,
-    COLUMNS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Rows (R, BLOCK_D) of a matrix, or as columns (BLOCK_D, R), the right operand of ``q @ k^T``.
-
-    Zero beyond HEAD_DIM and where ``row_ok`` is false; ``row_ok`` None loads every row.
-    """
-    axis: tl.constexpr = 0 if COLUMNS else 1
-    dim = tl.expand_dims(tl.arange(0, BLOCK_D), 1 - axis)
-    # 64-bit: a row's stride times its number may pass 2^31.
-    pointers = base + tl.expand_dims(row, axis).to(tl.int64) * stride_row + dim.to(tl.int64) * stride_dim
-    if row_ok is not None:
-        return tl.load(pointers, mask=tl.expand_dims(row_ok, axis) & (dim < HEAD_DIM), other=0.0)
-    elif BLOCK_D == HEAD_DIM:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=tl.broadcast_to(dim < HEAD_DIM, pointers.shape), other=0.0)
+def split_program(program, num_tiles, num_kv_heads):
+    """The tile, K/V head and batch row of a program. Neighbours share their K/V head's data in the L2 cache."""
+    tile = program % num_tiles
+    return tile, program // num_tiles % num_kv_heads, program // num_tiles // num_kv_heads
 
 
 @triton.jit
-def base2_scores(query, key_columns, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr):
+def packed_rows(first, num_queries, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Query, head within the group, and validity of BLOCK_M packed rows from ``first`` on, each (BLOCK_M,)."""
+    row = first + tl.arange(0, BLOCK_M)
+    t = row // GROUP
+    return t, row % GROUP, t < num_queries
+
+
+@triton.jit
+def row_pointers(matrix, batch, head, token, member, HEAD_DIM: tl.constexpr):
+    """Pointers (R, BLOCK_D) to rows ``token`` (R,) of head ``head + member``, and which columns exist (1, BLOCK_D)."""
+    dim = tl.arange(0, padded(HEAD_DIM))[None, :]
+    column_ok = dim < HEAD_DIM
+    if matrix.wide is not None:
+        token = token.to(tl.int64)
+        dim = dim.to(tl.int64)
+    base = matrix.ptr + tl.cast(batch, tl.int64) * matrix.batch + tl.cast(head, tl.int64) * matrix.head
+    return base + (token * matrix.token + member * matrix.head)[:, None] + dim * matrix.dim, column_ok
+
+
+@triton.jit
+def load_rows(matrix, batch, head, token, member, token_ok, HEAD_DIM: tl.constexpr):
+    """Rows ``token`` (R,) as (R, BLOCK_D), zero beyond HEAD_DIM and where ``token_ok`` is false; None loads every row.
+
+    ``member`` (R,), or 0, is added to the scalar ``head``.
+    """
+    pointers, column_ok = row_pointers(matrix, batch, head, token, member, HEAD_DIM)
+    if token_ok is not None:
+        return tl.load(pointers, mask=token_ok[:, None] & column_ok, other=0.0)
+    elif padded(HEAD_DIM) == HEAD_DIM:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=tl.broadcast_to(column_ok, pointers.shape), other=0.0)
+
+
+@triton.jit
+def store_rows(matrix, batch, head, token, member, token_ok, values, HEAD_DIM: tl.constexpr):
+    pointers, column_ok = row_pointers(matrix, batch, head, token, member, HEAD_DIM)
+    tl.store(pointers, values.to(matrix.ptr.dtype.element_ty), mask=token_ok[:, None] & column_ok)
+
+
+@triton.jit
+def per_row(ptr, batch, kv_head, t, member, sizes, GROUP: tl.constexpr):
+    """Pointers (R,) into a contiguous (B, Hkv * GROUP, T) tensor: the LSE, its gradient, delta."""
+    base = ptr + tl.cast(batch * sizes.num_kv_heads + kv_head, tl.int64) * (GROUP * sizes.num_queries)
+    return base + (member * sizes.num_queries + t)
+
+
+@triton.jit
+def dot(left, right, accumulator):
+    """``left @ right + accumulator`` (None: without), in float32, or float64 for float64 inputs; IEEE, never TF32."""
+    return tl.dot(left, right, accumulator, input_precision="ieee", out_dtype=accumulator_type(left))
+
+
+@triton.constexpr_function
+def accumulator_type(tensor):
+    return tl.float64 if tensor.dtype.scalar == tl.float64 else tl.float32
+
+
+@triton.jit
+def base2_scores(products, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """log2(e) * (scale * q k^T), or log2(e) * softcap * tanh(scale * q k^T / softcap)."""
-    products = tl.dot(query, key_columns, input_precision="ieee", out_dtype=ACC)
     if SOFTCAP is None:
         return products * (SCALE * LOG2_E)
     else:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1); it saturates correctly where exp overflows or vanishes.
-        exponential = tl.exp2(products * (2.0 * SCALE * LOG2_E / SOFTCAP))
-        return (SOFTCAP * LOG2_E) * (1.0 - 2.0 / (exponential + 1.0))
+        return tanh(products * (SCALE / SOFTCAP)) * (SOFTCAP * LOG2_E)
 
 
 @triton.jit
-def online_softmax_step(acc, row_max, row_sum, scores, value, MASKED: tl.constexpr, ACC: tl.constexpr):
-    """Fold one block of base-2 scores (M, N) and values (N, D) into the running maximum, sum and output."""
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-    # A row that has seen nothing yet has maximum -inf; exp2(-inf - 0) is 0 where exp2(-inf + inf) is NaN.
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-    decay = tl.exp2(row_max - shift)
-    weights = tl.exp2(scores - shift[:, None])
-    row_sum = row_sum * decay + tl.sum(weights, axis=1)
-    acc = tl.dot(weights.to(value.dtype), value, acc * decay[:, None], input_precision="ieee", out_dtype=ACC)
-    return acc, new_max, row_sum
+def softcap_slope(scores, SOFTCAP: tl.constexpr):
+    """Derivative of the capped scores by the uncapped ones, from the capped ones in base 2: 1 - tanh^2."""
+    if SOFTCAP is None:
+        return 1.0
+    else:
+        capped = scores / (SOFTCAP * LOG2_E)
+        return 1.0 - capped * capped
 
 
 @triton.jit
-def attend_block(
-    acc,
-    row_max,
-    row_sum,
-    query,
-    key_base,
-    stride_kt,
-    stride_kd,
-    value_base,
-    stride_vt,
-    stride_vd,
-    index,  # (N,) keys of this block
-    loaded,  # (N,) which of them may be read, or None: all
-    visible,  # (M or 1, N) which of them each row sees, or None: all
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """One block of keys and values for one tile of query rows."""
-    key = load_block(key_base, index, stride_kt, stride_kd, loaded, True, HEAD_DIM, BLOCK_D)
-    scores = base2_scores(query, key, SCALE, SOFTCAP, ACC)
-    if visible is not None:
-        scores = tl.where(visible, scores, float("-inf"))
-    value = load_block(value_base, index, stride_vt, stride_vd, loaded, False, HEAD_DIM, BLOCK_D)
-    return online_softmax_step(acc, row_max, row_sum, scores, value, visible is not None, ACC)
+def tanh(x):
+    # Saturates correctly where exp overflows or vanishes, but its error is absolute: poor for small x.
+    large = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
+    if x.dtype == tl.float64:
+        return large
+    else:  # the series' first left-out term is at most 2.1e-7 x there
+        y = x * x
+        return tl.where(y < 0.0156, x * (1.0 + y * (-1 / 3 + y * (2 / 15))), large)

@@ -1,17 +1,20 @@
 """Which tile each launch uses. Chosen by reasoning over registers and shared memory, not by autotuning.
 
-A program holds ``block_m`` packed query rows (all heads of a group) and walks over keys in steps of ``block_n``.
-The tables are by compute capability, head dim (rounded up to a power of two) and bytes per element.
+The tables are by kernel, compute capability, bytes per element and head dim (rounded up to a power of two).
+``block_m`` counts packed query rows (all heads of a group), ``block_n`` keys. Forward and the queries' gradient hold a
+block of rows and walk over keys; the keys' gradient holds a block of keys and walks over rows.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
 
-MIN_BLOCK = 16  # the smallest side a tensor-core product takes
+KERNELS = ("forward", "query_gradient", "key_gradient")
+
+
+MIN_BLOCK, MAX_BLOCK = 16, 1024  # tensor cores take no less; offsets are checked for no more
 
 
 @dataclass(frozen=True)
@@ -19,50 +22,120 @@ class Tile:
     block_m: int
     block_n: int
     num_warps: int
-    num_stages: int
+    num_stages: int  # blocks in flight between memory and shared memory
+    max_registers: int | None = None  # per thread, where fewer let another program share the SM
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n"):
+            size = getattr(self, name)
+            if not MIN_BLOCK <= size <= MAX_BLOCK or size & (size - 1):
+                raise ValueError(f"{name} must be a power of two from {MIN_BLOCK} to {MAX_BLOCK}, got {size}")
 
 
 # float32 products take the plain arithmetic units (IEEE, no TF32): small tiles, so that registers do not spill.
 _FLOAT32 = {
-    (4, 16): Tile(64, 32, 4, 2),
-    (4, 32): Tile(32, 32, 4, 2),
-    (4, 64): Tile(32, 32, 8, 2),
-    (4, 128): Tile(32, 16, 8, 1),
-    (4, 256): Tile(32, 16, 8, 1),
+    "forward": {
+        (4, 32): Tile(32, 32, 4, 2),
+        (4, 64): Tile(32, 32, 8, 2),
+        (4, 128): Tile(32, 16, 8, 2),
+        (4, 256): Tile(16, 16, 8, 2),
+    },
+    "query_gradient": {
+        (4, 32): Tile(32, 32, 4, 2),
+        (4, 64): Tile(32, 32, 8, 2),
+        (4, 128): Tile(16, 16, 8, 2),
+        (4, 256): Tile(16, 16, 8, 2),
+    },
+    "key_gradient": {
+        (4, 32): Tile(32, 32, 4, 2),
+        (4, 64): Tile(32, 32, 8, 2),
+        (4, 128): Tile(16, 16, 8, 2),
+        (4, 256): Tile(16, 16, 8, 2),
+    },
 }
-# capability -> (bytes per element, padded head dim) -> tile
-FORWARD: dict[int, dict[tuple[int, int], Tile]] = {
-    90: {
-        (2, 16): Tile(128, 64, 8, 3),
-        (2, 32): Tile(128, 64, 8, 3),
-        (2, 64): Tile(128, 64, 8, 3),
-        (2, 128): Tile(64, 64, 4, 2),
-        (2, 256): Tile(64, 64, 8, 2),
-        **_FLOAT32,
+# kernel -> capability -> (bytes per element, padded head dim) -> tile
+TILES: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
+    "forward": {
+        90: {
+            (2, 32): Tile(128, 64, 8, 3),
+            (2, 64): Tile(128, 64, 8, 3, max_registers=128),  # two programs per SM
+            (2, 128): Tile(64, 32, 4, 3, max_registers=168),  # three
+            (2, 256): Tile(64, 32, 8, 2),
+            **_FLOAT32["forward"],
+        },
+        80: {
+            (2, 32): Tile(128, 64, 8, 3),
+            (2, 64): Tile(128, 64, 8, 3),
+            (2, 128): Tile(64, 32, 4, 3),
+            (2, 256): Tile(64, 32, 8, 2),
+            **_FLOAT32["forward"],
+        },
     },
-    80: {
-        (2, 16): Tile(128, 64, 8, 3),
-        (2, 32): Tile(128, 64, 8, 3),
-        (2, 64): Tile(128, 64, 8, 3),
-        (2, 128): Tile(64, 64, 4, 2),
-        (2, 256): Tile(64, 32, 8, 2),
-        **_FLOAT32,
+    "query_gradient": {
+        90: {
+            (2, 32): Tile(128, 64, 8, 3),
+            (2, 64): Tile(128, 32, 8, 3, max_registers=128),
+            (2, 128): Tile(64, 32, 4, 3),
+            (2, 256): Tile(64, 16, 8, 2),
+            **_FLOAT32["query_gradient"],
+        },
+        80: {
+            (2, 32): Tile(128, 64, 8, 2),
+            (2, 64): Tile(64, 32, 4, 2),
+            (2, 128): Tile(64, 64, 8, 2),
+            (2, 256): Tile(64, 16, 8, 2),
+            **_FLOAT32["query_gradient"],
+        },
     },
+    "key_gradient": {
+        90: {
+            (2, 32): Tile(32, 64, 4, 2),
+            (2, 64): Tile(32, 64, 4, 2),
+            (2, 128): Tile(32, 128, 8, 2),
+            (2, 256): Tile(16, 64, 8, 2),
+            **_FLOAT32["key_gradient"],
+        },
+        80: {
+            (2, 32): Tile(32, 64, 4, 2),
+            (2, 64): Tile(32, 64, 4, 1),
+            (2, 128): Tile(32, 64, 8, 2),
+            (2, 256): Tile(16, 32, 8, 2),
+            **_FLOAT32["key_gradient"],
+        },
+    },
+}
+# Blackwell's data centre GPUs take Hopper's tiles, but for those that would spill there.
+_BLACKWELL = {"key_gradient": {(2, 128): Tile(32, 64, 8, 2), (2, 256): Tile(16, 32, 8, 2)}}
+for _kernel, _tables in TILES.items():
+    _tables[100] = _tables[90] | _BLACKWELL.get(_kernel, {})
+
+# For intricate calls (see Call.is_intricate), where the entry above would spill.
+INTRICATE: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
+    "forward": {capability: {(2, 64): Tile(128, 32, 8, 3, max_registers=128)} for capability in (90, 100)},
+    "key_gradient": {90: {(2, 128): Tile(16, 128, 8, 2)}},
 }
 # Blocks as large as the interpreter's speed wants, small enough that tests cross several of them.
 INTERPRETER = Tile(32, 32, 4, 1)
 
-_override: ContextVar[Tile | None] = ContextVar("palkernels_tile", default=None)
+_overrides: dict[str, Tile] = {}
 
 
 @contextmanager
-def use(tile: Tile) -> Iterator[None]:
-    """Within the context every attention launch uses this tile."""
-    token = _override.set(tile)
+def use(every: Tile | None = None, /, **tiles: Tile) -> Iterator[None]:
+    """Within the context launches use these tiles, by kernel name (see ``KERNELS``), or one for every kernel.
+
+    It holds for the whole process: autograd runs backward kernels from threads of its own.
+    """
+    unknown = [name for name in tiles if name not in KERNELS]
+    if unknown:
+        raise ValueError(f"kernels must be among {', '.join(KERNELS)}, got {', '.join(unknown)}")
+    saved = dict(_overrides)
+    _overrides.update(tiles if every is None else dict.fromkeys(KERNELS, every) | tiles)
     try:
         yield
     finally:
-        _override.reset(token)
+        _overrides.clear()
+        _overrides.update(saved)
 
 
 def capability(device: torch.device) -> int:
@@ -71,35 +144,51 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def architecture(capability: int) -> int:
+    """The table for a GPU. Consumer GPUs, 12.0 among them, have the small shared memory that Ampere's keeps to."""
+    if 100 <= capability < 120:
+        return 100
+    return 90 if 90 <= capability < 100 else 80
+
+
 def padded_head_dim(head_dim: int) -> int:
-    return max(MIN_BLOCK, 1 << (head_dim - 1).bit_length())
+    """Columns that a tile holds."""
+    return max(32, 1 << (head_dim - 1).bit_length())
 
 
-def forward_tile(capability: int | None, element_size: int, head_dim: int, num_rows: int) -> Tile:
-    """The forward tile for ``num_rows`` packed query rows; ``capability`` as 90 for 9.0, None in the interpreter."""
-    chosen = _override.get()
-    if chosen is not None:
-        return chosen
+def splits_key_gradient(head_dim: int) -> bool:
+    """Whether dK and dV take a launch each: in one, their accumulators would not fit the registers."""
+    return padded_head_dim(head_dim) > 128
+
+
+def choose(
+    kernel: str, capability: int | None, dtype: torch.dtype, head_dim: int, num_rows: int, intricate: bool
+) -> Tile:
+    """The tile for ``num_rows`` packed query rows; ``capability`` as 90 for 9.0, None in the interpreter."""
+    if kernel in _overrides:
+        return _overrides[kernel]
     if capability is None:
         return INTERPRETER
-    # Consumer GPUs, 12.0 among them, have the small shared memory that the Ampere table keeps to.
-    table = FORWARD[90 if 90 <= capability < 110 else 80]
-    return _shrink(table[element_size, padded_head_dim(head_dim)], num_rows)
+    return _entry(kernel, architecture(capability), dtype.itemsize, padded_head_dim(head_dim), num_rows, intricate)
 
 
-def _shrink(tile: Tile, num_rows: int) -> Tile:
-    """Do not compute on rows that are not there: decoding packs only Hq / Hkv rows."""
-    block_m = max(MIN_BLOCK, 1 << (num_rows - 1).bit_length()) if num_rows > 0 else MIN_BLOCK
-    if block_m >= tile.block_m:
-        return tile
-    return replace(tile, block_m=block_m, num_warps=min(tile.num_warps, 4))
+def _entry(kernel: str, architecture: int, element_size: int, head_dim: int, num_rows: int, intricate: bool) -> Tile:
+    tile = TILES[kernel][architecture][element_size, head_dim]
+    if intricate:
+        tile = INTRICATE.get(kernel, {}).get(architecture, {}).get((element_size, head_dim), tile)
+    # Decoding packs only Hq / Hkv rows: forward does not compute on rows that are not there.
+    if kernel == "forward" and num_rows <= 32 < tile.block_m:
+        registers = 168 if head_dim <= 128 else None
+        tile = replace(tile, block_m=16 if num_rows <= 16 else 32, num_warps=4, max_registers=registers)
+    return tile
 
 
-def shipped_forward_tiles(capability: int) -> list[tuple[int, int, Tile]]:
-    """Every (element size, padded head dim, tile) that :func:`forward_tile` can choose there."""
+def shipped(kernel: str, architecture: int, intricate: bool) -> list[tuple[int, int, Tile]]:
+    """Every (bytes per element, padded head dim, tile) that :func:`choose` can return there."""
     found = {
-        (element_size, head_dim, _shrink(tile, rows))
-        for (element_size, head_dim), tile in FORWARD[capability].items()
-        for rows in (16, 32, 64, 128)
+        (element_size, head_dim): [
+            _entry(kernel, architecture, element_size, head_dim, rows, intricate) for rows in (16, 32, 128)
+        ]
+        for element_size, head_dim in TILES[kernel][architecture]
     }
-    return sorted(found, key=repr)
+    return [(*key, tile) for key, tiles in sorted(found.items()) for tile in dict.fromkeys(tiles)]

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -108,10 +109,17 @@ def test_other_implementations(impl):
         assert largest_difference(got, oracle_logits(model, "sequence", ids, state, "all")) <= 1e-5
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("rope", ["sequence", "none"])
-@pytest.mark.parametrize("kind", ["inserted", "shared, inserted", "per layer"])
-def test_gradients(family, rope, kind):
+GRADIENT_CASES = [
+    *itertools.product(
+        ["llama", "qwen2"], ["sequence", "none"], ["inserted", "shared, inserted", "per layer"], ["sdpa"]
+    ),
+    ("llama", "sequence", "shared, inserted", "triton"),
+    ("qwen2", "none", "per layer", "triton"),
+]
+
+
+@pytest.mark.parametrize(("family", "rope", "kind", "impl"), GRADIENT_CASES)
+def test_gradients(family, rope, kind, impl):
     """Loss gradients in float64 for the audio states and every weight: within 1e-6 of the oracle's."""
     ids, padded, mask = batch(texts(), "left")
     weights = [torch.randn(len(row), 101, generator=torch.Generator().manual_seed(3)).double() for row in ids]
@@ -123,7 +131,7 @@ def test_gradients(family, rope, kind):
         for leaf in leaves:
             leaf.requires_grad_()
         if attached:
-            attach(model, LalConfig(rope=rope))
+            attach(model, LalConfig(rope=rope, impl=impl))
             logits = unpadded(model(padded, attention_mask=mask, audio=state).logits, mask)
         else:
             logits = [oracle(model, rope)(model, row, range(3)) for row in rows_of(ids, LENGTHS, state, 3)]
@@ -347,10 +355,17 @@ def test_report_names_layers_and_reasons():
     report = handle.report()
     assert [layer.audio for layer in report.layers] == [False, True, True]
     assert [layer.impl for layer in report.layers] == ["stock", "sdpa", "sdpa"]
-    assert "LlamaForCausalLM" in str(report)
+    assert str(report).splitlines() == [
+        "LlamaForCausalLM, rope='sequence'",
+        "layer  audio  implementation",
+        "    0  no     stock",
+        "    1  yes    sdpa",
+        "    2  yes    sdpa",
+    ]
     handle.detach()
+    model.train()
     report = attach(model, LalConfig(impl="triton")).report()
-    assert {(layer.impl, layer.training_impl) for layer in report.layers} == {("triton", "none")}
+    assert {(layer.impl, layer.why_not_triton) for layer in report.layers} == {("triton", ())}
 
 
 def test_report_says_why_triton_does_not_run(monkeypatch):

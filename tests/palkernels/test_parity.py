@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from kernel_runs import attention
 
 from palkernels import lal_attention
 from palkernels.kernels import tiles
 from palkernels.testing import FEATURES, fill_unreachable, lal_case, max_error
 
-TRITON_DTYPES = [torch.float32, torch.float16]  # the interpreter computes bfloat16 wrongly
 SMALL_TILE = tiles.Tile(block_m=16, block_n=16, num_warps=4, num_stages=1)
 
 
@@ -80,18 +80,17 @@ def test_triton_float64(case):
 
 
 @given(case=cases(torch.float32))
-@random_cases(60)
+@random_cases(25)
 def test_triton_float32(case):
     check_against_reference(case, "triton", 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("impl", "dtype"),
-    [*(("triton", dtype) for dtype in TRITON_DTYPES), ("sdpa", torch.float16), ("sdpa", torch.bfloat16)],
-    ids=str,
-)
+@pytest.mark.parametrize(("impl", "dtype"), [("sdpa", torch.float16), ("sdpa", torch.bfloat16)], ids=str)
 def test_error_against_eager(impl, dtype):
-    """Over many cases the largest error is at most 1.5 times that of eager PyTorch in the same dtype."""
+    """Over many cases the largest error is at most 1.5 times that of eager PyTorch in the same dtype.
+
+    For the Triton kernels see test_random_cases.py.
+    """
     errors = {impl: 0.0, "reference": 0.0}
     for seed in range(40):
         features = [name for bit, name in enumerate(FEATURES) if (seed * 7 + 3) >> bit & 1]
@@ -105,20 +104,20 @@ def test_error_against_eager(impl, dtype):
     assert 0 < errors[impl] <= 1.5 * errors["reference"]
 
 
-def check_gradients(case, with_lse, tolerance):
+def check_gradients(case, impl, with_lse, tolerance):
     """All five gradients, with and without the LSE's own gradient, against the reference in float64."""
-    grads = {}
-    for impl, inputs in (("reference", case.to(torch.float64)), ("sdpa", case)):
+    grads = []
+    for each, inputs in (("reference", case.to(torch.float64)), (impl, case)):
         leaves = inputs.requires_grad()
-        out, lse = run(leaves, impl)
+        out, lse = run(leaves, each)
         generator = torch.Generator().manual_seed(1)
         # Drawn in float64, so that both have the same numbers.
         loss = (out.double() * torch.randn(out.shape, dtype=torch.float64, generator=generator)).sum()
         if with_lse:
             finite = lse.masked_fill(lse == -math.inf, 0)
             loss = loss + (finite.double() * torch.randn(lse.shape, dtype=torch.float64, generator=generator)).sum()
-        grads[impl] = torch.autograd.grad(loss, leaves.tensors)
-    for want, got in zip(grads["reference"], grads["sdpa"], strict=True):
+        grads.append(torch.autograd.grad(loss, leaves.tensors))
+    for want, got in zip(*grads, strict=True):
         assert max_error(got, want) <= tolerance, case.name
 
 
@@ -126,13 +125,19 @@ def check_gradients(case, with_lse, tolerance):
 @given(case=cases(torch.float64))
 @random_cases(40)
 def test_sdpa_gradients_float64(case, with_lse):
-    check_gradients(case, with_lse, 1e-10)
+    check_gradients(case, "sdpa", with_lse, 1e-10)
 
 
 @given(case=cases(torch.float32))
 @random_cases(40)
 def test_sdpa_gradients_float32(case):
-    check_gradients(case, False, 2e-4)
+    check_gradients(case, "sdpa", False, 2e-4)
+
+
+@given(case=cases(torch.float64), with_lse=st.booleans())
+@random_cases(30)
+def test_triton_gradients_float64(case, with_lse):
+    check_gradients(case, "triton", with_lse, 1e-10)
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "triton"])
@@ -187,14 +192,13 @@ def test_text_start_beyond_text_end_sees_nothing(impl):
     assert lse[1].isfinite().all()
 
 
-@pytest.mark.parametrize("impl", ["sdpa", "triton"])
-def test_autocast_casts_like_sdpa(impl):
+def test_autocast_casts_like_sdpa():
     case = lal_case(batch=1, heads=2, kv_heads=1, queries=3, keys=3, audio=4, dim=16)
     mixed = list(case.tensors)
     mixed[0] = mixed[0].half()
     with torch.autocast("cpu", torch.float16):
-        out = lal_attention(*mixed, impl=impl)
-    want = lal_attention(*case.to(torch.float16).tensors, impl=impl)
+        out = lal_attention(*mixed, impl="sdpa")
+    want = lal_attention(*case.to(torch.float16).tensors, impl="sdpa")
     assert out.dtype == torch.float16
     assert torch.equal(out, want)
 
@@ -216,15 +220,6 @@ def test_compiled_gradients(softcap, with_lse):
     for eager, compiled in zip(*results, strict=True):
         assert eager.abs().max() > 0
         assert max_error(compiled, eager) <= 1e-5
-
-
-def test_compiled_triton_is_one_graph():
-    """The kernel is one operator to torch.compile."""
-    case = lal_case(batch=2, heads=4, kv_heads=2, queries=5, keys=5, audio=7, dim=16, features=("lengths",))
-    compiled = torch.compile(lal_attention, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        out = compiled(*case.tensors, **case.options, impl="triton")
-        assert torch.equal(out, lal_attention(*case.tensors, **case.options, impl="triton"))
 
 
 def test_auto_is_sdpa_on_a_cpu():
@@ -256,12 +251,12 @@ def test_sdpa_forms_no_mask_without_padding(monkeypatch):
 
 
 @given(case=cases(torch.float32))
-@random_cases(20)
+@random_cases(8)
 def test_tiles_agree(case):
-    """A tile is a schedule, not a result: outputs agree across block shapes."""
+    """A tile is a schedule, not a result: outputs and gradients agree across block shapes."""
     assume(case.tensors[0].numel())
     results = []
     for tile in (SMALL_TILE, tiles.Tile(32, 64, 4, 1), tiles.Tile(64, 16, 4, 1)):
         with tiles.use(tile):
-            results.append(lal_attention(*case.tensors, **case.options, impl="triton"))
-    assert max(max_error(results[0], other) for other in results[1:]) <= 1e-5
+            results.append(attention(case, "triton"))
+    assert all(max_error(x, y) <= 2e-5 for other in results[1:] for x, y in zip(other, results[0], strict=True))

@@ -1,0 +1,414 @@
+"""LAL attention, backward: two kernels, deterministic, with nothing accumulated in memory.
+
+With P = exp(S - LSE), dP = dO V^T and delta = rowsum(dO * O) - dLSE, the gradient of the scores is
+dS = P * (dP - delta); then dQ = dS K, dK = dS^T Q, dV = P^T dO ("FlashAttention-2", arXiv 2307.08691, algorithm 2).
+
+``query_gradient_kernel`` walks over keys as forward does, and writes delta on its way. ``key_gradient_kernel`` holds
+one block of keys and walks over every query that sees it, of all text rows that read it: shared audio is summed in
+registers, in the order of the rows. It computes S^T and dP^T, so that P^T and dS^T are products' left operands as they
+stand: a transposed register tile there is miscompiled by Triton 3.4 to 3.7.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from palkernels.call import Call
+from palkernels.kernels import tiles
+from palkernels.kernels.keys import audio_length_of, load_visible_from, next_reader, text_bounds, visit_keys
+from palkernels.kernels.launch import Launch, attention_launch
+from palkernels.kernels.operands import UNSPECIALISED, Matrix, Sizes
+from palkernels.kernels.primitives import (
+    LOG2_E,
+    accumulator_type,
+    base2_scores,
+    dot,
+    load_rows,
+    packed_rows,
+    per_row,
+    softcap_slope,
+    split_program,
+    store_rows,
+)
+
+
+@triton.jit
+def add_key_block(dquery, rows, keys, values, visible, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Add one block of keys' share to dQ / SCALE of a tile of query rows."""
+    queries, dout, base2_lse, delta = rows
+    scores = base2_scores(dot(queries, tl.trans(keys), None), SCALE, SOFTCAP)
+    weights = tl.exp2(scores - base2_lse[:, None])
+    dweights = dot(dout, tl.trans(values), None)
+    dscores = weights * (dweights - delta[:, None]) * softcap_slope(scores, SOFTCAP)
+    if visible is not None:
+        dscores = tl.where(visible, dscores, 0.0)
+    return dot(dscores.to(keys.dtype), keys, dquery)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def query_gradient_kernel(
+    query,  # Matrix (B, Hkv * GROUP, T, D)
+    key,  # Matrix (B, Hkv, S, D)
+    value,
+    audio_key,  # Matrix (A, Hkv, N, D)
+    audio_value,
+    out,  # Matrix as query
+    dout,
+    dquery,  # or all None: only delta is written
+    lse_ptr,  # (B, Hkv * GROUP, T), contiguous, as the two below
+    dlse_ptr,  # or None
+    delta_ptr,
+    visibility,
+    num_queries,
+    num_keys,
+    num_audio,
+    num_audio_rows,
+    num_batches,
+    num_kv_heads,
+    window,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # One program: BLOCK_M packed query rows of one (text row, K/V head), as in forward.
+    sizes = Sizes(num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, window)
+    num_tiles = tl.cdiv(num_queries * GROUP, BLOCK_M)
+    tile, kv_head, batch = split_program(tl.program_id(0), num_tiles, num_kv_heads)
+    t, member, row_ok = packed_rows(tile * BLOCK_M, num_queries, GROUP, BLOCK_M)
+
+    outputs = load_rows(out, batch, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
+    douts = load_rows(dout, batch, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
+    acc_type: tl.constexpr = accumulator_type(outputs)
+    delta = tl.sum(outputs.to(acc_type) * douts.to(acc_type), axis=1)
+    if dlse_ptr is not None:
+        delta -= tl.load(per_row(dlse_ptr, batch, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0)
+    tl.store(per_row(delta_ptr, batch, kv_head, t, member, sizes, GROUP), delta, mask=row_ok)
+
+    if dquery.ptr is not None:
+        queries = load_rows(query, batch, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
+        base2_lse = tl.load(per_row(lse_ptr, batch, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0) * LOG2_E
+        gradient = visit_keys(
+            tl.zeros(queries.shape, dtype=acc_type), add_key_block, (queries, douts, base2_lse, delta),
+            tile, t, batch, kv_head, key, value, audio_key, audio_value, visibility, sizes,
+            SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        store_rows(dquery, batch, kv_head * GROUP, t, member, row_ok, gradient * SCALE, HEAD_DIM)
+
+
+@triton.jit
+def load_query_tile(
+    query,
+    dout,
+    lse_ptr,
+    delta_ptr,  # or None
+    first,
+    batch,
+    kv_head,
+    sizes,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Queries t (M,), Q and dO (M, BLOCK_D), base-2 LSE and delta (M,); all zero beyond the last query."""
+    t, member, row_ok = packed_rows(first, sizes.num_queries, GROUP, BLOCK_M)
+    queries = load_rows(query, batch, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
+    douts = load_rows(dout, batch, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
+    base2_lse = tl.load(per_row(lse_ptr, batch, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0) * LOG2_E
+    delta = (
+        base2_lse  # stands in, and is not used
+        if delta_ptr is None
+        else tl.load(per_row(delta_ptr, batch, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0)
+    )
+    return t, queries, douts, base2_lse, delta
+
+
+@triton.jit
+def add_query_tile(
+    gradients,
+    keys,
+    values,
+    queries,
+    douts,
+    base2_lse,
+    delta,
+    visible,
+    WITH_KEY: tl.constexpr,
+    WITH_VALUE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Add one tile of query rows' share to dK / SCALE and dV of a block of keys."""
+    dkey, dvalue = gradients
+    scores = base2_scores(dot(keys, tl.trans(queries), None), SCALE, SOFTCAP)  # transposed: (BLOCK_N, BLOCK_M)
+    weights = tl.exp2(scores - base2_lse[None, :])
+    if visible is not None:
+        weights = tl.where(visible, weights, 0.0)
+    if WITH_VALUE:
+        dvalue = dot(weights.to(douts.dtype), douts, dvalue)
+    if WITH_KEY:
+        dweights = dot(values, tl.trans(douts), None)
+        dscores = weights * (dweights - delta[None, :]) * softcap_slope(scores, SOFTCAP)
+        if visible is not None:  # again: what no query sees may hold NaN, which times 0 is NaN
+            dscores = tl.where(visible, dscores, 0.0)
+        dkey = dot(dscores.to(queries.dtype), queries, dkey)
+    return dkey, dvalue
+
+
+@triton.jit
+def add_text_row(
+    gradients,  # dK / SCALE and dV of the block, each (BLOCK_N, BLOCK_D)
+    keys,  # (BLOCK_N, BLOCK_D)
+    values,
+    seen_from,  # (BLOCK_N,) first position that sees each key; None: every query sees all of them
+    valid,  # (BLOCK_N,) the others' gradients are dropped
+    text_end,
+    window,
+    query,
+    dout,
+    lse_ptr,
+    delta_ptr,
+    batch,
+    kv_head,
+    sizes,
+    WITH_KEY: tl.constexpr,
+    WITH_VALUE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Add the share of one text row: of its queries that see any key of the block, a tile of packed rows at a time."""
+    first_position = text_end - sizes.num_queries  # of query 0
+    masked_end = 0
+    end = sizes.num_queries * GROUP
+    if seen_from is not None:
+        earliest = tl.min(tl.where(valid, seen_from, sizes.num_keys), axis=0)
+        latest = tl.max(tl.where(valid, seen_from, 0), axis=0)
+        begin = tl.minimum(tl.maximum(earliest - first_position, 0), sizes.num_queries) * GROUP
+        if window is None:  # from the query that sees the whole block on, no mask is needed
+            partly = tl.maximum(tl.minimum(latest - first_position, sizes.num_queries) * GROUP - begin, 0)
+            masked_end = tl.minimum(begin + tl.cdiv(partly, BLOCK_M) * BLOCK_M, end)
+        else:
+            end = tl.minimum(end, tl.maximum(latest + window - first_position, 0) * GROUP)
+            masked_end = end
+        for first in range(begin, masked_end, BLOCK_M):
+            t, queries, douts, base2_lse, delta = load_query_tile(
+                query, dout, lse_ptr, delta_ptr, first, batch, kv_head, sizes, GROUP, HEAD_DIM, BLOCK_M
+            )
+            position = first_position + t
+            age = position[None, :] - seen_from[:, None]
+            visible = age >= 0 if window is None else (age >= 0) & (age < window)
+            gradients = add_query_tile(
+                gradients, keys, values, queries, douts, base2_lse, delta, visible, WITH_KEY, WITH_VALUE,
+                SCALE, SOFTCAP,
+            )  # fmt: skip
+    if window is None or seen_from is None:
+        for first in range(masked_end, end, BLOCK_M):
+            t, queries, douts, base2_lse, delta = load_query_tile(
+                query, dout, lse_ptr, delta_ptr, first, batch, kv_head, sizes, GROUP, HEAD_DIM, BLOCK_M
+            )
+            gradients = add_query_tile(
+                gradients, keys, values, queries, douts, base2_lse, delta, None, WITH_KEY, WITH_VALUE, SCALE, SOFTCAP
+            )
+    return gradients
+
+
+@triton.jit
+def store_gradients(
+    gradients, valid, dkey, dvalue, batch, kv_head, token, num_tokens, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Write those that are wanted; keys that are not valid get zeros."""
+    if dkey.ptr is not None:
+        values = tl.where(valid[:, None], gradients[0] * SCALE, 0.0)
+        store_rows(dkey, batch, kv_head, token, 0, token < num_tokens, values, HEAD_DIM)
+    if dvalue.ptr is not None:
+        values = tl.where(valid[:, None], gradients[1], 0.0)
+        store_rows(dvalue, batch, kv_head, token, 0, token < num_tokens, values, HEAD_DIM)
+
+
+@triton.jit
+def audio_block(
+    query, dout, lse_ptr, delta_ptr, audio_key, audio_value, daudio_key, daudio_value, visibility, sizes,
+    program, num_blocks,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one block of audio tokens, from every text row that reads them."""
+    block, kv_head, audio_row = split_program(program, num_blocks, sizes.num_kv_heads)
+    token = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    length = audio_length_of(visibility, audio_row, sizes)
+    valid = token < length
+    keys = load_rows(audio_key, audio_row, kv_head, token, 0, valid, HEAD_DIM)
+    values = load_rows(audio_value, audio_row, kv_head, token, 0, valid, HEAD_DIM)
+    zeros = tl.zeros(keys.shape, dtype=accumulator_type(keys))
+    gradients = (zeros, zeros)
+
+    beyond = block * BLOCK_N >= length  # then no query sees any of the block
+    batch = next_reader(visibility, audio_row, tl.where(beyond, sizes.num_batches, 0), sizes)
+    while batch < sizes.num_batches:
+        _, text_end = text_bounds(visibility, batch, sizes)
+        seen_from = None
+        if visibility.visible_from is not None:
+            seen_from = load_visible_from(visibility, batch, token, valid, sizes)
+        gradients = add_text_row(
+            gradients, keys, values, seen_from, valid, text_end, None, query, dout, lse_ptr, delta_ptr,
+            batch, kv_head, sizes, daudio_key.ptr is not None, daudio_value.ptr is not None,
+            SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M,
+        )  # fmt: skip
+        batch = next_reader(visibility, audio_row, batch + 1, sizes)
+    store_gradients(
+        gradients, valid, daudio_key, daudio_value, audio_row, kv_head, token, sizes.num_audio, SCALE, HEAD_DIM
+    )
+
+
+@triton.jit
+def text_block(
+    query, dout, lse_ptr, delta_ptr, key, value, dkey, dvalue, visibility, sizes, program,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one block of text keys, from their own row's queries."""
+    block, kv_head, batch = split_program(program, tl.cdiv(sizes.num_keys, BLOCK_N), sizes.num_kv_heads)
+    token = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    text_start, text_end = text_bounds(visibility, batch, sizes)
+    valid = (token >= text_start) & (token < text_end)
+    keys = load_rows(key, batch, kv_head, token, 0, valid, HEAD_DIM)
+    values = load_rows(value, batch, kv_head, token, 0, valid, HEAD_DIM)
+    zeros = tl.zeros(keys.shape, dtype=accumulator_type(keys))
+    gradients = add_text_row(
+        (zeros, zeros), keys, values, token, valid, text_end, sizes.window, query, dout, lse_ptr, delta_ptr,
+        batch, kv_head, sizes, dkey.ptr is not None, dvalue.ptr is not None,
+        SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M,
+    )  # fmt: skip
+    store_gradients(gradients, valid, dkey, dvalue, batch, kv_head, token, sizes.num_keys, SCALE, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def key_gradient_kernel(
+    query,  # Matrix (B, Hkv * GROUP, T, D)
+    dout,
+    lse_ptr,  # (B, Hkv * GROUP, T), contiguous
+    delta_ptr,  # the same, or None where no key needs a gradient
+    key,  # Matrix (B, Hkv, S, D)
+    value,
+    dkey,  # Matrix (B, Hkv, S, D), or all None, as the three below
+    dvalue,
+    audio_key,  # Matrix (A, Hkv, N, D)
+    audio_value,
+    daudio_key,  # Matrix (A, Hkv, N, D)
+    daudio_value,
+    visibility,
+    num_queries,
+    num_keys,
+    num_audio,
+    num_audio_rows,
+    num_batches,
+    num_kv_heads,
+    window,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # One program: BLOCK_N keys of one (audio row, K/V head), or of one (text row, K/V head). Audio comes first: its
+    # programs are the longer ones.
+    sizes = Sizes(num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, window)
+    program = tl.program_id(0)
+    audio_programs = 0
+    if daudio_key.ptr is not None or daudio_value.ptr is not None:
+        num_blocks = tl.cdiv(num_audio, BLOCK_N)
+        audio_programs = num_audio_rows * num_kv_heads * num_blocks
+        if program < audio_programs:
+            audio_block(
+                query, dout, lse_ptr, delta_ptr, audio_key, audio_value, daudio_key, daudio_value, visibility, sizes,
+                program, num_blocks, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+    if dkey.ptr is not None or dvalue.ptr is not None:  # noqa: SIM102 (known when compiling; the next is not)
+        if program >= audio_programs:
+            text_block(
+                query, dout, lse_ptr, delta_ptr, key, value, dkey, dvalue, visibility, sizes,
+                program - audio_programs, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+
+
+def backward_launches(
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    gradients: dict[str, Tensor | None],
+    capability: int | None,
+) -> list[Launch]:
+    """Launches, in order, that fill ``gradients``, by the names of the five tensors; None: not wanted."""
+    keys = {name: gradients[name] for name in ("key", "audio_key")}
+    values = {name: gradients[name] for name in ("value", "audio_value")}
+    wants_keys, wants_values = (any(x is not None for x in part.values()) for part in (keys, values))
+    launches = []
+    delta = None
+    if gradients["query"] is not None or wants_keys:  # dV alone needs no delta
+        delta = torch.empty_like(lse)
+        launches.append(_query_launch(call, out, lse, dout, dlse, delta, gradients["query"], capability))
+    if wants_keys and wants_values and tiles.splits_key_gradient(call.head_dim):
+        launches.append(_key_launch(call, lse, dout, delta, keys, capability))
+        launches.append(_key_launch(call, lse, dout, None, values, capability))
+    elif wants_keys or wants_values:
+        launches.append(_key_launch(call, lse, dout, delta if wants_keys else None, keys | values, capability))
+    return launches
+
+
+def _query_launch(
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    delta: Tensor,
+    dquery: Tensor | None,
+    capability: int | None,
+) -> Launch:
+    num_rows = call.group * call.query.shape[2]
+    tile = tiles.choose("query_gradient", capability, call.query.dtype, call.head_dim, num_rows, call.is_intricate)
+    num_programs = call.query.shape[0] * call.num_kv_heads * triton.cdiv(num_rows, tile.block_m)
+    matrices = (Matrix.of(tensor) for tensor in (*call.floats().values(), out, dout, dquery))
+    dlse = None if dlse is None else dlse.contiguous()
+    return attention_launch(query_gradient_kernel, num_programs, tile, call, *matrices, lse, dlse, delta)
+
+
+def _key_launch(
+    call: Call,
+    lse: Tensor,
+    dout: Tensor,
+    delta: Tensor | None,
+    gradients: dict[str, Tensor | None],
+    capability: int | None,
+) -> Launch:
+    num_rows = call.group * call.query.shape[2]
+    tile = tiles.choose("key_gradient", capability, call.query.dtype, call.head_dim, num_rows, call.is_intricate)
+    dkey, dvalue, daudio_key, daudio_value = (
+        gradients.get(name) for name in ("key", "value", "audio_key", "audio_value")
+    )
+    num_blocks = 0  # of every row of text and of audio that has a gradient to fill
+    if daudio_key is not None or daudio_value is not None:
+        num_blocks += call.audio_key.shape[0] * triton.cdiv(call.audio_key.shape[2], tile.block_n)
+    if dkey is not None or dvalue is not None:
+        num_blocks += call.key.shape[0] * triton.cdiv(call.key.shape[2], tile.block_n)
+    return attention_launch(
+        key_gradient_kernel,
+        num_blocks * call.num_kv_heads,
+        tile,
+        call,
+        Matrix.of(call.query),
+        Matrix.of(dout),
+        lse,
+        delta,
+        *(Matrix.of(tensor) for tensor in (call.key, call.value, dkey, dvalue)),
+        *(Matrix.of(tensor) for tensor in (call.audio_key, call.audio_value, daudio_key, daudio_value)),
+    )

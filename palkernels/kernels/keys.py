@@ -1,0 +1,145 @@
+"""Which keys are seen, and the one walk over them that forward and the queries' gradient share."""
+
+import triton
+import triton.language as tl
+
+from palkernels.kernels.primitives import load_rows
+
+NEVER = tl.constexpr(2**30)
+
+
+@triton.jit
+def text_bounds(visibility, batch, sizes):
+    """First valid text key of a row, and one past the last query's; clamped, so nothing is read out of bounds."""
+    end = sizes.num_keys
+    if visibility.text_end is not None:
+        end = tl.minimum(tl.maximum(tl.load(visibility.text_end + batch), sizes.num_queries), end).to(tl.int32)
+    start = 0
+    if visibility.text_start is not None:
+        start = tl.minimum(tl.maximum(tl.load(visibility.text_start + batch), 0), end).to(tl.int32)
+    return start, end
+
+
+@triton.jit
+def audio_row_of(visibility, batch, sizes):
+    """The audio row that a text row reads; clamped."""
+    row = batch
+    if visibility.audio_index is not None:
+        last = sizes.num_audio_rows - 1
+        row = tl.minimum(tl.maximum(tl.load(visibility.audio_index + batch), 0), last).to(tl.int32)
+    return row
+
+
+@triton.jit
+def audio_length_of(visibility, audio_row, sizes):
+    """Valid tokens of an audio row; clamped."""
+    length = sizes.num_audio
+    if visibility.audio_lengths is not None:
+        length = tl.minimum(tl.maximum(tl.load(visibility.audio_lengths + audio_row), 0), length).to(tl.int32)
+    return length
+
+
+@triton.jit
+def next_reader(visibility, audio_row, first, sizes):
+    """The first text row, from ``first`` on, that reads an audio row; num_batches if none does."""
+    none = sizes.num_batches
+    if visibility.audio_index is None:
+        found = tl.where(first <= audio_row, audio_row, none)
+    else:
+        found = none
+        first = tl.cast(first, tl.int32)
+        while (found == none) & (first < none):
+            rows = first + tl.arange(0, 128)
+            index = tl.load(visibility.audio_index + rows, mask=rows < none, other=0)
+            index = tl.minimum(tl.maximum(index, 0), sizes.num_audio_rows - 1)
+            found = tl.min(tl.where((rows < none) & (index == audio_row), rows, none), axis=0)
+            first += 128
+    return found
+
+
+@triton.jit
+def load_visible_from(visibility, batch, token, token_ok, sizes):
+    """First position (R,) that sees each audio token, as int32. One beyond the text becomes NEVER: a tile's rows beyond
+    the last query have positions too, and must not reach a token that may hold anything."""
+    batch = tl.cast(batch, tl.int64)
+    offset = batch * visibility.visible_from_batch + token.to(tl.int64) * visibility.visible_from_token
+    first = tl.load(visibility.visible_from + offset, mask=token_ok, other=0)
+    return tl.where(first < sizes.num_keys, tl.maximum(first, 0), NEVER).to(tl.int32)
+
+
+@triton.jit
+def visit_keys(
+    state,
+    step: tl.constexpr,  # (state, rows, keys (N, D), values (N, D), visible (M or 1, N) or None: all, ...) -> state
+    rows,  # what the step needs of the query rows
+    tile,  # packed rows tile * BLOCK_M and on
+    t,  # (M,) their queries
+    batch,
+    kv_head,
+    key,
+    value,
+    audio_key,
+    audio_value,
+    visibility,
+    sizes,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Fold ``step`` over every block of keys that a tile of query rows sees: audio first, then text.
+
+    Blocks that every row sees in full go without a mask. A key that no query of the text row sees may hold anything:
+    it is not loaded, and reads as zero.
+    """
+    text_start, text_end = text_bounds(visibility, batch, sizes)
+    first_position = text_end - sizes.num_queries  # of query 0
+    position = first_position + t
+    tile_first = first_position + tile * BLOCK_M // GROUP
+    tile_last = first_position + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, sizes.num_queries - 1)
+    block = tl.arange(0, BLOCK_N)
+
+    audio_row = audio_row_of(visibility, batch, sizes)
+    audio_length = audio_length_of(visibility, audio_row, sizes)
+    full_end = 0
+    if visibility.visible_from is None:
+        full_end = audio_length // BLOCK_N * BLOCK_N
+        for first in range(0, full_end, BLOCK_N):
+            keys = load_rows(audio_key, audio_row, kv_head, first + block, 0, None, HEAD_DIM)
+            values = load_rows(audio_value, audio_row, kv_head, first + block, 0, None, HEAD_DIM)
+            state = step(state, rows, keys, values, None, SCALE, SOFTCAP)
+    for first in range(full_end, audio_length, BLOCK_N):
+        token = first + block
+        loaded = token < audio_length
+        visible = loaded[None, :]
+        if visibility.visible_from is not None:
+            visible_from = load_visible_from(visibility, batch, token, loaded, sizes)
+            loaded = loaded & (visible_from < text_end)
+            visible = loaded[None, :] & (visible_from[None, :] <= position[:, None])
+        keys = load_rows(audio_key, audio_row, kv_head, token, 0, loaded, HEAD_DIM)
+        values = load_rows(audio_value, audio_row, kv_head, token, 0, loaded, HEAD_DIM)
+        state = step(state, rows, keys, values, visible, SCALE, SOFTCAP)
+
+    # Text, from the first key that any row of the tile sees to the last.
+    text_first = text_start
+    if sizes.window is not None:
+        text_first = tl.maximum(text_first, tile_first - sizes.window + 1)
+    full_end = text_first
+    if sizes.window is None:  # then every row of the tile sees the keys up to its first row's position
+        full_end += tl.maximum(tile_first + 1 - text_first, 0) // BLOCK_N * BLOCK_N
+        for first in range(text_first, full_end, BLOCK_N):
+            keys = load_rows(key, batch, kv_head, first + block, 0, None, HEAD_DIM)
+            values = load_rows(value, batch, kv_head, first + block, 0, None, HEAD_DIM)
+            state = step(state, rows, keys, values, None, SCALE, SOFTCAP)
+    for first in range(full_end, tile_last + 1, BLOCK_N):
+        token = first + block
+        loaded = token <= tile_last
+        visible = loaded[None, :] & (token[None, :] <= position[:, None])
+        if sizes.window is not None:
+            visible = visible & (token[None, :] > position[:, None] - sizes.window)
+        keys = load_rows(key, batch, kv_head, token, 0, loaded, HEAD_DIM)
+        values = load_rows(value, batch, kv_head, token, 0, loaded, HEAD_DIM)
+        state = step(state, rows, keys, values, visible, SCALE, SOFTCAP)
+    return state

@@ -1,0 +1,68 @@
+"""From a validated call to a kernel launch; the same launch can be compiled ahead of time instead."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from palkernels.call import Call
+from palkernels.kernels.operands import Sizes, Visibility
+from palkernels.kernels.tiles import Tile
+
+# Decided when the kernels are defined: setting the variable later does not reach them.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with all its arguments; programs lie on grid axis 0, the only one without a 65,535 limit."""
+
+    kernel: Any
+    num_programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    device: torch.device
+
+    def run(self) -> None:
+        if self.num_programs == 0:
+            return
+        on_device = contextlib.nullcontext() if INTERPRETED else torch.cuda.device(self.device)
+        with on_device:
+            self.kernel[(self.num_programs,)](*self.arguments, **self.constants)
+
+    def compile(self) -> Any:
+        """The compiled kernel, for the active driver's target; nothing runs."""
+        return self.kernel.warmup(*self.arguments, grid=(max(self.num_programs, 1),), **self.constants)
+
+
+def attention_launch(kernel: Any, num_programs: int, tile: Tile, call: Call, *tensors: Any) -> Launch:
+    """A launch of a kernel that takes ``tensors``, then what the attention kernels have in common."""
+    query, key, audio_key = call.query, call.key, call.audio_key
+    sizes = Sizes(
+        num_queries=query.shape[2],
+        num_keys=key.shape[2],
+        num_audio=audio_key.shape[2],
+        num_audio_rows=audio_key.shape[0],
+        num_batches=query.shape[0],
+        num_kv_heads=key.shape[1],
+        window=call.window,
+    )
+    return Launch(
+        kernel,
+        num_programs,
+        (*tensors, Visibility.of(**call.integers()), *sizes),
+        {
+            "SCALE": call.scale,
+            "SOFTCAP": call.softcap,
+            "GROUP": call.group,
+            "HEAD_DIM": call.head_dim,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+            "maxnreg": tile.max_registers,
+        },
+        query.device,
+    )

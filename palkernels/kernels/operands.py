@@ -1,0 +1,75 @@
+"""What the kernels take: tensors with their strides, the integer tensors that limit what is seen, and the sizes.
+
+Inside a kernel the fields are read by name (``key.ptr``, ``key.token``). A field that is None is a compile-time
+constant, so a kernel holds no code for what a call does not use.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from palkernels.kernels.tiles import MAX_BLOCK
+
+
+class Matrix(NamedTuple):
+    """A (batch, head, token, dim) tensor: its pointer and its four strides, in elements."""
+
+    ptr: Any
+    batch: Any
+    head: Any
+    token: Any
+    dim: Any
+    wide: Any  # 1 where offsets within one batch row need 64 bits, otherwise None: 32-bit offsets save registers
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "Matrix":
+        if tensor is None:
+            return cls(None, None, None, None, None, None)
+        span = sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+        # A masked lane's offset is computed too.
+        slack = MAX_BLOCK * max(tensor.stride()[1:])
+        batch, head, token, dim = tensor.stride()
+        return cls(tensor, batch, head, token, dim, 1 if span + slack >= 2**31 else None)
+
+
+class Visibility(NamedTuple):
+    """Pointers to the options that hide keys, as in :func:`palkernels.lal_attention`; each may be None."""
+
+    audio_lengths: Any  # (A,)
+    audio_index: Any  # (B,)
+    visible_from: Any  # (B, N), strides below
+    visible_from_batch: Any
+    visible_from_token: Any
+    text_start: Any  # (B,)
+    text_end: Any  # (B,)
+
+    @classmethod
+    def of(
+        cls,
+        audio_lengths: Tensor | None = None,
+        audio_index: Tensor | None = None,
+        audio_visible_from: Tensor | None = None,
+        text_start: Tensor | None = None,
+        text_end: Tensor | None = None,
+    ) -> "Visibility":
+        batch, token = (None, None) if audio_visible_from is None else audio_visible_from.stride()
+        lengths, index, start, end = (
+            None if x is None else x.contiguous() for x in (audio_lengths, audio_index, text_start, text_end)
+        )
+        return cls(lengths, index, audio_visible_from, batch, token, start, end)
+
+
+class Sizes(NamedTuple):
+    """Built inside the kernels, whose size arguments are plain integers so that they are not specialised on."""
+
+    num_queries: Any  # T
+    num_keys: Any  # S
+    num_audio: Any  # N
+    num_audio_rows: Any  # A
+    num_batches: Any  # B
+    num_kv_heads: Any  # Hkv
+    window: Any  # or None
+
+
+# For triton.jit: new lengths compile no new kernels. (Strides do, where they cease to be multiples of 16.)
+UNSPECIALISED = list(Sizes._fields)

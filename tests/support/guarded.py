@@ -1,0 +1,78 @@
+"""Run the kernels on tensors that end, or begin, at an unreadable page: an access out of bounds kills the process.
+
+TRITON_INTERPRET=1 python guarded.py after|before|control
+"""
+
+import ctypes
+import mmap
+import sys
+
+import torch
+
+from palkernels import lal_attention
+from palkernels.call import FLOATS, INTEGERS, Call
+from palkernels.kernels import tiles
+from palkernels.kernels.backward import backward_launches
+from palkernels.kernels.forward import forward_launch
+from palkernels.testing import FEATURES, lal_case, max_error
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def guarded(tensor: torch.Tensor, side: str) -> torch.Tensor:
+    """A copy, contiguous, with unreadable pages on both sides, one of which it touches."""
+    page, size = mmap.PAGESIZE, tensor.numel() * tensor.element_size()
+    if size == 0:
+        return tensor.clone()
+    pages = -(-size // page) + 2
+    base = libc.mmap(None, pages * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    for guard in (base, base + (pages - 1) * page):
+        if libc.mprotect(guard, page, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    start = base + page if side == "before" else base + (pages - 1) * page - size
+    buffer = (ctypes.c_char * size).from_address(start)
+    return torch.frombuffer(buffer, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def run(side: str, features: tuple[str, ...], seed: int) -> None:
+    case = lal_case(
+        batch=2, heads=3 * 2, kv_heads=2, queries=(1, 5, 11)[seed % 3], keys=13, audio=(0, 19, 33)[seed % 3 - 1],
+        dim=(8, 20)[seed % 2], features=features, audio_rows=3, seed=seed,
+    )  # fmt: skip
+    case.options.update({k: v.long() for k, v in case.options.items() if isinstance(v, torch.Tensor)})
+    want = case.requires_grad()
+    out, lse = lal_attention(*want.tensors, **want.options, return_lse=True, impl="reference")
+    dout = torch.randn_like(out)
+    want_grads = torch.autograd.grad(out, want.tensors, dout)
+
+    options = {name: None if (x := case.options.get(name)) is None else guarded(x, side) for name in INTEGERS}
+    numbers = {name: case.options.get(name) for name in ("softcap", "window")}
+    scale = case.options.get("scale", case.tensors[0].shape[-1] ** -0.5)
+    tensors = [guarded(x, side) for x in case.tensors]
+    call = Call(*tensors, **options, **numbers, scale=scale)
+    got, got_lse = guarded(torch.empty(out.shape), side), guarded(torch.empty(lse.shape), side)
+    forward_launch(call, got, got_lse, capability=None).run()
+    assert max_error(got, out) <= 1e-4, case.name
+    assert max_error(got_lse, lse) <= 1e-4, case.name
+
+    grads = {name: guarded(torch.empty_like(x), side) for name, x in zip(FLOATS, tensors, strict=True)}
+    dlse = guarded(torch.zeros_like(lse), side)
+    for launch in backward_launches(call, got, got_lse, guarded(dout, side), dlse, grads, capability=None):
+        launch.run()
+    for name, x in zip(FLOATS, want_grads, strict=True):
+        assert max_error(grads[name], x) <= 1e-4, (case.name, name)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "control":
+        tensor = guarded(torch.ones(7), "after")
+        print("reading one element too many", flush=True)
+        ctypes.string_at(tensor.data_ptr(), 8 * tensor.element_size())
+    else:
+        with tiles.use(tiles.Tile(16, 16, 4, 1)):
+            for seed, features in enumerate([(), ("lengths", "index"), ("visible_from", "text_start"), FEATURES] * 2):
+                print(seed, features, flush=True)
+                run(sys.argv[1], features, seed)

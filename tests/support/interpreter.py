@@ -1,0 +1,73 @@
+"""Triton's interpreter, made stricter and more complete than it is."""
+
+import builtins
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from palkernels import api
+
+
+@contextmanager
+def overflow_checks():
+    """32-bit integer arithmetic that overflows raises, in live and masked lanes alike."""
+    options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=True)
+    with mock.patch.object(interpreter.interpreter_builder, "options", options):
+        yield
+
+
+@contextmanager
+def bfloat16():
+    """bfloat16 as a GPU computes it: products of exact float32 values, casts that round to nearest even.
+
+    The interpreter keeps bfloat16 as the bits of an unsigned integer and multiplies those, so palkernels refuses it.
+    """
+    builder = interpreter.InterpreterBuilder
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = np.ascontiguousarray(handle.data).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, d, *rest):
+        return dot(self, widened(a), widened(b), d, *rest)
+
+    def cast_impl(self, source, target):
+        if target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:
+            values = torch.from_numpy(np.ascontiguousarray(source.data))
+            bits = values.bfloat16().view(torch.int16).numpy().view(np.uint16)
+            return interpreter.TensorHandle(bits, tl.bfloat16)
+        if source.dtype.scalar == tl.bfloat16 and target.scalar == tl.float32:
+            return widened(source)
+        return cast(self, source, target)
+
+    with (
+        mock.patch.object(builder, "create_dot", create_dot),
+        mock.patch.object(builder, "cast_impl", cast_impl),
+        mock.patch.object(api, "_triton_reasons", return_value=[]),
+    ):
+        yield
+
+
+@contextmanager
+def without_copies():
+    """Do not copy every argument's whole memory onto itself after a launch, untouched pages included."""
+    with mock.patch.object(interpreter.GridExecutor, "_restore_args_dev", return_value=None):
+        yield
+
+
+@contextmanager
+def only_programs(chosen):
+    """Of every grid of more than 65,535 programs run the chosen ones."""
+
+    def some(*args):
+        return chosen if len(args) == 1 and args[0] > 65_535 else builtins.range(*args)
+
+    with mock.patch.object(interpreter, "range", some, create=True):
+        yield

@@ -1,0 +1,34 @@
+"""Running the kernels, wherever they run: in Triton's interpreter or on a GPU."""
+
+import contextlib
+
+import interpreter
+import torch
+
+from palkernels import lal_attention
+from palkernels.testing import LalCase
+
+
+def attention(case: LalCase, impl: str, seed: int = 0, with_lse: bool = True) -> list[torch.Tensor]:
+    """Output, LSE and the five gradients, for one random upstream gradient that does not depend on the dtype."""
+    case = case.requires_grad()
+    out, lse = lal_attention(*case.tensors, **case.options, return_lse=True, impl=impl)
+    generator = torch.Generator().manual_seed(seed)
+    douts = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (out, lse)]
+    results = [out, lse] if with_lse else [out]
+    return [out.detach(), lse.detach(), *torch.autograd.grad(results, case.tensors, douts[: len(results)])]
+
+
+def arithmetic(dtype, device):
+    """Where the dtype needs help in the interpreter, that help."""
+    return interpreter.bfloat16() if dtype == torch.bfloat16 and device == "cpu" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def strict(device):
+    """In the interpreter, offsets that overflow raise."""
+    with contextlib.ExitStack() as stack:
+        if device == "cpu":
+            stack.enter_context(interpreter.overflow_checks())
+            stack.enter_context(interpreter.without_copies())
+        yield
