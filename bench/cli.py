@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 try:
     import typer
@@ -15,6 +15,9 @@ except ModuleNotFoundError:
 
 # torch, transformers and matplotlib take seconds to import, so each command imports what it needs.
 from palkernels.bench.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["app", "main"]
 
@@ -82,8 +85,6 @@ def figure1(
     """Reproduce Figure 1: memory and throughput of PLITS and LAL against audio tokens."""
     counts = _counts("--audio-tokens", audio_tokens)
 
-    from rich.console import Console
-
     from palkernels.bench.figure1 import run
     from palkernels.bench.settings import Options
 
@@ -105,18 +106,51 @@ def figure1(
         encoder_checkpoint=encoder_checkpoint,
         encoder_size=encoder_size,
     )
-    # Into a pipe or a log rich assumes 80 columns, in which the table does not fit.
-    console = Console() if sys.stdout.isatty() else Console(width=110)
-    picture = run(options, console)
+    picture = run(options, _console())
     typer.echo(f"Plot: {picture}")
 
 
 @app.command()
-def doctor() -> None:
-    """Show versions, devices, and which implementations run here and why not."""
-    from palkernels.bench.doctor import diagnosis
+def doctor(
+    tiles: Annotated[
+        bool, typer.Option("--tiles", help="Compile every tile of the kernels instead, and show what each uses.")
+    ] = False,
+    arch: Annotated[int | None, typer.Option(help="80, 90 or 100.  [default: the GPU's; 90 without one]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.  [default: bfloat16]")] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(help="forward, query_gradient or key_gradient; may be repeated.  [default: all]"),
+    ] = None,
+    head_dims: Annotated[
+        str | None, typer.Option(help="32, 64, 128 or 256, or several of them, separated by commas.  [default: all]")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="File for the same figures as JSON.")] = None,
+) -> None:
+    """Show versions, devices, and which implementations run here and why not.
 
-    typer.echo(diagnosis())
+    With --tiles, show registers, shared memory and spills of the Triton kernels; this needs no GPU.
+    """
+    if not tiles:
+        options = {"arch": arch, "dtype": dtype, "kernel": kernel or None, "head-dims": head_dims, "json": json}
+        stray = [name for name, value in options.items() if value is not None]
+        if stray:
+            raise UserError(f"--{stray[0]} must be given with --tiles, got it without --tiles")
+        from palkernels.bench.doctor import diagnosis
+
+        typer.echo(diagnosis())
+        return
+    dims = None if head_dims is None else _counts("--head-dims", head_dims)
+
+    from palkernels.bench.tiles import report, select
+
+    report(select(arch, dtype, tuple(kernel) if kernel else None, dims), json, _console())
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Into a pipe or a log rich assumes 80 columns, in which the tables do not fit.
+    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def _counts(option: str, text: str) -> tuple[int, ...]:

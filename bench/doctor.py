@@ -42,7 +42,7 @@ def diagnosis() -> str:
     if len(devices) == 1:
         lines.append(f"  no GPU: {_why_no_gpu()}")
 
-    lines += ["", "implementations of lal_attention (inference; and training, where it differs)"]
+    lines += ["", "implementations of lal_attention, in inference and training"]
     for device in devices:
         for impl in IMPLEMENTATIONS:
             lines += _implementation(device, impl)
@@ -57,33 +57,19 @@ def _why_no_gpu() -> str:
 
 def _implementation(device: str, impl: str) -> list[str]:
     """One line saying where `impl` runs on `device`, and one for each distinct reason against it."""
-    runs: dict[bool, list[str]] = {False: [], True: []}
+    runs: list[str] = []
     against: dict[str, list[str]] = {}
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
-        for training in (False, True):
-            reasons = _reasons(device, dtype, impl, training)
-            if not reasons:
-                runs[training].append(name)
-            for reason in reasons:
-                against.setdefault(reason, []).append(name + (" training" if training else ""))
-    inference, training_dtypes = (", ".join(runs[training]) or "no" for training in (False, True))
-    verdict = inference if inference == training_dtypes else f"{inference}; training: {training_dtypes}"
-    lines = [f"  {device:6}  {impl:9}  {verdict}"]
-    everything = 2 * len(DTYPES)
-    for reason, where in against.items():
-        if len(where) == everything:
-            scope = ""
-        elif all(x.endswith(" training") for x in where) and len(where) == len(DTYPES):
-            scope = "training: "
-        else:
-            scope = f"{', '.join(x for x in where if not x.endswith(' training')) or ', '.join(where)}: "
+        query = torch.zeros(1, 2, 1, 64, device=device, dtype=dtype)
+        key = query[:, :1]
+        reasons = unsupported_reasons(query, key, key, key, key, impl=impl)
+        if not reasons:
+            runs.append(name)
+        for reason in reasons:
+            against.setdefault(reason, []).append(name)
+    lines = [f"  {device:6}  {impl:9}  {', '.join(runs) or 'no'}"]
+    for reason, names in against.items():
+        scope = "" if len(names) == len(DTYPES) else f"{', '.join(names)}: "
         lines.append(f"    {scope}{reason}")
     return lines
-
-
-def _reasons(device: str, dtype: torch.dtype, impl: str, training: bool) -> list[str]:
-    query = torch.zeros(1, 2, 1, 64, device=device, dtype=dtype, requires_grad=training)
-    key = torch.zeros(1, 1, 1, 64, device=device, dtype=dtype)
-    with torch.enable_grad():
-        return list(unsupported_reasons(query, key, key, key, key, impl=impl))
