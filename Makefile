@@ -1,5 +1,7 @@
 # make figure1   Figure 1 from the bundled clip, into figure1-out/
 # make test      lint, types and tests, on the installed wheel
+# make mutants   seeded faults in the kernels, which the tests must catch, into tests/mutants.json
+# make aot       every tile in every dtype, compiled for sm_80, sm_90 and sm_100 (make test: bfloat16, the first two)
 # make clean     remove everything that these made
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
@@ -10,7 +12,7 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find palkernels model bench 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: figure1 test lint clean
+.PHONY: figure1 test lint aot mutants clean
 
 figure1: .venv/installed
 	$(BIN)/palkernels figure1
@@ -18,10 +20,16 @@ figure1: .venv/installed
 test: lint
 	PALKERNELS_TEST_WHEEL=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
+aot: .venv/installed
+	PALKERNELS_AOT=all $(BIN)/pytest tests/palkernels/test_aot.py
+
 lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	cd dist && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p palkernels
+
+mutants: .venv/installed
+	$(BIN)/python scripts/mutants.py
 
 # The wheel with its pinned dependencies; a changed source reinstalls the wheel alone.
 .venv/installed: constraints.txt $(SOURCES)

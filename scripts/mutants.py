@@ -1,0 +1,747 @@
+"""Seeded faults in the kernels, each run against tests that must catch it.
+
+python scripts/mutants.py            run every mutant, write tests/mutants.json; exit with 1 if one survives
+python scripts/mutants.py NAME ...   run these; of the others, as they are in the table, keep what was found before
+
+Each mutant is a copy of the package with one text replaced. A plugin inside pytest checks that the copy is what the
+tests imported. A mutant is killed by a failing test, a signal or the timeout; anything else stops the script.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTCOME = ROOT / "tests" / "mutants.json"
+SMALL = "tests/palkernels/test_small_cases.py"
+GUARDED = "tests/palkernels/test_memory.py::test_between_unreadable_pages"
+SELECTION = (SMALL, "tests/palkernels/test_gradcheck.py::test_a_subset_does_only_its_work", GUARDED)
+AT_ONCE = 2
+TIMEOUT = 240  # seconds, per mutant; all tests together take half of it while another mutant runs
+DOES_NOT_RUN = ("AttributeError", "CompilationError", "ImportError", "NameError", "SyntaxError", "TypeError")
+
+PRIMITIVES, KEYS = "kernels/primitives.py", "kernels/keys.py"
+FORWARD, BACKWARD = "kernels/forward.py", "kernels/backward.py"
+OPERANDS, OPS = "kernels/operands.py", "ops.py"
+
+CLASSES = (
+    "masks",
+    "offsets",
+    "strides",
+    "scale",
+    "lengths and bounds",
+    "online softmax",
+    "reductions",
+    "skipped blocks",
+    "dispatch",
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    kind: str  # one of CLASSES
+    file: str  # within palkernels/
+    old: str
+    new: str
+    count: int = 1  # how often the old text occurs; every occurrence is replaced
+    first: str = ""  # tests whose names contain this run first, to save time
+
+    def apply(self, source: str) -> str:
+        found = source.count(self.old)
+        if found != self.count:
+            raise ValueError(
+                f"mutant {self.name!r}: the old text must occur {self.count} times in {self.file}, got {found}"
+            )
+        return source.replace(self.old, self.new)
+
+
+def _masks() -> list[Mutant]:
+    def mutant(name: str, file: str, old: str, new: str, count: int = 1, first: str = "") -> Mutant:
+        return Mutant(name, "masks", file, old, new, count, first)
+
+    causal = "visible = loaded[None, :] & (token[None, :] <= position[:, None])"
+    window = "token[None, :] > position[:, None] - sizes.window"
+    text = "valid = (token >= text_start) & (token < text_end)"
+    return [
+        mutant("causal, one too few", KEYS, causal, causal.replace("<=", "<")),
+        mutant("causal, one too many", KEYS, causal, causal.replace("[:, None])", "[:, None] + 1)")),
+        mutant("causal in key gradients", BACKWARD, "age >= 0 if window is None", "age > 0 if window is None"),
+        mutant("window, one too many", KEYS, window, window.replace(">", ">="), first="window"),
+        mutant("window in key gradients", BACKWARD, "(age < window)", "(age <= window)", first="window"),
+        mutant(
+            "visible_from compare",
+            KEYS,
+            "visible_from[None, :] <= position",
+            "visible_from[None, :] < position",
+            first="visible_from",
+        ),
+        mutant(
+            "unseen audio is loaded",
+            KEYS,
+            "loaded = loaded & (visible_from < text_end)",
+            "loaded = loaded",
+            first="sees_is_not_used[visible",
+        ),
+        mutant("visible_from wraps", KEYS, "tl.maximum(first, 0), NEVER)", "first, NEVER)", first="clamped"),
+        mutant(
+            "never is the text's length",
+            KEYS,
+            "NEVER).to(tl.int32)",
+            "sizes.num_keys).to(tl.int32)",
+            first="sees_is_not_used[visible",
+        ),
+        mutant("length compare", KEYS, "loaded = token < audio_length", "loaded = token <= audio_length"),
+        mutant("text_start ignored", KEYS, "text_first = text_start\n", "text_first = 0\n", first="padding"),
+        mutant("text_start ignored in key gradients", BACKWARD, text, "valid = token < text_end", first="padding"),
+        mutant(
+            "text_end ignored in key gradients",
+            BACKWARD,
+            text,
+            text.replace("text_end", "sizes.num_keys"),
+            first="sees_is_not_used[window",
+        ),
+        mutant(
+            "scores are hidden by a finite number",
+            FORWARD,
+            'tl.where(visible, scores, float("-inf"))',
+            "tl.where(visible, scores, -1e4)",
+            first="blind",
+        ),
+        mutant(
+            "no where on dscores of queries",
+            BACKWARD,
+            "        dscores = tl.where(visible, dscores, 0.0)\n    return",
+            "        dscores = dscores\n    return",
+        ),
+        mutant("no where on weights", BACKWARD, "weights = tl.where(visible, weights, 0.0)", "weights = weights"),
+        mutant(
+            "no second where on dscores of keys",
+            BACKWARD,
+            "            dscores = tl.where(visible, dscores, 0.0)\n        dkey",
+            "            dscores = dscores\n        dkey",
+            first="sees_is_not_used[visible",
+        ),
+    ]
+
+
+def _offsets() -> list[Mutant]:
+    def mutant(name: str, file: str, old: str, new: str, count: int = 1, first: str = "") -> Mutant:
+        return Mutant(name, "offsets", file, old, new, count, first)
+
+    head = "batch, kv_head * GROUP,"
+    row = "load_rows(audio_{0}, audio_row, kv_head, {1}, 0, {2}, HEAD_DIM)"
+    whole, last = ("first + block", "None"), ("token", "loaded")
+    visible = "batch * visibility.visible_from_batch + token.to(tl.int64) * visibility.visible_from_token"
+    return [
+        mutant("queries of head kv_head", FORWARD, f"load_rows(query, {head}", "load_rows(query, batch, kv_head,"),
+        mutant("dQ to head kv_head", BACKWARD, f"store_rows(dquery, {head}", "store_rows(dquery, batch, kv_head,"),
+        mutant(
+            "dO of head kv_head in key gradients",
+            BACKWARD,
+            f"douts = load_rows(dout, {head} t, member, row_ok, HEAD_DIM)\n    base2_lse",
+            "douts = load_rows(dout, batch, kv_head, t, member, row_ok, HEAD_DIM)\n    base2_lse",
+        ),
+        mutant("member ignored", PRIMITIVES, " + member * matrix.head)", ")"),
+        mutant("member ignored in the LSE", PRIMITIVES, "(member * sizes.num_queries + t)", "t"),
+        mutant("head and batch swapped in per_row", PRIMITIVES, "batch * sizes.num_kv_heads + kv_head", "kv_head"),
+        mutant(
+            "audio keys of the text row",
+            KEYS,
+            row.format("key", *whole),
+            row.format("key", *whole).replace("audio_row", "batch"),
+            first="index",
+        ),
+        mutant(
+            "audio values of the text row",
+            KEYS,
+            row.format("value", *last),
+            row.format("value", *last).replace("audio_row", "batch"),
+            first="index",
+        ),
+        mutant(
+            "length of the text row",
+            KEYS,
+            "audio_length_of(visibility, audio_row, sizes)\n    full_end",
+            "audio_length_of(visibility, batch, sizes)\n    full_end",
+            first="index",
+        ),
+        mutant(
+            "text bounds of the audio row",
+            BACKWARD,
+            "_, text_end = text_bounds(visibility, batch, sizes)",
+            "_, text_end = text_bounds(visibility, audio_row, sizes)",
+            first="everything",
+        ),
+        mutant("batch not widened", PRIMITIVES, "tl.cast(batch, tl.int64) * matrix", "batch * matrix", first="32_bits"),
+        mutant("head not widened", PRIMITIVES, "tl.cast(head, tl.int64) * matrix", "head * matrix", first="32_bits"),
+        mutant("token not widened", PRIMITIVES, "token = token.to(tl.int64)", "token = token", first="32_bits"),
+        mutant("dim not widened", PRIMITIVES, "dim = dim.to(tl.int64)", "dim = dim", first="32_bits"),
+        mutant(
+            "batch of visible_from not widened",
+            KEYS,
+            "batch = tl.cast(batch, tl.int64)",
+            "batch = batch",
+            first="32_bits",
+        ),
+        mutant(
+            "token of visible_from not widened",
+            KEYS,
+            visible,
+            visible.replace("token.to(tl.int64)", "token"),
+            first="32_bits",
+        ),
+        mutant("masked lanes overflow", OPERANDS, "span + slack >= 2**31", "span >= 2**31", first="32_bits"),
+    ]
+
+
+def _strides() -> list[Mutant]:
+    def mutant(name: str, file: str, old: str, new: str, count: int = 1, first: str = "") -> Mutant:
+        return Mutant(name, "strides", file, old, new, count, first)
+
+    return [
+        mutant(
+            "token and head swapped",
+            PRIMITIVES,
+            "token * matrix.token + member * matrix.head",
+            "token * matrix.head + member * matrix.token",
+        ),
+        mutant("dim is contiguous", PRIMITIVES, "dim * matrix.dim, column_ok", "dim, column_ok"),
+        mutant(
+            "batch by the head's stride",
+            PRIMITIVES,
+            "tl.cast(batch, tl.int64) * matrix.batch",
+            "tl.cast(batch, tl.int64) * matrix.head",
+        ),
+        mutant(
+            "visible_from's strides swapped",
+            KEYS,
+            "batch * visibility.visible_from_batch + token.to(tl.int64) * visibility.visible_from_token",
+            "batch * visibility.visible_from_token + token.to(tl.int64) * visibility.visible_from_batch",
+            first="visible_from",
+        ),
+        mutant(
+            "visible_from is contiguous",
+            OPERANDS,
+            "else audio_visible_from.stride()",
+            "else (audio_visible_from.shape[1], 1)",
+            first="visible_from",
+        ),
+        mutant("integers of any strides", OPERANDS, "x.contiguous() for x", "x for x", first="everything"),
+        mutant(
+            "dLSE of any strides",
+            BACKWARD,
+            "None if dlse is None else dlse.contiguous()",
+            "dlse",
+            first="upstream",
+        ),
+        mutant(
+            "dO by the query's strides",
+            BACKWARD,
+            "        Matrix.of(dout),\n",
+            "        Matrix(dout, *Matrix.of(call.query)[1:]),\n",
+        ),
+    ]
+
+
+def _scale() -> list[Mutant]:
+    def mutant(name: str, file: str, old: str, new: str, count: int = 1, first: str = "") -> Mutant:
+        return Mutant(name, "scale", file, old, new, count, first)
+
+    slope = " * softcap_slope(scores, SOFTCAP)\n"
+    masked = "    if visible is not None:"
+    return [
+        mutant("no scale on dQ", BACKWARD, "gradient * SCALE, HEAD_DIM", "gradient, HEAD_DIM"),
+        mutant("no scale on dK", BACKWARD, "gradients[0] * SCALE", "gradients[0]"),
+        mutant("log2 e rounded", PRIMITIVES, "1.4426950408889634", "1.442695"),
+        mutant("ln 2 rounded", PRIMITIVES, "0.6931471805599453", "0.6931472"),
+        mutant("LSE in base 2", FORWARD, "row_max * LN_2 + tl.log(total)", "row_max + tl.log2(total)"),
+        mutant("natural LSE in dK and dV", BACKWARD, "other=0.0) * LOG2_E\n    delta", "other=0.0)\n    delta"),
+        mutant("no softcap slope in dQ", BACKWARD, f"{slope}{masked}\n", f"\n{masked}\n", first="visible_from"),
+        mutant(
+            "no softcap slope in dK",
+            BACKWARD,
+            f"{slope}    {masked}  # again",
+            f"\n    {masked}  # again",
+            first="visible_from",
+        ),
+        mutant(
+            "softcap slope of base-2 scores",
+            PRIMITIVES,
+            "scores / (SOFTCAP * LOG2_E)",
+            "scores / SOFTCAP",
+            first="visible_from",
+        ),
+        mutant("scale not capped", PRIMITIVES, "(SCALE / SOFTCAP)", "SCALE", first="visible_from"),
+        mutant("tanh's series", PRIMITIVES, "(-1 / 3 +", "(1 / 3 +", first="rounding[visible"),
+        mutant("float64 in float32", PRIMITIVES, "return tl.float64 if", "return tl.float32 if"),
+    ]
+
+
+def _lengths_and_bounds() -> list[Mutant]:
+    def mutant(name: str, file: str, old: str, new: str, count: int = 1, first: str = "clamped") -> Mutant:
+        return Mutant(name, "lengths and bounds", file, old, new, count, first)
+
+    def clamp(value: str, low: str, high: str) -> str:
+        return f"tl.minimum(tl.maximum({value}, {low}), {high})"
+
+    end, start = "tl.load(visibility.text_end + batch)", "tl.load(visibility.text_start + batch)"
+    row, length = "tl.load(visibility.audio_index + batch)", "tl.load(visibility.audio_lengths + audio_row)"
+    load = "tl.load(pointers, mask=token_ok[:, None] & column_ok, other=0.0)"
+    dout = "douts = load_rows(dout, batch, kv_head * GROUP, t, member, {}, HEAD_DIM)\n    base2_lse"
+    return [
+        mutant(
+            "text_end too large",
+            KEYS,
+            clamp(end, "sizes.num_queries", "end"),
+            f"tl.maximum({end}, sizes.num_queries)",
+        ),
+        mutant("text_start negative", KEYS, clamp(start, "0", "end"), f"tl.minimum({start}, end)"),
+        mutant("text_start too large", KEYS, clamp(start, "0", "end"), f"tl.maximum({start}, 0)"),
+        mutant("audio_index negative", KEYS, clamp(row, "0", "last"), f"tl.minimum({row}, last)"),
+        mutant("audio_index too large", KEYS, clamp(row, "0", "last"), f"tl.maximum({row}, 0)"),
+        mutant("audio_lengths too large", KEYS, clamp(length, "0", "length"), f"tl.maximum({length}, 0)"),
+        mutant("readers not clamped", KEYS, clamp("index", "0", "sizes.num_audio_rows - 1"), "index"),
+        mutant(
+            "audio_length ignored in key gradients",
+            BACKWARD,
+            "valid = token < length",
+            "valid = token < sizes.num_audio",
+            first="index",
+        ),
+        mutant("columns beyond D are loaded", PRIMITIVES, load, load.replace(" & column_ok", ""), first=""),
+        mutant(
+            "columns beyond D are stored",
+            PRIMITIVES,
+            "element_ty), mask=token_ok[:, None] & column_ok)",
+            "element_ty), mask=token_ok[:, None])",
+            first="",
+        ),
+        mutant(
+            "queries beyond the last are loaded",
+            FORWARD,
+            "t, member, row_ok, HEAD_DIM)\n    acc_type",
+            "t, member, None, HEAD_DIM)\n    acc_type",
+            first="unreadable",
+        ),
+        mutant("dO beyond the last query", BACKWARD, dout.format("row_ok"), dout.format("None"), first=""),
+        mutant(
+            "LSE beyond the last query is loaded",
+            BACKWARD,
+            "mask=row_ok, other=0.0) * LOG2_E\n    delta",
+            "mask=t >= 0, other=0.0) * LOG2_E\n    delta",
+            first="unreadable",
+        ),
+        mutant(
+            "output beyond the last query",
+            FORWARD,
+            "row_ok, acc / total[:, None]",
+            "t >= 0, acc / total[:, None]",
+            first="unreadable",
+        ),
+        mutant(
+            "gradients beyond the last token", BACKWARD, "token < num_tokens", "token >= 0", count=2, first="unreadable"
+        ),
+        mutant(
+            "gradients of hidden keys",
+            BACKWARD,
+            "tl.where(valid[:, None], gradients[0] * SCALE, 0.0)",
+            "gradients[0] * SCALE",
+            first="index",
+        ),
+        mutant(
+            "audio beyond the length is loaded",
+            KEYS,
+            "load_rows(audio_key, audio_row, kv_head, token, 0, loaded, HEAD_DIM)",
+            "load_rows(audio_key, audio_row, kv_head, token, 0, None, HEAD_DIM)",
+            first="",
+        ),
+    ]
+
+
+def _online_softmax() -> list[Mutant]:
+    def mutant(name: str, old: str, new: str, first: str = "") -> Mutant:
+        return Mutant(name, "online softmax", FORWARD, old, new, 1, first)
+
+    shift = 'tl.where(new_max == float("-inf"), 0.0, new_max) if visible is not None else new_max'
+    return [
+        mutant("sum does not decay", "row_sum * decay +", "row_sum +"),
+        mutant("output does not decay", "acc * decay[:, None])", "acc)"),
+        mutant("maximum of the block alone", "tl.maximum(row_max, tl.max(scores, axis=1))", "tl.max(scores, axis=1)"),
+        mutant("shift of -inf", shift, "new_max", first="blind"),
+        mutant("shift of zero", shift, "new_max * 0.0", first="large"),
+        mutant("weights by the old maximum", "scores - shift[:, None]", "scores - row_max[:, None]"),
+        mutant("blind rows divide by zero", "tl.where(blind, 1.0, row_sum)", "row_sum", first="blind"),
+    ]
+
+
+def _reductions() -> list[Mutant]:
+    def mutant(name: str, file: str, old: str, new: str, first: str = "") -> Mutant:
+        return Mutant(name, "reductions", file, old, new, 1, first)
+
+    found = "tl.where(first <= audio_row, audio_row, none)"
+    return [
+        mutant(
+            "first reader from row 1",
+            BACKWARD,
+            "tl.where(beyond, sizes.num_batches, 0)",
+            "tl.where(beyond, sizes.num_batches, 1)",
+        ),
+        mutant(
+            "a reader skipped",
+            BACKWARD,
+            "next_reader(visibility, audio_row, batch + 1, sizes)",
+            "next_reader(visibility, audio_row, batch + 2, sizes)",
+            first="index",
+        ),
+        mutant("first scan only", KEYS, "& (first < none):", "& (first < 128):", first="beyond_one_scan"),
+        mutant("a scan skipped", KEYS, "first += 128", "first += 256", first="beyond_one_scan"),
+        mutant("own reader compare", KEYS, found, found.replace("<=", "<")),
+        mutant(
+            "last reader only",
+            BACKWARD,
+            "add_text_row(\n            gradients, keys",
+            "add_text_row(\n            (zeros, zeros), keys",
+            first="index",
+        ),
+        mutant("delta without dLSE", BACKWARD, "delta -= tl.load(", "delta -= 0.0 * tl.load("),
+        mutant("sign of dLSE", BACKWARD, "delta -= tl.load(", "delta += tl.load("),
+        mutant("sign of delta in dQ", BACKWARD, "(dweights - delta[:, None])", "(dweights + delta[:, None])"),
+        mutant("no delta in dK", BACKWARD, "(dweights - delta[None, :])", "dweights"),
+    ]
+
+
+def _skipped_blocks() -> list[Mutant]:
+    def mutant(name: str, file: str, old: str, new: str, count: int = 1, first: str = "") -> Mutant:
+        return Mutant(name, "skipped blocks", file, old, new, count, first)
+
+    begin = "earliest - first_position, 0)"
+    masked = "tl.cdiv(partly, BLOCK_M) * BLOCK_M"
+    full = "tl.maximum(tile_first + 1 - text_first, 0)"
+    last = "tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, sizes.num_queries - 1)"
+    return [
+        mutant("partly valid audio blocks", BACKWARD, "block * BLOCK_N >= length", "(block + 1) * BLOCK_N > length"),
+        mutant(
+            "audio, a whole block too many",
+            KEYS,
+            "full_end = audio_length // BLOCK_N * BLOCK_N",
+            "full_end = (audio_length + BLOCK_N - 1) // BLOCK_N * BLOCK_N",
+        ),
+        mutant("audio ends early", KEYS, "range(full_end, audio_length,", "range(full_end, audio_length - 1,"),
+        mutant("text, whole blocks up to the last row", KEYS, full, full.replace("tile_first", "tile_last")),
+        mutant("text, whole blocks one key too far", KEYS, full, full.replace("+ 1", "+ 2"), first="decoding"),
+        mutant("text ends early", KEYS, "range(full_end, tile_last + 1,", "range(full_end, tile_last,", first="narrow"),
+        mutant(
+            "tile's last query not clamped", KEYS, last, last[11 : last.rindex(",")], first="sees_is_not_used[window"
+        ),
+        mutant(
+            "tile's first query rounded up",
+            KEYS,
+            "first_position + tile * BLOCK_M // GROUP",
+            "first_position + (tile * BLOCK_M + GROUP - 1) // GROUP",
+            first="window",
+        ),
+        mutant("window begins late", KEYS, "- sizes.window + 1)", "- sizes.window + 2)", first="window"),
+        mutant("queries begin late", BACKWARD, begin, begin.replace("position", "position + 1")),
+        mutant("queries without a mask too early", BACKWARD, masked, "partly // BLOCK_M * BLOCK_M"),
+        mutant("earliest key's queries", BACKWARD, "earliest = tl.min(", "earliest = tl.max("),
+        mutant("window ends early", BACKWARD, "latest + window - first", "latest + window - 1 - first", first="window"),
+        mutant(
+            "last rows have no program",
+            FORWARD,
+            "triton.cdiv(num_rows, tile.block_m)",
+            "max(num_rows // tile.block_m, 1)",
+        ),
+        mutant(
+            "programs by text rows",
+            BACKWARD,
+            "num_blocks += call.audio_key.shape[0]",
+            "num_blocks += call.query.shape[0]",
+            first="index",
+        ),
+    ]
+
+
+def _dispatch() -> list[Mutant]:
+    def mutant(name: str, file: str, old: str, new: str, first: str = "subset") -> Mutant:
+        return Mutant(name, "dispatch", file, old, new, 1, first)
+
+    return [
+        mutant(
+            "delta for dQ only",
+            BACKWARD,
+            'if gradients["query"] is not None or wants_keys:',
+            'if gradients["query"] is not None:',
+        ),
+        mutant(
+            "delta not passed to dK alone",
+            BACKWARD,
+            "_key_launch(call, lse, dout, delta, keys,",
+            "_key_launch(call, lse, dout, None, keys,",
+        ),
+        mutant("always split", BACKWARD, " and tiles.splits_key_gradient(call.head_dim):", ":"),
+        mutant(
+            "gradients swapped",
+            BACKWARD,
+            'for name in ("key", "value", "audio_key", "audio_value")',
+            'for name in ("value", "key", "audio_key", "audio_value")',
+        ),
+        mutant(
+            "audio values only with keys",
+            BACKWARD,
+            "if daudio_key.ptr is not None or daudio_value.ptr is not None:",
+            "if daudio_key.ptr is not None:",
+        ),
+        mutant(
+            "WITH_KEY and WITH_VALUE swapped",
+            BACKWARD,
+            "daudio_key.ptr is not None, daudio_value.ptr is not None,\n",
+            "daudio_value.ptr is not None, daudio_key.ptr is not None,\n",
+        ),
+        mutant("returned in reverse", OPS, "gradient in gradients.values()", "gradient in [*gradients.values()][::-1]"),
+        mutant("dO of ones", OPS, "dout = torch.zeros_like(out)", "dout = torch.ones_like(out)", first="upstream"),
+    ]
+
+
+MUTANTS = [
+    *_masks(),
+    *_offsets(),
+    *_strides(),
+    *_scale(),
+    *_lengths_and_bounds(),
+    *_online_softmax(),
+    *_reductions(),
+    *_skipped_blocks(),
+    *_dispatch(),
+]
+
+# Runs inside the mutant's pytest. Its exit code 70 is none of pytest's own.
+PLUGIN = """
+import json, os, pathlib, sys
+import pytest
+
+EXPECTED = pathlib.Path(__file__).resolve().parent / "palkernels"
+REPORT = pathlib.Path(__file__).with_name("report.json")
+report = {"modules": 0, "test": None, "failed": None, "errors": []}
+
+
+def save():
+    REPORT.write_text(json.dumps(report))
+
+
+def check():
+    loaded = [m for name, m in sys.modules.items() if name.split(".")[0] == "palkernels"]
+    wrong = [m.__file__ for m in loaded if EXPECTED not in pathlib.Path(m.__file__).resolve().parents]
+    if wrong or not loaded:
+        pytest.exit(f"imported {wrong or 'nothing'}, not {EXPECTED}", returncode=70)
+    report["modules"] = len(loaded)
+    save()
+
+
+def pytest_collection_modifyitems(items):
+    first = os.environ["MUTANT_FIRST"]
+    items.sort(key=lambda item: not first or first not in item.nodeid)
+
+
+def pytest_collection_finish(session):
+    check()
+
+
+def pytest_runtest_logstart(nodeid, location):
+    report["test"] = nodeid
+    save()
+
+
+def pytest_runtest_logfinish(nodeid, location):
+    check()  # the kernels' modules too, which are loaded by the first call
+
+
+def pytest_exception_interact(node, call):
+    error, names = call.excinfo.value, []
+    while error is not None:
+        names.append(type(error).__name__)
+        error = error.__cause__ or error.__context__
+    record(node.nodeid, names)
+
+
+def record(nodeid, names):
+    if report["failed"] is None:
+        report.update(failed=nodeid, errors=names)
+        save()
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended; ``killed_by`` is None where every test passed."""
+
+    killed_by: str | None
+    how: str | None = None  # "failed", a signal's name, or "timeout"
+
+
+def run(mutant: Mutant | None, package: Path) -> Result:
+    """The tests on a copy of the package with the mutant in it; None: without."""
+    label = "the package as it is" if mutant is None else f"mutant {mutant.name!r}"
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder).resolve()
+        shutil.copytree(package, copy / "palkernels")
+        (copy / "mutant_plugin.py").write_text(PLUGIN)
+        if mutant is not None:
+            target = copy / "palkernels" / mutant.file
+            source = mutant.apply(target.read_text())
+            compile(source, mutant.file, "exec")
+            target.write_text(source)
+        environment = os.environ | {
+            "PYTHONPATH": str(copy),
+            "PYTHONSAFEPATH": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "MUTANT_FIRST": "" if mutant is None else mutant.first,
+        }
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "mutant_plugin"]
+        process = subprocess.Popen(
+            [*command, *SELECTION],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # so that a timeout ends the tests' own children too
+        )
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            code = None
+        else:
+            code = process.returncode
+        report_file = copy / "report.json"
+        report = json.loads(report_file.read_text()) if report_file.is_file() else {}
+
+    def fail(why: str) -> RuntimeError:
+        return RuntimeError(f"{label}: {why}\n{output[-4000:]}")
+
+    if not report.get("modules"):
+        raise fail("the copy was not imported")
+    if code == 0:
+        return Result(None)
+    if mutant is None:
+        raise fail(f"every test must pass, got exit code {code}")
+    if code is None:
+        return Result(report["test"], "timeout")
+    if code < 0:
+        return Result(report["test"], signal.Signals(-code).name)
+    if code != 1 or report["failed"] is None:
+        raise fail(f"pytest must exit with 0 or 1, got {code}")
+    if set(report["errors"]) & set(DOES_NOT_RUN):
+        raise fail(f"it does not run: {', '.join(report['errors'])}")
+    return Result(report["failed"], "failed")
+
+
+def outcome(results: dict[str, Result]) -> list[dict[str, object]]:
+    """What is committed: no times, no paths of this machine, in the table's order."""
+    return [
+        {
+            "name": mutant.name,
+            "class": mutant.kind,
+            "file": f"palkernels/{mutant.file}",
+            "old": mutant.old,
+            "new": mutant.new,
+            "outcome": "survived" if results[mutant.name].killed_by is None else "killed",
+            "by": results[mutant.name].killed_by,
+            "how": results[mutant.name].how,
+        }
+        for mutant in MUTANTS
+        if mutant.name in results
+    ]
+
+
+def found_before() -> dict[str, Result]:
+    """The committed results of mutants that are still as they were."""
+    rows = json.loads(OUTCOME.read_text()) if OUTCOME.is_file() else []
+    results = {row["name"]: Result(row["by"], row["how"]) for row in rows}
+    results = {mutant.name: results[mutant.name] for mutant in MUTANTS if mutant.name in results}
+    same = {row["name"] for row in rows if row in outcome(results)}
+    return {name: result for name, result in results.items() if name in same}
+
+
+def check_table() -> None:
+    names = [mutant.name for mutant in MUTANTS]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"names must differ, got {', '.join(repeated)} more than once")
+    for mutant in MUTANTS:
+        mutant.apply((ROOT / "palkernels" / mutant.file).read_text())
+
+
+def main() -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    check_table()
+    chosen = [mutant for mutant in MUTANTS if mutant.name in sys.argv[1:]] if sys.argv[1:] else MUTANTS
+    unknown = set(sys.argv[1:]) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        raise ValueError(f"mutants must be in the table, got {', '.join(sorted(unknown))}")
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results = {} if chosen is MUTANTS else found_before()
+    survived = failed = 0
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    with (
+        tempfile.TemporaryDirectory(prefix="mutants-") as folder,
+        Progress(*columns, console=console) as progress,
+        ThreadPoolExecutor(AT_ONCE) as pool,
+    ):
+        package = Path(folder) / "palkernels"  # as it is now: a long run must not see later edits
+        shutil.copytree(ROOT / "palkernels", package, ignore=shutil.ignore_patterns("__pycache__"))
+        task = progress.add_task("mutants", total=len(chosen) + 1)
+        futures = {pool.submit(run, mutant, package): mutant for mutant in (None, *chosen)}
+        try:
+            for future in as_completed(futures):
+                progress.advance(task)
+                mutant = futures[future]
+                try:
+                    result = future.result()
+                except RuntimeError as error:
+                    if mutant is None:  # then no result means anything
+                        raise
+                    say(f"error: {error}")
+                    failed += 1
+                    continue
+                if mutant is not None:
+                    results[mutant.name] = result
+                    write(outcome(results))
+                    if result.killed_by is None:
+                        say(f"survived: {mutant.name}")
+                        survived += 1
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    say(f"{len(chosen)} mutants, {len(chosen) - survived - failed} killed, {survived} survived, {failed} did not run")
+    sys.exit(1 if survived or failed else 0)
+
+
+def write(rows: list[dict[str, object]]) -> None:
+    part = OUTCOME.with_suffix(".part")
+    part.write_text(json.dumps(rows, indent=1) + "\n")
+    part.replace(OUTCOME)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
