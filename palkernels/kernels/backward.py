@@ -254,7 +254,7 @@ def audio_block(
         _, text_end = text_bounds(visibility, batch, sizes)
         seen_from = None
         if visibility.visible_from is not None:
-            seen_from = load_visible_from(visibility, batch, token, valid, sizes)
+            seen_from = load_visible_from(visibility, batch, token, valid, text_end)
         gradients = add_text_row(
             gradients, keys, values, seen_from, valid, text_end, None, query, dout, lse_ptr, delta_ptr,
             batch, kv_head, sizes, daudio_key.ptr is not None, daudio_value.ptr is not None,

@@ -58,13 +58,13 @@ def next_reader(visibility, audio_row, first, sizes):
 
 
 @triton.jit
-def load_visible_from(visibility, batch, token, token_ok, sizes):
-    """First position (R,) that sees each audio token, as int32. One beyond the text becomes NEVER: a tile's rows beyond
-    the last query have positions too, and must not reach a token that may hold anything."""
+def load_visible_from(visibility, batch, token, token_ok, text_end):
+    """First position (R,) that sees each audio token, as int32. One from ``text_end`` on becomes NEVER: a tile's rows
+    beyond the last query have positions too, and must not reach a token that may hold anything."""
     batch = tl.cast(batch, tl.int64)
     offset = batch * visibility.visible_from_batch + token.to(tl.int64) * visibility.visible_from_token
     first = tl.load(visibility.visible_from + offset, mask=token_ok, other=0)
-    return tl.where(first < sizes.num_keys, tl.maximum(first, 0), NEVER).to(tl.int32)
+    return tl.where(first < text_end, tl.maximum(first, 0), NEVER).to(tl.int32)
 
 
 @triton.jit
@@ -115,8 +115,8 @@ def visit_keys(
         loaded = token < audio_length
         visible = loaded[None, :]
         if visibility.visible_from is not None:
-            visible_from = load_visible_from(visibility, batch, token, loaded, sizes)
-            loaded = loaded & (visible_from < text_end)
+            visible_from = load_visible_from(visibility, batch, token, loaded, text_end)
+            loaded = loaded & (visible_from < NEVER)
             visible = loaded[None, :] & (visible_from[None, :] <= position[:, None])
         keys = load_rows(audio_key, audio_row, kv_head, token, 0, loaded, HEAD_DIM)
         values = load_rows(audio_value, audio_row, kv_head, token, 0, loaded, HEAD_DIM)

@@ -42,7 +42,10 @@ CASES = {
         SHAPE | {"batch": 4, "heads": 2, "kv_heads": 1, "queries": 9, "keys": 20, "rows": 5},
         {"audio_index": integers(3, 1, 3, 3), "audio_lengths": integers(5, 16, 0, 33, 17)},
     ),
-    "visible_from": (SHAPE, {"audio_visible_from": spread(integers(*INSERTED)), "softcap": 2.0}),
+    "visible_from": (  # in the second row some tokens become visible after its last query only
+        SHAPE,
+        {"audio_visible_from": spread(integers(*INSERTED)), "softcap": 2.0, "text_end": integers(38, 27)},
+    ),
     "late audio": (  # tokens of one position in whole blocks, so that later tiles of queries need no mask
         SHAPE,
         {
