@@ -16,9 +16,16 @@ from torch import Tensor
 
 from palkernels.call import Call
 from palkernels.kernels import tiles
-from palkernels.kernels.keys import audio_length_of, load_visible_from, next_reader, text_bounds, visit_keys
+from palkernels.kernels.keys import (
+    audio_read_by,
+    audio_row,
+    load_visible_from,
+    next_reader,
+    text_row,
+    visit_keys,
+)
 from palkernels.kernels.launch import Launch, attention_launch
-from palkernels.kernels.operands import UNSPECIALISED, Matrix, Sizes
+from palkernels.kernels.operands import UNSPECIALISED, KeyValue, Matrix, Sizes, Upstream
 from palkernels.kernels.primitives import (
     LOG2_E,
     accumulator_type,
@@ -66,6 +73,8 @@ def query_gradient_kernel(
     num_audio_rows,
     num_batches,
     num_kv_heads,
+    text_tokens,
+    audio_tokens,
     window,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -75,54 +84,49 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # One program: BLOCK_M packed query rows of one (text row, K/V head), as in forward.
-    sizes = Sizes(num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, window)
+    sizes = Sizes(
+        num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, text_tokens, audio_tokens, window
+    )
     num_tiles = tl.cdiv(num_queries * GROUP, BLOCK_M)
     tile, kv_head, batch = split_program(tl.program_id(0), num_tiles, num_kv_heads)
-    t, member, row_ok = packed_rows(tile * BLOCK_M, num_queries, GROUP, BLOCK_M)
+    text = text_row(visibility, batch, sizes)
+    audio = audio_read_by(visibility, batch, sizes)
+    if tile * BLOCK_M >= text.num_queries * GROUP:  # a packed row shorter than the longest
+        return
+    t, member, row_ok = packed_rows(tile * BLOCK_M, text.num_queries, GROUP, BLOCK_M)
 
-    outputs = load_rows(out, batch, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
-    douts = load_rows(dout, batch, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
+    outputs = load_rows(out, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
+    douts = load_rows(dout, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
     acc_type: tl.constexpr = accumulator_type(outputs)
     delta = tl.sum(outputs.to(acc_type) * douts.to(acc_type), axis=1)
     if dlse_ptr is not None:
-        delta -= tl.load(per_row(dlse_ptr, batch, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0)
-    tl.store(per_row(delta_ptr, batch, kv_head, t, member, sizes, GROUP), delta, mask=row_ok)
+        delta -= tl.load(per_row(dlse_ptr, text, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0)
+    tl.store(per_row(delta_ptr, text, kv_head, t, member, sizes, GROUP), delta, mask=row_ok)
 
     if dquery.ptr is not None:
-        queries = load_rows(query, batch, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
-        base2_lse = tl.load(per_row(lse_ptr, batch, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0) * LOG2_E
+        queries = load_rows(query, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
+        base2_lse = tl.load(per_row(lse_ptr, text, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0) * LOG2_E
         gradient = visit_keys(
             tl.zeros(queries.shape, dtype=acc_type), add_key_block, (queries, douts, base2_lse, delta),
-            tile, t, batch, kv_head, key, value, audio_key, audio_value, visibility, sizes,
+            tile, t, text, audio, kv_head, KeyValue(key, value), KeyValue(audio_key, audio_value), visibility, window,
             SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        store_rows(dquery, batch, kv_head * GROUP, t, member, row_ok, gradient * SCALE, HEAD_DIM)
+        store_rows(dquery, text, kv_head * GROUP, t, member, row_ok, gradient * SCALE, HEAD_DIM)
 
 
 @triton.jit
-def load_query_tile(
-    query,
-    dout,
-    lse_ptr,
-    delta_ptr,  # or None
-    first,
-    batch,
-    kv_head,
-    sizes,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+def load_query_tile(upstream, first, text, kv_head, sizes, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+                    BLOCK_M: tl.constexpr):  # fmt: skip
     """Queries t (M,), Q and dO (M, BLOCK_D), base-2 LSE and delta (M,); all zero beyond the last query."""
-    t, member, row_ok = packed_rows(first, sizes.num_queries, GROUP, BLOCK_M)
-    queries = load_rows(query, batch, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
-    douts = load_rows(dout, batch, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
-    base2_lse = tl.load(per_row(lse_ptr, batch, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0) * LOG2_E
-    delta = (
-        base2_lse  # stands in, and is not used
-        if delta_ptr is None
-        else tl.load(per_row(delta_ptr, batch, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0)
-    )
+    t, member, row_ok = packed_rows(first, text.num_queries, GROUP, BLOCK_M)
+    queries = load_rows(upstream.query, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
+    douts = load_rows(upstream.dout, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
+    pointers = per_row(upstream.lse_ptr, text, kv_head, t, member, sizes, GROUP)
+    base2_lse = tl.load(pointers, mask=row_ok, other=0.0) * LOG2_E
+    delta = base2_lse  # stands in where it is not used
+    if upstream.delta_ptr is not None:
+        pointers = per_row(upstream.delta_ptr, text, kv_head, t, member, sizes, GROUP)
+        delta = tl.load(pointers, mask=row_ok, other=0.0)
     return t, queries, douts, base2_lse, delta
 
 
@@ -165,13 +169,9 @@ def add_text_row(
     values,
     seen_from,  # (BLOCK_N,) first position that sees each key; None: every query sees all of them
     valid,  # (BLOCK_N,) the others' gradients are dropped
-    text_end,
+    text,
     window,
-    query,
-    dout,
-    lse_ptr,
-    delta_ptr,
-    batch,
+    upstream,
     kv_head,
     sizes,
     WITH_KEY: tl.constexpr,
@@ -183,22 +183,22 @@ def add_text_row(
     BLOCK_M: tl.constexpr,
 ):
     """Add the share of one text row: of its queries that see any key of the block, a tile of packed rows at a time."""
-    first_position = text_end - sizes.num_queries  # of query 0
+    first_position = text.end - text.num_queries  # of query 0
     masked_end = 0
-    end = sizes.num_queries * GROUP
+    end = text.num_queries * GROUP
     if seen_from is not None:
-        earliest = tl.min(tl.where(valid, seen_from, sizes.num_keys), axis=0)
+        earliest = tl.min(tl.where(valid, seen_from, text.end), axis=0)
         latest = tl.max(tl.where(valid, seen_from, 0), axis=0)
-        begin = tl.minimum(tl.maximum(earliest - first_position, 0), sizes.num_queries) * GROUP
+        begin = tl.minimum(tl.maximum(earliest - first_position, 0), text.num_queries) * GROUP
         if window is None:  # from the query that sees the whole block on, no mask is needed
-            partly = tl.maximum(tl.minimum(latest - first_position, sizes.num_queries) * GROUP - begin, 0)
+            partly = tl.maximum(tl.minimum(latest - first_position, text.num_queries) * GROUP - begin, 0)
             masked_end = tl.minimum(begin + tl.cdiv(partly, BLOCK_M) * BLOCK_M, end)
         else:
             end = tl.minimum(end, tl.maximum(latest + window - first_position, 0) * GROUP)
             masked_end = end
         for first in range(begin, masked_end, BLOCK_M):
             t, queries, douts, base2_lse, delta = load_query_tile(
-                query, dout, lse_ptr, delta_ptr, first, batch, kv_head, sizes, GROUP, HEAD_DIM, BLOCK_M
+                upstream, first, text, kv_head, sizes, GROUP, HEAD_DIM, BLOCK_M
             )
             position = first_position + t
             age = position[None, :] - seen_from[:, None]
@@ -210,7 +210,7 @@ def add_text_row(
     if window is None or seen_from is None:
         for first in range(masked_end, end, BLOCK_M):
             t, queries, douts, base2_lse, delta = load_query_tile(
-                query, dout, lse_ptr, delta_ptr, first, batch, kv_head, sizes, GROUP, HEAD_DIM, BLOCK_M
+                upstream, first, text, kv_head, sizes, GROUP, HEAD_DIM, BLOCK_M
             )
             gradients = add_query_tile(
                 gradients, keys, values, queries, douts, base2_lse, delta, None, WITH_KEY, WITH_VALUE, SCALE, SOFTCAP
@@ -220,72 +220,67 @@ def add_text_row(
 
 @triton.jit
 def store_gradients(
-    gradients, valid, dkey, dvalue, batch, kv_head, token, num_tokens, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr
+    gradients, valid, outputs, row, num_tokens, kv_head, token, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
     """Write those that are wanted; keys that are not valid get zeros."""
-    if dkey.ptr is not None:
+    if outputs.keys.ptr is not None:
         values = tl.where(valid[:, None], gradients[0] * SCALE, 0.0)
-        store_rows(dkey, batch, kv_head, token, 0, token < num_tokens, values, HEAD_DIM)
-    if dvalue.ptr is not None:
+        store_rows(outputs.keys, row, kv_head, token, 0, token < num_tokens, values, HEAD_DIM)
+    if outputs.values.ptr is not None:
         values = tl.where(valid[:, None], gradients[1], 0.0)
-        store_rows(dvalue, batch, kv_head, token, 0, token < num_tokens, values, HEAD_DIM)
+        store_rows(outputs.values, row, kv_head, token, 0, token < num_tokens, values, HEAD_DIM)
 
 
 @triton.jit
 def audio_block(
-    query, dout, lse_ptr, delta_ptr, audio_key, audio_value, daudio_key, daudio_value, visibility, sizes,
-    program, num_blocks,
+    upstream, inputs, outputs, visibility, sizes, program, num_blocks,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of audio tokens, from every text row that reads them."""
-    block, kv_head, audio_row = split_program(program, num_blocks, sizes.num_kv_heads)
+    block, kv_head, row = split_program(program, num_blocks, sizes.num_kv_heads)
     token = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    length = audio_length_of(visibility, audio_row, sizes)
-    valid = token < length
-    keys = load_rows(audio_key, audio_row, kv_head, token, 0, valid, HEAD_DIM)
-    values = load_rows(audio_value, audio_row, kv_head, token, 0, valid, HEAD_DIM)
+    audio = audio_row(visibility, row, sizes)
+    valid = token < audio.length
+    keys = load_rows(inputs.keys, audio, kv_head, token, 0, valid, HEAD_DIM)
+    values = load_rows(inputs.values, audio, kv_head, token, 0, valid, HEAD_DIM)
     zeros = tl.zeros(keys.shape, dtype=accumulator_type(keys))
     gradients = (zeros, zeros)
 
-    beyond = block * BLOCK_N >= length  # then no query sees any of the block
-    batch = next_reader(visibility, audio_row, tl.where(beyond, sizes.num_batches, 0), sizes)
+    beyond = block * BLOCK_N >= audio.length  # then no query sees any of the block
+    batch = next_reader(visibility, row, tl.where(beyond, sizes.num_batches, 0), sizes)
     while batch < sizes.num_batches:
-        _, text_end = text_bounds(visibility, batch, sizes)
+        text = text_row(visibility, batch, sizes)
         seen_from = None
         if visibility.visible_from is not None:
-            seen_from = load_visible_from(visibility, batch, token, valid, text_end)
+            seen_from = load_visible_from(visibility, text, audio, token, valid)
         gradients = add_text_row(
-            gradients, keys, values, seen_from, valid, text_end, None, query, dout, lse_ptr, delta_ptr,
-            batch, kv_head, sizes, daudio_key.ptr is not None, daudio_value.ptr is not None,
-            SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M,
+            gradients, keys, values, seen_from, valid, text, None, upstream, kv_head, sizes,
+            outputs.keys.ptr is not None, outputs.values.ptr is not None, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M,
         )  # fmt: skip
-        batch = next_reader(visibility, audio_row, batch + 1, sizes)
-    store_gradients(
-        gradients, valid, daudio_key, daudio_value, audio_row, kv_head, token, sizes.num_audio, SCALE, HEAD_DIM
-    )
+        batch = next_reader(visibility, row, batch + 1, sizes)
+    store_gradients(gradients, valid, outputs, audio, audio.num_tokens, kv_head, token, SCALE, HEAD_DIM)
 
 
 @triton.jit
 def text_block(
-    query, dout, lse_ptr, delta_ptr, key, value, dkey, dvalue, visibility, sizes, program,
+    upstream, inputs, outputs, visibility, sizes, program,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of text keys, from their own row's queries."""
     block, kv_head, batch = split_program(program, tl.cdiv(sizes.num_keys, BLOCK_N), sizes.num_kv_heads)
     token = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    text_start, text_end = text_bounds(visibility, batch, sizes)
-    valid = (token >= text_start) & (token < text_end)
-    keys = load_rows(key, batch, kv_head, token, 0, valid, HEAD_DIM)
-    values = load_rows(value, batch, kv_head, token, 0, valid, HEAD_DIM)
+    text = text_row(visibility, batch, sizes)
+    valid = (token >= text.start) & (token < text.end)
+    keys = load_rows(inputs.keys, text, kv_head, token, 0, valid, HEAD_DIM)
+    values = load_rows(inputs.values, text, kv_head, token, 0, valid, HEAD_DIM)
     zeros = tl.zeros(keys.shape, dtype=accumulator_type(keys))
     gradients = add_text_row(
-        (zeros, zeros), keys, values, token, valid, text_end, sizes.window, query, dout, lse_ptr, delta_ptr,
-        batch, kv_head, sizes, dkey.ptr is not None, dvalue.ptr is not None,
-        SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M,
+        (zeros, zeros), keys, values, token, valid, text, sizes.window, upstream, kv_head, sizes,
+        outputs.keys.ptr is not None, outputs.values.ptr is not None, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M,
     )  # fmt: skip
-    store_gradients(gradients, valid, dkey, dvalue, batch, kv_head, token, sizes.num_keys, SCALE, HEAD_DIM)
+    store_gradients(gradients, valid, outputs, text, text.num_keys, kv_head, token, SCALE, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -309,6 +304,8 @@ def key_gradient_kernel(
     num_audio_rows,
     num_batches,
     num_kv_heads,
+    text_tokens,
+    audio_tokens,
     window,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -319,7 +316,10 @@ def key_gradient_kernel(
 ):
     # One program: BLOCK_N keys of one (audio row, K/V head), or of one (text row, K/V head). Audio comes first: its
     # programs are the longer ones.
-    sizes = Sizes(num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, window)
+    sizes = Sizes(
+        num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, text_tokens, audio_tokens, window
+    )
+    upstream = Upstream(query, dout, lse_ptr, delta_ptr)
     program = tl.program_id(0)
     audio_programs = 0
     if daudio_key.ptr is not None or daudio_value.ptr is not None:
@@ -327,13 +327,13 @@ def key_gradient_kernel(
         audio_programs = num_audio_rows * num_kv_heads * num_blocks
         if program < audio_programs:
             audio_block(
-                query, dout, lse_ptr, delta_ptr, audio_key, audio_value, daudio_key, daudio_value, visibility, sizes,
+                upstream, KeyValue(audio_key, audio_value), KeyValue(daudio_key, daudio_value), visibility, sizes,
                 program, num_blocks, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     if dkey.ptr is not None or dvalue.ptr is not None:  # noqa: SIM102 (known when compiling; the next is not)
         if program >= audio_programs:
             text_block(
-                query, dout, lse_ptr, delta_ptr, key, value, dkey, dvalue, visibility, sizes,
+                upstream, KeyValue(key, value), KeyValue(dkey, dvalue), visibility, sizes,
                 program - audio_programs, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from palkernels.call import Call
 from palkernels.kernels import tiles
-from palkernels.kernels.keys import visit_keys
+from palkernels.kernels.keys import audio_read_by, text_row, visit_keys
 from palkernels.kernels.launch import Launch, attention_launch
-from palkernels.kernels.operands import UNSPECIALISED, Matrix, Sizes
+from palkernels.kernels.operands import UNSPECIALISED, KeyValue, Matrix, Sizes
 from palkernels.kernels.primitives import (
     LN_2,
     accumulator_type,
@@ -56,6 +56,8 @@ def forward_kernel(
     num_audio_rows,
     num_batches,
     num_kv_heads,
+    text_tokens,
+    audio_tokens,
     window,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -65,27 +67,33 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # One program: BLOCK_M packed query rows of one (text row, K/V head).
-    sizes = Sizes(num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, window)
+    sizes = Sizes(
+        num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, text_tokens, audio_tokens, window
+    )
     num_tiles = tl.cdiv(num_queries * GROUP, BLOCK_M)
     tile, kv_head, batch = split_program(tl.program_id(0), num_tiles, num_kv_heads)
-    t, member, row_ok = packed_rows(tile * BLOCK_M, num_queries, GROUP, BLOCK_M)
+    text = text_row(visibility, batch, sizes)
+    audio = audio_read_by(visibility, batch, sizes)
+    if tile * BLOCK_M >= text.num_queries * GROUP:  # a packed row shorter than the longest
+        return
+    t, member, row_ok = packed_rows(tile * BLOCK_M, text.num_queries, GROUP, BLOCK_M)
 
-    queries = load_rows(query, batch, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
+    queries = load_rows(query, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
     acc_type: tl.constexpr = accumulator_type(queries)
     acc = tl.zeros(queries.shape, dtype=acc_type)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=acc_type)
     row_sum = tl.zeros([BLOCK_M], dtype=acc_type)
     acc, row_max, row_sum = visit_keys(
-        (acc, row_max, row_sum), attend, (queries,),
-        tile, t, batch, kv_head, key, value, audio_key, audio_value, visibility, sizes,
+        (acc, row_max, row_sum), attend, (queries,), tile, t, text, audio, kv_head,
+        KeyValue(key, value), KeyValue(audio_key, audio_value), visibility, window,
         SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
     blind = row_sum == 0.0
     total = tl.where(blind, 1.0, row_sum)
-    store_rows(out, batch, kv_head * GROUP, t, member, row_ok, acc / total[:, None], HEAD_DIM)
+    store_rows(out, text, kv_head * GROUP, t, member, row_ok, acc / total[:, None], HEAD_DIM)
     lse = tl.where(blind, float("-inf"), row_max * LN_2 + tl.log(total))
-    tl.store(per_row(lse_ptr, batch, kv_head, t, member, sizes, GROUP), lse, mask=row_ok)
+    tl.store(per_row(lse_ptr, text, kv_head, t, member, sizes, GROUP), lse, mask=row_ok)
 
 
 def forward_launch(call: Call, out: Tensor, lse: Tensor, capability: int | None) -> Launch:

@@ -1,70 +1,89 @@
-"""Which keys are seen, and the one walk over them that forward and the queries' gradient share."""
+"""Where rows lie, which keys are seen, and the one walk over them that forward and the queries' gradient share."""
 
 import triton
 import triton.language as tl
 
+from palkernels.kernels.operands import Audio, Text
 from palkernels.kernels.primitives import load_rows
 
 NEVER = tl.constexpr(2**30)
 
 
 @triton.jit
-def text_bounds(visibility, batch, sizes):
-    """First valid text key of a row, and one past the last query's; clamped, so nothing is read out of bounds."""
-    end = sizes.num_keys
-    if visibility.text_end is not None:
-        end = tl.minimum(tl.maximum(tl.load(visibility.text_end + batch), sizes.num_queries), end).to(tl.int32)
-    start = 0
-    if visibility.text_start is not None:
-        start = tl.minimum(tl.maximum(tl.load(visibility.text_start + batch), 0), end).to(tl.int32)
-    return start, end
+def clamp(value, low, high):
+    """As int32. The integers that a caller gives are not checked on a GPU: nothing is read out of bounds."""
+    return tl.minimum(tl.maximum(value, low), high).to(tl.int32)
 
 
 @triton.jit
-def audio_row_of(visibility, batch, sizes):
-    """The audio row that a text row reads; clamped."""
+def packed_row(cu_ptr, row, longest, total):
+    """First token and length of one of the rows that are packed into ``total`` tokens."""
+    first = clamp(tl.load(cu_ptr + row), 0, total)
+    return first, clamp(tl.load(cu_ptr + row + 1) - first, 0, tl.minimum(longest, total - first))
+
+
+@triton.jit
+def text_row(visibility, batch, sizes):
+    if visibility.cu_seqlens is not None:
+        first, length = packed_row(visibility.cu_seqlens, batch, sizes.num_queries, sizes.text_tokens)
+        return Text(0, first, length, length, 0, length)
+    else:
+        end = sizes.num_keys
+        if visibility.text_end is not None:
+            end = clamp(tl.load(visibility.text_end + batch), sizes.num_queries, end)
+        start = 0
+        if visibility.text_start is not None:
+            start = clamp(tl.load(visibility.text_start + batch), 0, end)
+        return Text(batch, 0, sizes.num_queries, sizes.num_keys, start, end)
+
+
+@triton.jit
+def audio_row(visibility, row, sizes):
+    if visibility.cu_audio is not None:
+        first, length = packed_row(visibility.cu_audio, row, sizes.num_audio, sizes.audio_tokens)
+        return Audio(0, first, length, length)
+    else:
+        length = sizes.num_audio
+        if visibility.audio_lengths is not None:
+            length = clamp(tl.load(visibility.audio_lengths + row), 0, length)
+        return Audio(row, 0, sizes.num_audio, length)
+
+
+@triton.jit
+def audio_read_by(visibility, batch, sizes):
+    """The audio row that a text row reads."""
     row = batch
     if visibility.audio_index is not None:
-        last = sizes.num_audio_rows - 1
-        row = tl.minimum(tl.maximum(tl.load(visibility.audio_index + batch), 0), last).to(tl.int32)
-    return row
+        row = clamp(tl.load(visibility.audio_index + batch), 0, sizes.num_audio_rows - 1)
+    return audio_row(visibility, row, sizes)
 
 
 @triton.jit
-def audio_length_of(visibility, audio_row, sizes):
-    """Valid tokens of an audio row; clamped."""
-    length = sizes.num_audio
-    if visibility.audio_lengths is not None:
-        length = tl.minimum(tl.maximum(tl.load(visibility.audio_lengths + audio_row), 0), length).to(tl.int32)
-    return length
-
-
-@triton.jit
-def next_reader(visibility, audio_row, first, sizes):
+def next_reader(visibility, row, first, sizes):
     """The first text row, from ``first`` on, that reads an audio row; num_batches if none does."""
     none = sizes.num_batches
     if visibility.audio_index is None:
-        found = tl.where(first <= audio_row, audio_row, none)
+        found = tl.where(first <= row, row, none)
     else:
         found = none
         first = tl.cast(first, tl.int32)
         while (found == none) & (first < none):
             rows = first + tl.arange(0, 128)
             index = tl.load(visibility.audio_index + rows, mask=rows < none, other=0)
-            index = tl.minimum(tl.maximum(index, 0), sizes.num_audio_rows - 1)
-            found = tl.min(tl.where((rows < none) & (index == audio_row), rows, none), axis=0)
+            index = clamp(index, 0, sizes.num_audio_rows - 1)
+            found = tl.min(tl.where((rows < none) & (index == row), rows, none), axis=0)
             first += 128
     return found
 
 
 @triton.jit
-def load_visible_from(visibility, batch, token, token_ok, text_end):
-    """First position (R,) that sees each audio token, as int32. One from ``text_end`` on becomes NEVER: a tile's rows
+def load_visible_from(visibility, text, audio, token, token_ok):
+    """First position (R,) that sees each audio token, as int32. One from ``text.end`` on becomes NEVER: a tile's rows
     beyond the last query have positions too, and must not reach a token that may hold anything."""
-    batch = tl.cast(batch, tl.int64)
-    offset = batch * visibility.visible_from_batch + token.to(tl.int64) * visibility.visible_from_token
+    batch = tl.cast(text.batch, tl.int64)
+    offset = batch * visibility.visible_from_batch + (audio.first + token.to(tl.int64)) * visibility.visible_from_token
     first = tl.load(visibility.visible_from + offset, mask=token_ok, other=0)
-    return tl.where(first < text_end, tl.maximum(first, 0), NEVER).to(tl.int32)
+    return tl.where(first < text.end, tl.maximum(first, 0), NEVER).to(tl.int32)
 
 
 @triton.jit
@@ -74,14 +93,13 @@ def visit_keys(
     rows,  # what the step needs of the query rows
     tile,  # packed rows tile * BLOCK_M and on
     t,  # (M,) their queries
-    batch,
+    text,
+    audio,
     kv_head,
-    key,
-    value,
-    audio_key,
-    audio_value,
+    text_kv,
+    audio_kv,
     visibility,
-    sizes,
+    window,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GROUP: tl.constexpr,
@@ -94,52 +112,49 @@ def visit_keys(
     Blocks that every row sees in full go without a mask. A key that no query of the text row sees may hold anything:
     it is not loaded, and reads as zero.
     """
-    text_start, text_end = text_bounds(visibility, batch, sizes)
-    first_position = text_end - sizes.num_queries  # of query 0
+    first_position = text.end - text.num_queries  # of query 0
     position = first_position + t
     tile_first = first_position + tile * BLOCK_M // GROUP
-    tile_last = first_position + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, sizes.num_queries - 1)
+    tile_last = first_position + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, text.num_queries - 1)
     block = tl.arange(0, BLOCK_N)
 
-    audio_row = audio_row_of(visibility, batch, sizes)
-    audio_length = audio_length_of(visibility, audio_row, sizes)
     full_end = 0
     if visibility.visible_from is None:
-        full_end = audio_length // BLOCK_N * BLOCK_N
+        full_end = audio.length // BLOCK_N * BLOCK_N
         for first in range(0, full_end, BLOCK_N):
-            keys = load_rows(audio_key, audio_row, kv_head, first + block, 0, None, HEAD_DIM)
-            values = load_rows(audio_value, audio_row, kv_head, first + block, 0, None, HEAD_DIM)
+            keys = load_rows(audio_kv.keys, audio, kv_head, first + block, 0, None, HEAD_DIM)
+            values = load_rows(audio_kv.values, audio, kv_head, first + block, 0, None, HEAD_DIM)
             state = step(state, rows, keys, values, None, SCALE, SOFTCAP)
-    for first in range(full_end, audio_length, BLOCK_N):
+    for first in range(full_end, audio.length, BLOCK_N):
         token = first + block
-        loaded = token < audio_length
+        loaded = token < audio.length
         visible = loaded[None, :]
         if visibility.visible_from is not None:
-            visible_from = load_visible_from(visibility, batch, token, loaded, text_end)
+            visible_from = load_visible_from(visibility, text, audio, token, loaded)
             loaded = loaded & (visible_from < NEVER)
             visible = loaded[None, :] & (visible_from[None, :] <= position[:, None])
-        keys = load_rows(audio_key, audio_row, kv_head, token, 0, loaded, HEAD_DIM)
-        values = load_rows(audio_value, audio_row, kv_head, token, 0, loaded, HEAD_DIM)
+        keys = load_rows(audio_kv.keys, audio, kv_head, token, 0, loaded, HEAD_DIM)
+        values = load_rows(audio_kv.values, audio, kv_head, token, 0, loaded, HEAD_DIM)
         state = step(state, rows, keys, values, visible, SCALE, SOFTCAP)
 
     # Text, from the first key that any row of the tile sees to the last.
-    text_first = text_start
-    if sizes.window is not None:
-        text_first = tl.maximum(text_first, tile_first - sizes.window + 1)
+    text_first = text.start
+    if window is not None:
+        text_first = tl.maximum(text_first, tile_first - window + 1)
     full_end = text_first
-    if sizes.window is None:  # then every row of the tile sees the keys up to its first row's position
+    if window is None:  # then every row of the tile sees the keys up to its first row's position
         full_end += tl.maximum(tile_first + 1 - text_first, 0) // BLOCK_N * BLOCK_N
         for first in range(text_first, full_end, BLOCK_N):
-            keys = load_rows(key, batch, kv_head, first + block, 0, None, HEAD_DIM)
-            values = load_rows(value, batch, kv_head, first + block, 0, None, HEAD_DIM)
+            keys = load_rows(text_kv.keys, text, kv_head, first + block, 0, None, HEAD_DIM)
+            values = load_rows(text_kv.values, text, kv_head, first + block, 0, None, HEAD_DIM)
             state = step(state, rows, keys, values, None, SCALE, SOFTCAP)
     for first in range(full_end, tile_last + 1, BLOCK_N):
         token = first + block
         loaded = token <= tile_last
         visible = loaded[None, :] & (token[None, :] <= position[:, None])
-        if sizes.window is not None:
-            visible = visible & (token[None, :] > position[:, None] - sizes.window)
-        keys = load_rows(key, batch, kv_head, token, 0, loaded, HEAD_DIM)
-        values = load_rows(value, batch, kv_head, token, 0, loaded, HEAD_DIM)
+        if window is not None:
+            visible = visible & (token[None, :] > position[:, None] - window)
+        keys = load_rows(text_kv.keys, text, kv_head, token, 0, loaded, HEAD_DIM)
+        values = load_rows(text_kv.values, text, kv_head, token, 0, loaded, HEAD_DIM)
         state = step(state, rows, keys, values, visible, SCALE, SOFTCAP)
     return state

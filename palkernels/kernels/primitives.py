@@ -30,24 +30,26 @@ def packed_rows(first, num_queries, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(matrix, batch, head, token, member, HEAD_DIM: tl.constexpr):
-    """Pointers (R, BLOCK_D) to rows ``token`` (R,) of head ``head + member``, and which columns exist (1, BLOCK_D)."""
+def row_pointers(matrix, row, head, token, member, HEAD_DIM: tl.constexpr):
+    """Pointers (R, BLOCK_D) to tokens (R,) of a Text or Audio ``row``, head ``head + member``, and which columns exist
+    (1, BLOCK_D)."""
     dim = tl.arange(0, padded(HEAD_DIM))[None, :]
     column_ok = dim < HEAD_DIM
     if matrix.wide is not None:
         token = token.to(tl.int64)
         dim = dim.to(tl.int64)
-    base = matrix.ptr + tl.cast(batch, tl.int64) * matrix.batch + tl.cast(head, tl.int64) * matrix.head
+    base = matrix.ptr + tl.cast(row.batch, tl.int64) * matrix.batch + tl.cast(head, tl.int64) * matrix.head
+    base += tl.cast(row.first, tl.int64) * matrix.token
     return base + (token * matrix.token + member * matrix.head)[:, None] + dim * matrix.dim, column_ok
 
 
 @triton.jit
-def load_rows(matrix, batch, head, token, member, token_ok, HEAD_DIM: tl.constexpr):
-    """Rows ``token`` (R,) as (R, BLOCK_D), zero beyond HEAD_DIM and where ``token_ok`` is false; None loads every row.
+def load_rows(matrix, row, head, token, member, token_ok, HEAD_DIM: tl.constexpr):
+    """Tokens (R,) of a row as (R, BLOCK_D), zero beyond HEAD_DIM and where ``token_ok`` is false; None loads them all.
 
     ``member`` (R,), or 0, is added to the scalar ``head``.
     """
-    pointers, column_ok = row_pointers(matrix, batch, head, token, member, HEAD_DIM)
+    pointers, column_ok = row_pointers(matrix, row, head, token, member, HEAD_DIM)
     if token_ok is not None:
         return tl.load(pointers, mask=token_ok[:, None] & column_ok, other=0.0)
     elif padded(HEAD_DIM) == HEAD_DIM:
@@ -57,16 +59,16 @@ def load_rows(matrix, batch, head, token, member, token_ok, HEAD_DIM: tl.constex
 
 
 @triton.jit
-def store_rows(matrix, batch, head, token, member, token_ok, values, HEAD_DIM: tl.constexpr):
-    pointers, column_ok = row_pointers(matrix, batch, head, token, member, HEAD_DIM)
+def store_rows(matrix, row, head, token, member, token_ok, values, HEAD_DIM: tl.constexpr):
+    pointers, column_ok = row_pointers(matrix, row, head, token, member, HEAD_DIM)
     tl.store(pointers, values.to(matrix.ptr.dtype.element_ty), mask=token_ok[:, None] & column_ok)
 
 
 @triton.jit
-def per_row(ptr, batch, kv_head, t, member, sizes, GROUP: tl.constexpr):
+def per_row(ptr, row, kv_head, t, member, sizes, GROUP: tl.constexpr):
     """Pointers (R,) into a contiguous (B, Hkv * GROUP, T) tensor: the LSE, its gradient, delta."""
-    base = ptr + tl.cast(batch * sizes.num_kv_heads + kv_head, tl.int64) * (GROUP * sizes.num_queries)
-    return base + (member * sizes.num_queries + t)
+    base = ptr + tl.cast(row.batch * sizes.num_kv_heads + kv_head, tl.int64) * (GROUP * sizes.text_tokens) + row.first
+    return base + (member * sizes.text_tokens + t)
 
 
 @triton.jit
