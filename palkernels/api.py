@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
 
 from palkernels import ops, reference, sdpa
 from palkernels.call import Call
@@ -185,7 +186,7 @@ def _type_problems(call: Call) -> list[Exception]:
             continue
         if isinstance(number, bool) or not isinstance(number, int | float):
             problems.append(TypeError(f"{name} must be a number or None, got {type(number).__name__}"))
-        elif not math.isfinite(number):
+        elif not -math.inf < number < math.inf:  # as torch.compile can trace it
             problems.append(ValueError(f"{name} must be finite, got {number}"))
         elif name == "softcap" and number <= 0:
             problems.append(ValueError(f"softcap must be positive, got {number}"))
@@ -350,6 +351,11 @@ def _clamped(call: Call) -> Call:
 
 
 def _run_triton(call: Call) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_compiling():
+        # Where no input requires a gradient, PyTorch would drop the tangents without a word.
+        dual = [name for name, tensor in call.floats().items() if forward_ad.unpack_dual(tensor).tangent is not None]
+        if dual:
+            raise NotImplementedError(f"impl='triton' must not be given forward-mode tangents, got them for {dual}")
     out, lse = ops.lal_forward(*call.arguments())
     return out, lse
 

@@ -83,7 +83,7 @@ def lal_attention(
     num_audio = audio_key.shape[2]
     group = num_heads // key.shape[1]
     if num_audio + key.shape[2] == 0:  # no keys, so no queries either
-        lse = query.new_zeros(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+        lse = query.sum(-1).to(torch.promote_types(query.dtype, torch.float32))
         return (query.clone(), lse) if return_lse else query.clone()
     if audio_index is not None:
         rows = audio_index.to(torch.int64)

@@ -9,7 +9,7 @@ Three engines compute one set: PyTorch's fused CPU kernel, its memory-efficient 
 PyTorch for what those cannot do (softcap, the LSE's gradient, float64 on CUDA, other devices).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from palkernels.call import INTEGERS
+
 NEG_INF = float("-inf")
 QUERY_CHUNK = 256  # queries whose scores the plain engine holds at once
 LSE_ALIGNMENT = 32  # the CUDA kernel pads the LSE's last dimension to this
 BIAS_ALIGNMENT = 16  # and wants rows of the bias to start on such a boundary (elements)
+LEAST_CAUSAL_SCALE = 1e-30  # PyTorch's fused kernels hide keys by -inf before they scale: NaN for 0, seen below 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ class _MergedAttention(torch.autograd.Function):
         settings: Settings,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.settings = settings
+        # The tensors among them are saved as such, so that one changed before backward raises.
+        ctx.settings = replace(settings, **dict.fromkeys(INTEGERS))
         if query.numel():
             seen_query, parts = _split(query, key, value, audio_key, audio_value, settings)
             engine = _engine(query, settings)
@@ -103,15 +107,16 @@ class _MergedAttention(torch.autograd.Function):
             out, lse = torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=_accumulator(query.dtype))
         # (B, T, Hq, D) in memory, so that the transpose Hugging Face does next is free.
         out = out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-        ctx.save_for_backward(query, key, value, audio_key, audio_value, out, lse)
+        integers = (getattr(settings, name) for name in INTEGERS)
+        ctx.save_for_backward(query, key, value, audio_key, audio_value, out, lse, *integers)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_out, grad_lse = grads
-        query, key, value, audio_key, audio_value, out, lse = ctx.saved_tensors
-        settings: Settings = ctx.settings
+        query, key, value, audio_key, audio_value, out, lse, *integers = ctx.saved_tensors
+        settings: Settings = replace(ctx.settings, **dict(zip(INTEGERS, integers, strict=True)))
         if grad_out is None and grad_lse is None:
             return (None,) * 6
         if grad_out is None:
@@ -178,7 +183,7 @@ def _text_mask(query: Tensor, key: Tensor, settings: Settings) -> tuple[Tensor |
     if settings.text_start is None and settings.text_end is None and settings.window is None:
         if num_queries == 1:
             return None, False
-        if num_queries == num_keys:
+        if num_queries == num_keys and settings.scale >= LEAST_CAUSAL_SCALE:
             return None, True
     position = _positions(query, key, settings)
     index = torch.arange(num_keys, device=query.device)

@@ -105,8 +105,9 @@ def softcap_slope(scores, SOFTCAP: tl.constexpr):
 def tanh(x):
     # Saturates correctly where exp overflows or vanishes, but its error is absolute: poor for small x.
     large = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
-    if x.dtype == tl.float64:
-        return large
-    else:  # the series' first left-out term is at most 2.1e-7 x there
-        y = x * x
+    y = x * x
+    if x.dtype == tl.float64:  # the series' first left-out term is at most 1e-16 x
+        series = -1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))
+        return tl.where(y < 0.0003, x * (1.0 + y * series), large)
+    else:  # 2.1e-7 x
         return tl.where(y < 0.0156, x * (1.0 + y * (-1 / 3 + y * (2 / 15))), large)

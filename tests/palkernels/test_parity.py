@@ -222,6 +222,49 @@ def test_compiled_gradients(softcap, with_lse):
         assert max_error(compiled, eager) <= 1e-5
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-300, -3.0])
+@pytest.mark.parametrize("impl", ["triton", "sdpa"])
+def test_scales_that_are_not_positive(impl, scale):
+    """Causal text and audio; PyTorch's fused kernels give NaN for such scales where they hide keys themselves."""
+    case = lal_case(batch=2, heads=4, kv_heads=2, queries=5, keys=5, audio=7, dim=16, features=("lengths",))
+    case.options["scale"] = scale
+    exact = attention(case.to(torch.float64), "reference", with_lse=False)
+    for got, want in zip(attention(case, impl, with_lse=False), exact, strict=True):
+        assert max_error(got, want) <= 1e-4
+
+
+def test_a_scale_may_change_between_compiled_calls():
+    case = lal_case(batch=1, heads=2, kv_heads=1, queries=3, keys=3, audio=4, dim=16)
+
+    def function(scale):
+        return lal_attention(*case.tensors, scale=scale, softcap=2 * scale, impl="sdpa")
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for scale in (0.3, 0.5, 0.7):  # a number that has changed becomes an input of the graph
+        assert max_error(compiled(scale), function(scale)) <= 1e-6
+
+
+@pytest.mark.parametrize("impl", ["triton", "sdpa"])
+@pytest.mark.parametrize("name", ["audio_lengths", "audio_index", "text_end"])
+def test_what_changed_before_backward_raises(impl, name):
+    case = lal_case(
+        batch=2, heads=2, kv_heads=1, queries=3, keys=5, audio=4, dim=8, features=("lengths", "index", "text_end")
+    )  # fmt: skip
+    options = {key: value.long() for key, value in case.options.items()}
+    out = lal_attention(*case.requires_grad().tensors, **options, impl=impl)
+    options[name].add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("impl", ["triton", "sdpa"])
+def test_no_forward_mode(impl):
+    case = lal_case(batch=1, heads=2, kv_heads=1, queries=3, keys=3, audio=4, dim=8)
+    query, *rest = case.tensors
+    with pytest.raises((NotImplementedError, RuntimeError), match="forward-mode tangents|jvp"):
+        torch.func.jvp(lambda x: lal_attention(x, *rest, impl=impl), (query,), (query,))
+
+
 def test_auto_is_sdpa_on_a_cpu():
     case = lal_case(batch=1, heads=2, kv_heads=1, queries=3, keys=3, audio=4, dim=16)
     assert torch.equal(lal_attention(*case.tensors), lal_attention(*case.tensors, impl="sdpa"))

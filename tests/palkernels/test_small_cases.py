@@ -112,6 +112,15 @@ def test_what_no_query_sees_is_not_used(name):
         assert torch.equal(got, want), which
 
 
+@pytest.mark.parametrize("softcap", [1e-3, 1e6, 1e20])
+def test_softcaps_of_any_size(softcap):
+    """A large one changes nothing: tanh keeps its relative precision near zero."""
+    case = build("plain", poison=False, batch=1, heads=3, kv_heads=1)
+    case.options["softcap"] = softcap
+    for which, got, want in zip(NAMES, attention(case, "triton"), attention(case, "reference"), strict=True):
+        assert max_error(got, want) <= 1e-9, which
+
+
 def test_blind_queries():
     """Output 0, LSE -inf and gradients 0, whatever they hold; in one tile with queries that see."""
     case = build("plain", torch.float32, poison=False, heads=3, kv_heads=1, keys=38)
