@@ -68,8 +68,8 @@ def _masks() -> list[Mutant]:
         return Mutant(name, "masks", file, old, new, count, first)
 
     causal = "visible = loaded[None, :] & (token[None, :] <= position[:, None])"
-    window = "token[None, :] > position[:, None] - sizes.window"
-    text = "valid = (token >= text_start) & (token < text_end)"
+    window = "token[None, :] > position[:, None] - window"
+    text = "valid = (token >= text.start) & (token < text.end)"
     return [
         mutant("causal, one too few", KEYS, causal, causal.replace("<=", "<")),
         mutant("causal, one too many", KEYS, causal, causal.replace("[:, None])", "[:, None] + 1)")),
@@ -95,24 +95,24 @@ def _masks() -> list[Mutant]:
             "never is the text's length",
             KEYS,
             "NEVER).to(tl.int32)",
-            "text_end).to(tl.int32)",
+            "text.end).to(tl.int32)",
             first="sees_is_not_used[visible",
         ),
         mutant(
             "never from the text's length on",
             KEYS,
-            "tl.where(first < text_end,",
+            "tl.where(first < text.end,",
             "tl.where(first < 38,",
             first="sees_is_not_used[visible",
         ),
-        mutant("length compare", KEYS, "loaded = token < audio_length", "loaded = token <= audio_length"),
-        mutant("text_start ignored", KEYS, "text_first = text_start\n", "text_first = 0\n", first="padding"),
-        mutant("text_start ignored in key gradients", BACKWARD, text, "valid = token < text_end", first="padding"),
+        mutant("length compare", KEYS, "loaded = token < audio.length", "loaded = token <= audio.length"),
+        mutant("text_start ignored", KEYS, "text_first = text.start\n", "text_first = 0\n", first="padding"),
+        mutant("text_start ignored in key gradients", BACKWARD, text, "valid = token < text.end", first="padding"),
         mutant(
             "text_end ignored in key gradients",
             BACKWARD,
             text,
-            text.replace("text_end", "sizes.num_keys"),
+            text.replace("text.end", "sizes.num_keys"),
             first="sees_is_not_used[window",
         ),
         mutant(
@@ -143,59 +143,65 @@ def _offsets() -> list[Mutant]:
     def mutant(name: str, file: str, old: str, new: str, count: int = 1, first: str = "") -> Mutant:
         return Mutant(name, "offsets", file, old, new, count, first)
 
-    head = "batch, kv_head * GROUP,"
-    row = "load_rows(audio_{0}, audio_row, kv_head, {1}, 0, {2}, HEAD_DIM)"
+    head = "text, kv_head * GROUP,"
+    row = "load_rows(audio_{0}, audio, kv_head, {1}, 0, {2}, HEAD_DIM)"
     whole, last = ("first + block", "None"), ("token", "loaded")
-    visible = "batch * visibility.visible_from_batch + token.to(tl.int64) * visibility.visible_from_token"
+    visible = "batch * visibility.visible_from_batch + place * visibility.visible_from_token"
     return [
-        mutant("queries of head kv_head", FORWARD, f"load_rows(query, {head}", "load_rows(query, batch, kv_head,"),
-        mutant("dQ to head kv_head", BACKWARD, f"store_rows(dquery, {head}", "store_rows(dquery, batch, kv_head,"),
+        mutant("queries of head kv_head", FORWARD, f"load_rows(query, {head}", "load_rows(query, text, kv_head,"),
+        mutant("dQ to head kv_head", BACKWARD, f"store_rows(dquery, {head}", "store_rows(dquery, text, kv_head,"),
         mutant(
             "dO of head kv_head in key gradients",
             BACKWARD,
-            f"douts = load_rows(dout, {head} t, member, row_ok, HEAD_DIM)\n    base2_lse",
-            "douts = load_rows(dout, batch, kv_head, t, member, row_ok, HEAD_DIM)\n    base2_lse",
+            f"douts = load_rows(dout, {head} t, member, row_ok, HEAD_DIM)\n    pointers",
+            "douts = load_rows(dout, text, kv_head, t, member, row_ok, HEAD_DIM)\n    pointers",
         ),
         mutant("member ignored", PRIMITIVES, " + member * matrix.head)", ")"),
-        mutant("member ignored in the LSE", PRIMITIVES, "(member * sizes.num_queries + t)", "t"),
-        mutant("head and batch swapped in per_row", PRIMITIVES, "batch * sizes.num_kv_heads + kv_head", "kv_head"),
+        mutant("member ignored in the LSE", PRIMITIVES, "(member * sizes.text_tokens + t)", "t"),
+        mutant("head and batch swapped in per_row", PRIMITIVES, "row.batch * sizes.num_kv_heads + kv_head", "kv_head"),
         mutant(
             "audio keys of the text row",
             KEYS,
             row.format("key", *whole),
-            row.format("key", *whole).replace("audio_row", "batch"),
+            row.format("key", *whole).replace(" audio,", " text,"),
             first="index",
         ),
         mutant(
             "audio values of the text row",
             KEYS,
             row.format("value", *last),
-            row.format("value", *last).replace("audio_row", "batch"),
+            row.format("value", *last).replace(" audio,", " text,"),
             first="index",
         ),
         mutant(
-            "length of the text row",
+            "length of the first row",
             KEYS,
-            "audio_length_of(visibility, audio_row, sizes)\n    full_end",
-            "audio_length_of(visibility, batch, sizes)\n    full_end",
+            "tl.load(visibility.audio_lengths + row)",
+            "tl.load(visibility.audio_lengths + row * 0)",
             first="index",
         ),
         mutant(
             "text bounds of the audio row",
             BACKWARD,
-            "_, text_end = text_bounds(visibility, batch, sizes)",
-            "_, text_end = text_bounds(visibility, audio_row, sizes)",
+            "text = text_row(visibility, batch, sizes)\n        seen_from",
+            "text = text_row(visibility, row, sizes)\n        seen_from",
             first="everything",
         ),
-        mutant("batch not widened", PRIMITIVES, "tl.cast(batch, tl.int64) * matrix", "batch * matrix", first="32_bits"),
+        mutant(
+            "batch not widened",
+            PRIMITIVES,
+            "tl.cast(row.batch, tl.int64) * matrix",
+            "row.batch * matrix",
+            first="32_bits",
+        ),
         mutant("head not widened", PRIMITIVES, "tl.cast(head, tl.int64) * matrix", "head * matrix", first="32_bits"),
         mutant("token not widened", PRIMITIVES, "token = token.to(tl.int64)", "token = token", first="32_bits"),
         mutant("dim not widened", PRIMITIVES, "dim = dim.to(tl.int64)", "dim = dim", first="32_bits"),
         mutant(
             "batch of visible_from not widened",
             KEYS,
-            "batch = tl.cast(batch, tl.int64)",
-            "batch = batch",
+            "batch = tl.cast(text.batch, tl.int64)",
+            "batch = text.batch",
             first="32_bits",
         ),
         mutant(
@@ -224,14 +230,14 @@ def _strides() -> list[Mutant]:
         mutant(
             "batch by the head's stride",
             PRIMITIVES,
-            "tl.cast(batch, tl.int64) * matrix.batch",
-            "tl.cast(batch, tl.int64) * matrix.head",
+            "tl.cast(row.batch, tl.int64) * matrix.batch",
+            "tl.cast(row.batch, tl.int64) * matrix.head",
         ),
         mutant(
             "visible_from's strides swapped",
             KEYS,
-            "batch * visibility.visible_from_batch + token.to(tl.int64) * visibility.visible_from_token",
-            "batch * visibility.visible_from_token + token.to(tl.int64) * visibility.visible_from_batch",
+            "batch * visibility.visible_from_batch + place * visibility.visible_from_token",
+            "batch * visibility.visible_from_token + place * visibility.visible_from_batch",
             first="visible_from",
         ),
         mutant(
@@ -241,7 +247,7 @@ def _strides() -> list[Mutant]:
             "else (audio_visible_from.shape[1], 1)",
             first="visible_from",
         ),
-        mutant("integers of any strides", OPERANDS, "x.contiguous() for x", "x for x", first="everything"),
+        mutant("integers of any strides", OPERANDS, "else x.contiguous()", "else x", first="everything"),
         mutant(
             "dLSE of any strides",
             BACKWARD,
@@ -297,29 +303,30 @@ def _lengths_and_bounds() -> list[Mutant]:
         return Mutant(name, "lengths and bounds", file, old, new, count, first)
 
     def clamp(value: str, low: str, high: str) -> str:
-        return f"tl.minimum(tl.maximum({value}, {low}), {high})"
+        return f"clamp({value}, {low}, {high})"
 
     end, start = "tl.load(visibility.text_end + batch)", "tl.load(visibility.text_start + batch)"
-    row, length = "tl.load(visibility.audio_index + batch)", "tl.load(visibility.audio_lengths + audio_row)"
+    row, length = "tl.load(visibility.audio_index + batch)", "tl.load(visibility.audio_lengths + row)"
+    last = "sizes.num_audio_rows - 1"
     load = "tl.load(pointers, mask=token_ok[:, None] & column_ok, other=0.0)"
-    dout = "douts = load_rows(dout, batch, kv_head * GROUP, t, member, {}, HEAD_DIM)\n    base2_lse"
+    dout = "douts = load_rows(dout, text, kv_head * GROUP, t, member, {}, HEAD_DIM)\n    pointers"
     return [
         mutant(
             "text_end too large",
             KEYS,
             clamp(end, "sizes.num_queries", "end"),
-            f"tl.maximum({end}, sizes.num_queries)",
+            f"tl.maximum({end}, sizes.num_queries).to(tl.int32)",
         ),
-        mutant("text_start negative", KEYS, clamp(start, "0", "end"), f"tl.minimum({start}, end)"),
-        mutant("text_start too large", KEYS, clamp(start, "0", "end"), f"tl.maximum({start}, 0)"),
-        mutant("audio_index negative", KEYS, clamp(row, "0", "last"), f"tl.minimum({row}, last)"),
-        mutant("audio_index too large", KEYS, clamp(row, "0", "last"), f"tl.maximum({row}, 0)"),
-        mutant("audio_lengths too large", KEYS, clamp(length, "0", "length"), f"tl.maximum({length}, 0)"),
-        mutant("readers not clamped", KEYS, clamp("index", "0", "sizes.num_audio_rows - 1"), "index"),
+        mutant("text_start negative", KEYS, clamp(start, "0", "end"), f"tl.minimum({start}, end).to(tl.int32)"),
+        mutant("text_start too large", KEYS, clamp(start, "0", "end"), f"tl.maximum({start}, 0).to(tl.int32)"),
+        mutant("audio_index negative", KEYS, clamp(row, "0", last), f"tl.minimum({row}, {last}).to(tl.int32)"),
+        mutant("audio_index too large", KEYS, clamp(row, "0", last), f"tl.maximum({row}, 0).to(tl.int32)"),
+        mutant("audio_lengths too large", KEYS, clamp(length, "0", "length"), f"tl.maximum({length}, 0).to(tl.int32)"),
+        mutant("readers not clamped", KEYS, clamp("index", "0", last), "index"),
         mutant(
             "audio_length ignored in key gradients",
             BACKWARD,
-            "valid = token < length",
+            "valid = token < audio.length",
             "valid = token < sizes.num_audio",
             first="index",
         ),
@@ -366,8 +373,8 @@ def _lengths_and_bounds() -> list[Mutant]:
         mutant(
             "audio beyond the length is loaded",
             KEYS,
-            "load_rows(audio_key, audio_row, kv_head, token, 0, loaded, HEAD_DIM)",
-            "load_rows(audio_key, audio_row, kv_head, token, 0, None, HEAD_DIM)",
+            "load_rows(audio_key, audio, kv_head, token, 0, loaded, HEAD_DIM)",
+            "load_rows(audio_key, audio, kv_head, token, 0, None, HEAD_DIM)",
             first="",
         ),
     ]
@@ -393,7 +400,7 @@ def _reductions() -> list[Mutant]:
     def mutant(name: str, file: str, old: str, new: str, first: str = "") -> Mutant:
         return Mutant(name, "reductions", file, old, new, 1, first)
 
-    found = "tl.where(first <= audio_row, audio_row, none)"
+    found = "tl.where(first <= row, row, none)"
     return [
         mutant(
             "first reader from row 1",
@@ -404,8 +411,8 @@ def _reductions() -> list[Mutant]:
         mutant(
             "a reader skipped",
             BACKWARD,
-            "next_reader(visibility, audio_row, batch + 1, sizes)",
-            "next_reader(visibility, audio_row, batch + 2, sizes)",
+            "next_reader(visibility, row, batch + 1, sizes)",
+            "next_reader(visibility, row, batch + 2, sizes)",
             first="index",
         ),
         mutant("first scan only", KEYS, "& (first < none):", "& (first < 128):", first="beyond_one_scan"),
@@ -432,16 +439,21 @@ def _skipped_blocks() -> list[Mutant]:
     begin = "earliest - first_position, 0)"
     masked = "tl.cdiv(partly, BLOCK_M) * BLOCK_M"
     full = "tl.maximum(tile_first + 1 - text_first, 0)"
-    last = "tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, sizes.num_queries - 1)"
+    last = "tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, text.num_queries - 1)"
     return [
-        mutant("partly valid audio blocks", BACKWARD, "block * BLOCK_N >= length", "(block + 1) * BLOCK_N > length"),
+        mutant(
+            "partly valid audio blocks",
+            BACKWARD,
+            "block * BLOCK_N >= audio.length",
+            "(block + 1) * BLOCK_N > audio.length",
+        ),
         mutant(
             "audio, a whole block too many",
             KEYS,
-            "full_end = audio_length // BLOCK_N * BLOCK_N",
-            "full_end = (audio_length + BLOCK_N - 1) // BLOCK_N * BLOCK_N",
+            "full_end = audio.length // BLOCK_N * BLOCK_N",
+            "full_end = (audio.length + BLOCK_N - 1) // BLOCK_N * BLOCK_N",
         ),
-        mutant("audio ends early", KEYS, "range(full_end, audio_length,", "range(full_end, audio_length - 1,"),
+        mutant("audio ends early", KEYS, "range(full_end, audio.length,", "range(full_end, audio.length - 1,"),
         mutant("text, whole blocks up to the last row", KEYS, full, full.replace("tile_first", "tile_last")),
         mutant("text, whole blocks one key too far", KEYS, full, full.replace("+ 1", "+ 2"), first="decoding"),
         mutant("text ends early", KEYS, "range(full_end, tile_last + 1,", "range(full_end, tile_last,", first="narrow"),
@@ -455,7 +467,7 @@ def _skipped_blocks() -> list[Mutant]:
             "first_position + (tile * BLOCK_M + GROUP - 1) // GROUP",
             first="window",
         ),
-        mutant("window begins late", KEYS, "- sizes.window + 1)", "- sizes.window + 2)", first="window"),
+        mutant("window begins late", KEYS, "- window + 1)", "- window + 2)", first="window"),
         mutant("queries begin late", BACKWARD, begin, begin.replace("position", "position + 1")),
         mutant("queries without a mask too early", BACKWARD, masked, "partly // BLOCK_M * BLOCK_M"),
         mutant("earliest key's queries", BACKWARD, "earliest = tl.min(", "earliest = tl.max("),
@@ -509,8 +521,8 @@ def _dispatch() -> list[Mutant]:
         mutant(
             "WITH_KEY and WITH_VALUE swapped",
             BACKWARD,
-            "daudio_key.ptr is not None, daudio_value.ptr is not None,\n",
-            "daudio_value.ptr is not None, daudio_key.ptr is not None,\n",
+            "    " * 3 + "kv_head, sizes, dkey.ptr is not None, dvalue.ptr is not None,",
+            "    " * 3 + "kv_head, sizes, dvalue.ptr is not None, dkey.ptr is not None,",
         ),
         mutant("returned in reverse", OPS, "gradient in gradients.values()", "gradient in [*gradients.values()][::-1]"),
         mutant("dO of ones", OPS, "dout = torch.zeros_like(out)", "dout = torch.ones_like(out)", first="upstream"),

@@ -31,10 +31,10 @@ from palkernels.kernels.launch import INTERPRETED, Launch
 # Shared memory one program may use, bytes. Ampere's table also serves the consumer GPUs, which have the least.
 SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# No option at all; padding, shared audio and the LSE's gradient; every option.
-FEATURES = ("none", "padding", "all")
+# No option at all; padding, shared audio and the LSE's gradient; every option. With the query heads per K/V head: by
+# a power of two, and by 7, as Qwen2.5-7B has it.
+FEATURES = {"none": 4, "padding": 7, "all": 4}
 HEAD_DIMS = tuple(sorted({head_dim for _, head_dim in tiles.TILES["forward"][80]}))
-GROUP = 4
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def shipped_variants(
 def _launches(kernel: str, dtype: torch.dtype, head_dim: int, num_rows: int, features: str) -> dict[str, Launch]:
     """Launches of the kernel at usual strides, for the gradients of all five tensors in backward."""
     batch, kv_heads, num_keys, num_audio = 8, 8, 256, 1504
-    num_queries = max(num_rows // GROUP, 1)
+    group = FEATURES[features]
+    num_queries = max(num_rows // group, 1)
     padded = features != "none"
 
     def floats(heads: int, tokens: int) -> Tensor:  # (B, H, T, D) as models have it: heads innermost but one
@@ -118,7 +119,7 @@ def _launches(kernel: str, dtype: torch.dtype, head_dim: int, num_rows: int, fea
     def integers(*shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=torch.int64, device="meta") if padded else None
 
-    query = floats(kv_heads * GROUP, num_queries)
+    query = floats(kv_heads * group, num_queries)
     call = Call(
         query,
         floats(kv_heads, num_keys),

@@ -25,7 +25,7 @@ from palkernels.kernels.keys import (
     visit_keys,
 )
 from palkernels.kernels.launch import Launch, attention_launch
-from palkernels.kernels.operands import UNSPECIALISED, KeyValue, Matrix, Sizes, Upstream
+from palkernels.kernels.operands import UNSPECIALISED, Matrix, Sizes
 from palkernels.kernels.primitives import (
     LOG2_E,
     accumulator_type,
@@ -108,24 +108,26 @@ def query_gradient_kernel(
         base2_lse = tl.load(per_row(lse_ptr, text, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0) * LOG2_E
         gradient = visit_keys(
             tl.zeros(queries.shape, dtype=acc_type), add_key_block, (queries, douts, base2_lse, delta),
-            tile, t, text, audio, kv_head, KeyValue(key, value), KeyValue(audio_key, audio_value), visibility, window,
+            tile, t, text, audio, kv_head, key, value, audio_key, audio_value, visibility, window,
             SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         store_rows(dquery, text, kv_head * GROUP, t, member, row_ok, gradient * SCALE, HEAD_DIM)
 
 
 @triton.jit
-def load_query_tile(upstream, first, text, kv_head, sizes, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-                    BLOCK_M: tl.constexpr):  # fmt: skip
+def load_query_tile(
+    query, dout, lse_ptr, delta_ptr, first, text, kv_head, sizes,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """Queries t (M,), Q and dO (M, BLOCK_D), base-2 LSE and delta (M,); all zero beyond the last query."""
     t, member, row_ok = packed_rows(first, text.num_queries, GROUP, BLOCK_M)
-    queries = load_rows(upstream.query, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
-    douts = load_rows(upstream.dout, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
-    pointers = per_row(upstream.lse_ptr, text, kv_head, t, member, sizes, GROUP)
+    queries = load_rows(query, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
+    douts = load_rows(dout, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
+    pointers = per_row(lse_ptr, text, kv_head, t, member, sizes, GROUP)
     base2_lse = tl.load(pointers, mask=row_ok, other=0.0) * LOG2_E
     delta = base2_lse  # stands in where it is not used
-    if upstream.delta_ptr is not None:
-        pointers = per_row(upstream.delta_ptr, text, kv_head, t, member, sizes, GROUP)
+    if delta_ptr is not None:
+        pointers = per_row(delta_ptr, text, kv_head, t, member, sizes, GROUP)
         delta = tl.load(pointers, mask=row_ok, other=0.0)
     return t, queries, douts, base2_lse, delta
 
@@ -171,7 +173,10 @@ def add_text_row(
     valid,  # (BLOCK_N,) the others' gradients are dropped
     text,
     window,
-    upstream,
+    query,
+    dout,
+    lse_ptr,
+    delta_ptr,
     kv_head,
     sizes,
     WITH_KEY: tl.constexpr,
@@ -198,7 +203,7 @@ def add_text_row(
             masked_end = end
         for first in range(begin, masked_end, BLOCK_M):
             t, queries, douts, base2_lse, delta = load_query_tile(
-                upstream, first, text, kv_head, sizes, GROUP, HEAD_DIM, BLOCK_M
+                query, dout, lse_ptr, delta_ptr, first, text, kv_head, sizes, GROUP, HEAD_DIM, BLOCK_M
             )
             position = first_position + t
             age = position[None, :] - seen_from[:, None]
@@ -210,7 +215,7 @@ def add_text_row(
     if window is None or seen_from is None:
         for first in range(masked_end, end, BLOCK_M):
             t, queries, douts, base2_lse, delta = load_query_tile(
-                upstream, first, text, kv_head, sizes, GROUP, HEAD_DIM, BLOCK_M
+                query, dout, lse_ptr, delta_ptr, first, text, kv_head, sizes, GROUP, HEAD_DIM, BLOCK_M
             )
             gradients = add_query_tile(
                 gradients, keys, values, queries, douts, base2_lse, delta, None, WITH_KEY, WITH_VALUE, SCALE, SOFTCAP
@@ -220,20 +225,20 @@ def add_text_row(
 
 @triton.jit
 def store_gradients(
-    gradients, valid, outputs, row, num_tokens, kv_head, token, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr
+    gradients, valid, dkey, dvalue, row, num_tokens, kv_head, token, SCALE: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
     """Write those that are wanted; keys that are not valid get zeros."""
-    if outputs.keys.ptr is not None:
+    if dkey.ptr is not None:
         values = tl.where(valid[:, None], gradients[0] * SCALE, 0.0)
-        store_rows(outputs.keys, row, kv_head, token, 0, token < num_tokens, values, HEAD_DIM)
-    if outputs.values.ptr is not None:
+        store_rows(dkey, row, kv_head, token, 0, token < num_tokens, values, HEAD_DIM)
+    if dvalue.ptr is not None:
         values = tl.where(valid[:, None], gradients[1], 0.0)
-        store_rows(outputs.values, row, kv_head, token, 0, token < num_tokens, values, HEAD_DIM)
+        store_rows(dvalue, row, kv_head, token, 0, token < num_tokens, values, HEAD_DIM)
 
 
 @triton.jit
 def audio_block(
-    upstream, inputs, outputs, visibility, sizes, program, num_blocks,
+    query, dout, lse_ptr, delta_ptr, key, value, dkey, dvalue, visibility, sizes, program, num_blocks,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -242,8 +247,8 @@ def audio_block(
     token = block * BLOCK_N + tl.arange(0, BLOCK_N)
     audio = audio_row(visibility, row, sizes)
     valid = token < audio.length
-    keys = load_rows(inputs.keys, audio, kv_head, token, 0, valid, HEAD_DIM)
-    values = load_rows(inputs.values, audio, kv_head, token, 0, valid, HEAD_DIM)
+    keys = load_rows(key, audio, kv_head, token, 0, valid, HEAD_DIM)
+    values = load_rows(value, audio, kv_head, token, 0, valid, HEAD_DIM)
     zeros = tl.zeros(keys.shape, dtype=accumulator_type(keys))
     gradients = (zeros, zeros)
 
@@ -255,16 +260,16 @@ def audio_block(
         if visibility.visible_from is not None:
             seen_from = load_visible_from(visibility, text, audio, token, valid)
         gradients = add_text_row(
-            gradients, keys, values, seen_from, valid, text, None, upstream, kv_head, sizes,
-            outputs.keys.ptr is not None, outputs.values.ptr is not None, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M,
+            gradients, keys, values, seen_from, valid, text, None, query, dout, lse_ptr, delta_ptr,
+            kv_head, sizes, dkey.ptr is not None, dvalue.ptr is not None, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M,
         )  # fmt: skip
         batch = next_reader(visibility, row, batch + 1, sizes)
-    store_gradients(gradients, valid, outputs, audio, audio.num_tokens, kv_head, token, SCALE, HEAD_DIM)
+    store_gradients(gradients, valid, dkey, dvalue, audio, audio.num_tokens, kv_head, token, SCALE, HEAD_DIM)
 
 
 @triton.jit
 def text_block(
-    upstream, inputs, outputs, visibility, sizes, program,
+    query, dout, lse_ptr, delta_ptr, key, value, dkey, dvalue, visibility, sizes, program,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -273,14 +278,14 @@ def text_block(
     token = block * BLOCK_N + tl.arange(0, BLOCK_N)
     text = text_row(visibility, batch, sizes)
     valid = (token >= text.start) & (token < text.end)
-    keys = load_rows(inputs.keys, text, kv_head, token, 0, valid, HEAD_DIM)
-    values = load_rows(inputs.values, text, kv_head, token, 0, valid, HEAD_DIM)
+    keys = load_rows(key, text, kv_head, token, 0, valid, HEAD_DIM)
+    values = load_rows(value, text, kv_head, token, 0, valid, HEAD_DIM)
     zeros = tl.zeros(keys.shape, dtype=accumulator_type(keys))
     gradients = add_text_row(
-        (zeros, zeros), keys, values, token, valid, text, sizes.window, upstream, kv_head, sizes,
-        outputs.keys.ptr is not None, outputs.values.ptr is not None, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M,
+        (zeros, zeros), keys, values, token, valid, text, sizes.window, query, dout, lse_ptr, delta_ptr,
+        kv_head, sizes, dkey.ptr is not None, dvalue.ptr is not None, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M,
     )  # fmt: skip
-    store_gradients(gradients, valid, outputs, text, text.num_keys, kv_head, token, SCALE, HEAD_DIM)
+    store_gradients(gradients, valid, dkey, dvalue, text, text.num_keys, kv_head, token, SCALE, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -319,7 +324,6 @@ def key_gradient_kernel(
     sizes = Sizes(
         num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, text_tokens, audio_tokens, window
     )
-    upstream = Upstream(query, dout, lse_ptr, delta_ptr)
     program = tl.program_id(0)
     audio_programs = 0
     if daudio_key.ptr is not None or daudio_value.ptr is not None:
@@ -327,13 +331,13 @@ def key_gradient_kernel(
         audio_programs = num_audio_rows * num_kv_heads * num_blocks
         if program < audio_programs:
             audio_block(
-                upstream, KeyValue(audio_key, audio_value), KeyValue(daudio_key, daudio_value), visibility, sizes,
+                query, dout, lse_ptr, delta_ptr, audio_key, audio_value, daudio_key, daudio_value, visibility, sizes,
                 program, num_blocks, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     if dkey.ptr is not None or dvalue.ptr is not None:  # noqa: SIM102 (known when compiling; the next is not)
         if program >= audio_programs:
             text_block(
-                upstream, KeyValue(key, value), KeyValue(dkey, dvalue), visibility, sizes,
+                query, dout, lse_ptr, delta_ptr, key, value, dkey, dvalue, visibility, sizes,
                 program - audio_programs, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 

@@ -8,7 +8,7 @@ from palkernels.call import Call
 from palkernels.kernels import tiles
 from palkernels.kernels.keys import audio_read_by, text_row, visit_keys
 from palkernels.kernels.launch import Launch, attention_launch
-from palkernels.kernels.operands import UNSPECIALISED, KeyValue, Matrix, Sizes
+from palkernels.kernels.operands import UNSPECIALISED, Matrix, Sizes
 from palkernels.kernels.primitives import (
     LN_2,
     accumulator_type,
@@ -85,7 +85,7 @@ def forward_kernel(
     row_sum = tl.zeros([BLOCK_M], dtype=acc_type)
     acc, row_max, row_sum = visit_keys(
         (acc, row_max, row_sum), attend, (queries,), tile, t, text, audio, kv_head,
-        KeyValue(key, value), KeyValue(audio_key, audio_value), visibility, window,
+        key, value, audio_key, audio_value, visibility, window,
         SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 

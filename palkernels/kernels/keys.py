@@ -81,7 +81,8 @@ def load_visible_from(visibility, text, audio, token, token_ok):
     """First position (R,) that sees each audio token, as int32. One from ``text.end`` on becomes NEVER: a tile's rows
     beyond the last query have positions too, and must not reach a token that may hold anything."""
     batch = tl.cast(text.batch, tl.int64)
-    offset = batch * visibility.visible_from_batch + (audio.first + token.to(tl.int64)) * visibility.visible_from_token
+    place = audio.first + token.to(tl.int64)
+    offset = batch * visibility.visible_from_batch + place * visibility.visible_from_token
     first = tl.load(visibility.visible_from + offset, mask=token_ok, other=0)
     return tl.where(first < text.end, tl.maximum(first, 0), NEVER).to(tl.int32)
 
@@ -96,8 +97,10 @@ def visit_keys(
     text,
     audio,
     kv_head,
-    text_kv,
-    audio_kv,
+    key,
+    value,
+    audio_key,
+    audio_value,
     visibility,
     window,
     SCALE: tl.constexpr,
@@ -122,8 +125,8 @@ def visit_keys(
     if visibility.visible_from is None:
         full_end = audio.length // BLOCK_N * BLOCK_N
         for first in range(0, full_end, BLOCK_N):
-            keys = load_rows(audio_kv.keys, audio, kv_head, first + block, 0, None, HEAD_DIM)
-            values = load_rows(audio_kv.values, audio, kv_head, first + block, 0, None, HEAD_DIM)
+            keys = load_rows(audio_key, audio, kv_head, first + block, 0, None, HEAD_DIM)
+            values = load_rows(audio_value, audio, kv_head, first + block, 0, None, HEAD_DIM)
             state = step(state, rows, keys, values, None, SCALE, SOFTCAP)
     for first in range(full_end, audio.length, BLOCK_N):
         token = first + block
@@ -133,8 +136,8 @@ def visit_keys(
             visible_from = load_visible_from(visibility, text, audio, token, loaded)
             loaded = loaded & (visible_from < NEVER)
             visible = loaded[None, :] & (visible_from[None, :] <= position[:, None])
-        keys = load_rows(audio_kv.keys, audio, kv_head, token, 0, loaded, HEAD_DIM)
-        values = load_rows(audio_kv.values, audio, kv_head, token, 0, loaded, HEAD_DIM)
+        keys = load_rows(audio_key, audio, kv_head, token, 0, loaded, HEAD_DIM)
+        values = load_rows(audio_value, audio, kv_head, token, 0, loaded, HEAD_DIM)
         state = step(state, rows, keys, values, visible, SCALE, SOFTCAP)
 
     # Text, from the first key that any row of the tile sees to the last.
@@ -145,8 +148,8 @@ def visit_keys(
     if window is None:  # then every row of the tile sees the keys up to its first row's position
         full_end += tl.maximum(tile_first + 1 - text_first, 0) // BLOCK_N * BLOCK_N
         for first in range(text_first, full_end, BLOCK_N):
-            keys = load_rows(text_kv.keys, text, kv_head, first + block, 0, None, HEAD_DIM)
-            values = load_rows(text_kv.values, text, kv_head, first + block, 0, None, HEAD_DIM)
+            keys = load_rows(key, text, kv_head, first + block, 0, None, HEAD_DIM)
+            values = load_rows(value, text, kv_head, first + block, 0, None, HEAD_DIM)
             state = step(state, rows, keys, values, None, SCALE, SOFTCAP)
     for first in range(full_end, tile_last + 1, BLOCK_N):
         token = first + block
@@ -154,7 +157,7 @@ def visit_keys(
         visible = loaded[None, :] & (token[None, :] <= position[:, None])
         if window is not None:
             visible = visible & (token[None, :] > position[:, None] - window)
-        keys = load_rows(text_kv.keys, text, kv_head, token, 0, loaded, HEAD_DIM)
-        values = load_rows(text_kv.values, text, kv_head, token, 0, loaded, HEAD_DIM)
+        keys = load_rows(key, text, kv_head, token, 0, loaded, HEAD_DIM)
+        values = load_rows(value, text, kv_head, token, 0, loaded, HEAD_DIM)
         state = step(state, rows, keys, values, visible, SCALE, SOFTCAP)
     return state

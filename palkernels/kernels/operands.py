@@ -1,7 +1,7 @@
 """What the kernels take: tensors with their strides, the integer tensors that limit what is seen, and the sizes.
 
 Inside a kernel the fields are read by name (``key.ptr``, ``key.token``). A field that is None is a compile-time
-constant, so a kernel holds no code for what a call does not use.
+constant, so a kernel holds no code for what a call does not use. (Triton 3.6 compiles no tuples within tuples.)
 """
 
 from typing import Any, NamedTuple
@@ -96,22 +96,6 @@ class Audio(NamedTuple):
     first: Any
     num_tokens: Any
     length: Any  # valid ones
-
-
-class KeyValue(NamedTuple):
-    """Keys and values of the text or of the audio, or their gradients."""
-
-    keys: Matrix
-    values: Matrix
-
-
-class Upstream(NamedTuple):
-    """What the keys' gradients are computed from besides keys and values."""
-
-    query: Matrix
-    dout: Matrix
-    lse_ptr: Any
-    delta_ptr: Any  # or None where no key needs a gradient
 
 
 # For triton.jit: new lengths compile no new kernels. (Strides do, where they cease to be multiples of 16.)

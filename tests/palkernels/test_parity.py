@@ -261,7 +261,7 @@ def test_what_changed_before_backward_raises(impl, name):
 def test_no_forward_mode(impl):
     case = lal_case(batch=1, heads=2, kv_heads=1, queries=3, keys=3, audio=4, dim=8)
     query, *rest = case.tensors
-    with pytest.raises((NotImplementedError, RuntimeError), match="forward-mode tangents|jvp"):
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"forward-mode tangents|jvp"):
         torch.func.jvp(lambda x: lal_attention(x, *rest, impl=impl), (query,), (query,))
 
 
