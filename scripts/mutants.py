@@ -146,7 +146,7 @@ def _offsets() -> list[Mutant]:
     head = "text, kv_head * GROUP,"
     row = "load_rows(audio_{0}, audio, kv_head, {1}, 0, {2}, HEAD_DIM)"
     whole, last = ("first + block", "None"), ("token", "loaded")
-    visible = "batch * visibility.visible_from_batch + place * visibility.visible_from_token"
+    visible = "place = audio.first + token.to(tl.int64)"
     return [
         mutant("queries of head kv_head", FORWARD, f"load_rows(query, {head}", "load_rows(query, text, kv_head,"),
         mutant("dQ to head kv_head", BACKWARD, f"store_rows(dquery, {head}", "store_rows(dquery, text, kv_head,"),
