@@ -3,7 +3,9 @@
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -353,7 +355,8 @@ def _clamped(call: Call) -> Call:
 def _run_triton(call: Call) -> tuple[Tensor, Tensor]:
     if not torch.compiler.is_compiling():
         # Where no input requires a gradient, PyTorch would drop the tangents without a word.
-        dual = [name for name, tensor in call.floats().items() if forward_ad.unpack_dual(tensor).tangent is not None]
+        unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
+        dual = [name for name, tensor in call.floats().items() if unpack(tensor).tangent is not None]
         if dual:
             raise NotImplementedError(f"impl='triton' must not be given forward-mode tangents, got them for {dual}")
     out, lse = ops.lal_forward(*call.arguments())

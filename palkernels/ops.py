@@ -9,68 +9,42 @@ from torch import Tensor
 from palkernels import flops
 from palkernels.call import FLOATS, Call
 
+# The fields of a Call, in their order.
+CALL = (
+    "Tensor query, Tensor key, Tensor value, Tensor audio_key, Tensor audio_value, "
+    "Tensor? audio_lengths, Tensor? audio_index, Tensor? audio_visible_from, Tensor? text_start, Tensor? text_end, "
+    "float scale, float? softcap, SymInt? window"
+)
 
-@torch.library.custom_op("palkernels::lal_forward", mutates_args=())
-def lal_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    audio_key: Tensor,
-    audio_value: Tensor,
-    audio_lengths: Tensor | None,
-    audio_index: Tensor | None,
-    audio_visible_from: Tensor | None,
-    text_start: Tensor | None,
-    text_end: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
+
+@torch.library.custom_op("palkernels::lal_forward", mutates_args=(), schema=f"({CALL}) -> (Tensor, Tensor)")
+def lal_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Attention output (B, Hq, T, D), laid out as (B, T, Hq, D), and its natural-log LSE (B, Hq, T)."""
     from palkernels.kernels.forward import forward_launch
 
-    call = Call(
-        query, key, value, audio_key, audio_value,
-        audio_lengths, audio_index, audio_visible_from, text_start, text_end, scale, softcap, window,
-    )  # fmt: skip
-    out, lse = _empty_outputs(query)
-    forward_launch(call, out, lse, _capability(query)).run()
+    call = Call(*arguments)
+    out, lse = _empty_outputs(call.query)
+    forward_launch(call, out, lse, _capability(call.query)).run()
     return out, lse
 
 
-@torch.library.custom_op("palkernels::lal_backward", mutates_args=())
+@torch.library.custom_op(
+    "palkernels::lal_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool[] needed, {CALL}) -> Tensor[]",
+)
 def lal_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    needed: Sequence[bool],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    audio_key: Tensor,
-    audio_value: Tensor,
-    audio_lengths: Tensor | None,
-    audio_index: Tensor | None,
-    audio_visible_from: Tensor | None,
-    text_start: Tensor | None,
-    text_end: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needed: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
     """Gradients of those of query, key, value, audio_key and audio_value that are ``needed`` (five bools), in order."""
     from palkernels.kernels.backward import backward_launches
 
-    call = Call(
-        query, key, value, audio_key, audio_value,
-        audio_lengths, audio_index, audio_visible_from, text_start, text_end, scale, softcap, window,
-    )  # fmt: skip
+    call = Call(*arguments)
     gradients = {
         name: torch.empty_like(tensor) if need else None
         for need, (name, tensor) in zip(needed, call.floats().items(), strict=True)
     }
-    for launch in backward_launches(call, out, lse, dout, dlse, gradients, _capability(query)):
+    for launch in backward_launches(call, out, lse, dout, dlse, gradients, _capability(call.query)):
         launch.run()
     return [gradient for gradient in gradients.values() if gradient is not None]
 

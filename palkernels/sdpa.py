@@ -39,6 +39,9 @@ class Settings:
     text_start: Tensor | None
     text_end: Tensor | None
 
+    def with_integers(self, tensors: dict[str, Tensor | None]) -> "Settings":
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Part:
@@ -98,7 +101,7 @@ class _MergedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         # The tensors among them are saved as such, so that one changed before backward raises.
-        ctx.settings = replace(settings, **dict.fromkeys(INTEGERS))
+        ctx.settings = settings.with_integers(dict.fromkeys(INTEGERS))
         if query.numel():
             seen_query, parts = _split(query, key, value, audio_key, audio_value, settings)
             engine = _engine(query, settings)
@@ -116,7 +119,7 @@ class _MergedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_out, grad_lse = grads
         query, key, value, audio_key, audio_value, out, lse, *integers = ctx.saved_tensors
-        settings: Settings = replace(ctx.settings, **dict(zip(INTEGERS, integers, strict=True)))
+        settings: Settings = ctx.settings.with_integers(dict(zip(INTEGERS, integers, strict=True)))
         if grad_out is None and grad_lse is None:
             return (None,) * 6
         if grad_out is None:

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,12 +48,12 @@ CLASSES = (
 @dataclass(frozen=True)
 class Mutant:
     name: str
-    kind: str  # one of CLASSES
     file: str  # within palkernels/
     old: str
     new: str
     count: int = 1  # how often the old text occurs; every occurrence is replaced
     first: str = ""  # tests whose names contain this run first, to save time
+    kind: str = field(kw_only=True)  # one of CLASSES
 
     def apply(self, source: str) -> str:
         found = source.count(self.old)
@@ -64,11 +65,10 @@ class Mutant:
 
 
 def _masks() -> list[Mutant]:
-    def mutant(name: str, file: str, old: str, new: str, count: int = 1, first: str = "") -> Mutant:
-        return Mutant(name, "masks", file, old, new, count, first)
+    mutant = partial(Mutant, kind="masks")
 
     causal = "visible = loaded[None, :] & (token[None, :] <= position[:, None])"
-    window = "token[None, :] > position[:, None] - window"
+    window = "token[None, :] > position[:, None] - sizes.window"
     text = "valid = (token >= text.start) & (token < text.end)"
     return [
         mutant("causal, one too few", KEYS, causal, causal.replace("<=", "<")),
@@ -140,13 +140,12 @@ def _masks() -> list[Mutant]:
 
 
 def _offsets() -> list[Mutant]:
-    def mutant(name: str, file: str, old: str, new: str, count: int = 1, first: str = "") -> Mutant:
-        return Mutant(name, "offsets", file, old, new, count, first)
+    mutant = partial(Mutant, kind="offsets")
 
     head = "text, kv_head * GROUP,"
     row = "load_rows(audio_{0}, audio, kv_head, {1}, 0, {2}, HEAD_DIM)"
     whole, last = ("first + block", "None"), ("token", "loaded")
-    visible = "place = audio.first + token.to(tl.int64)"
+    visible = "batch * visibility.visible_from_batch + token.to(tl.int64) * visibility.visible_from_token"
     return [
         mutant("queries of head kv_head", FORWARD, f"load_rows(query, {head}", "load_rows(query, text, kv_head,"),
         mutant("dQ to head kv_head", BACKWARD, f"store_rows(dquery, {head}", "store_rows(dquery, text, kv_head,"),
@@ -157,7 +156,7 @@ def _offsets() -> list[Mutant]:
             "douts = load_rows(dout, text, kv_head, t, member, row_ok, HEAD_DIM)\n    pointers",
         ),
         mutant("member ignored", PRIMITIVES, " + member * matrix.head)", ")"),
-        mutant("member ignored in the LSE", PRIMITIVES, "(member * sizes.text_tokens + t)", "t"),
+        mutant("member ignored in the LSE", PRIMITIVES, "(member * sizes.num_queries + t)", "t"),
         mutant("head and batch swapped in per_row", PRIMITIVES, "row.batch * sizes.num_kv_heads + kv_head", "kv_head"),
         mutant(
             "audio keys of the text row",
@@ -216,8 +215,7 @@ def _offsets() -> list[Mutant]:
 
 
 def _strides() -> list[Mutant]:
-    def mutant(name: str, file: str, old: str, new: str, count: int = 1, first: str = "") -> Mutant:
-        return Mutant(name, "strides", file, old, new, count, first)
+    mutant = partial(Mutant, kind="strides")
 
     return [
         mutant(
@@ -236,8 +234,8 @@ def _strides() -> list[Mutant]:
         mutant(
             "visible_from's strides swapped",
             KEYS,
-            "batch * visibility.visible_from_batch + place * visibility.visible_from_token",
-            "batch * visibility.visible_from_token + place * visibility.visible_from_batch",
+            "batch * visibility.visible_from_batch + token.to(tl.int64) * visibility.visible_from_token",
+            "batch * visibility.visible_from_token + token.to(tl.int64) * visibility.visible_from_batch",
             first="visible_from",
         ),
         mutant(
@@ -247,7 +245,7 @@ def _strides() -> list[Mutant]:
             "else (audio_visible_from.shape[1], 1)",
             first="visible_from",
         ),
-        mutant("integers of any strides", OPERANDS, "else x.contiguous()", "else x", first="everything"),
+        mutant("integers of any strides", OPERANDS, "else x.contiguous() for", "else x for", first="everything"),
         mutant(
             "dLSE of any strides",
             BACKWARD,
@@ -265,8 +263,7 @@ def _strides() -> list[Mutant]:
 
 
 def _scale() -> list[Mutant]:
-    def mutant(name: str, file: str, old: str, new: str, count: int = 1, first: str = "") -> Mutant:
-        return Mutant(name, "scale", file, old, new, count, first)
+    mutant = partial(Mutant, kind="scale")
 
     slope = " * softcap_slope(scores, SOFTCAP)\n"
     masked = "    if visible is not None:"
@@ -299,8 +296,7 @@ def _scale() -> list[Mutant]:
 
 
 def _lengths_and_bounds() -> list[Mutant]:
-    def mutant(name: str, file: str, old: str, new: str, count: int = 1, first: str = "clamped") -> Mutant:
-        return Mutant(name, "lengths and bounds", file, old, new, count, first)
+    mutant = partial(Mutant, kind="lengths and bounds", first="clamped")
 
     def clamp(value: str, low: str, high: str) -> str:
         return f"clamp({value}, {low}, {high})"
@@ -381,24 +377,27 @@ def _lengths_and_bounds() -> list[Mutant]:
 
 
 def _online_softmax() -> list[Mutant]:
-    def mutant(name: str, old: str, new: str, first: str = "") -> Mutant:
-        return Mutant(name, "online softmax", FORWARD, old, new, 1, first)
+    mutant = partial(Mutant, kind="online softmax")
 
     shift = 'tl.where(new_max == float("-inf"), 0.0, new_max) if visible is not None else new_max'
     return [
-        mutant("sum does not decay", "row_sum * decay +", "row_sum +"),
-        mutant("output does not decay", "acc * decay[:, None])", "acc)"),
-        mutant("maximum of the block alone", "tl.maximum(row_max, tl.max(scores, axis=1))", "tl.max(scores, axis=1)"),
-        mutant("shift of -inf", shift, "new_max", first="blind"),
-        mutant("shift of zero", shift, "new_max * 0.0", first="large"),
-        mutant("weights by the old maximum", "scores - shift[:, None]", "scores - row_max[:, None]"),
-        mutant("blind rows divide by zero", "tl.where(blind, 1.0, row_sum)", "row_sum", first="blind"),
+        mutant("sum does not decay", FORWARD, "row_sum * decay +", "row_sum +"),
+        mutant("output does not decay", FORWARD, "acc * decay[:, None])", "acc)"),
+        mutant(
+            "maximum of the block alone",
+            FORWARD,
+            "tl.maximum(row_max, tl.max(scores, axis=1))",
+            "tl.max(scores, axis=1)",
+        ),
+        mutant("shift of -inf", FORWARD, shift, "new_max", first="blind"),
+        mutant("shift of zero", FORWARD, shift, "new_max * 0.0", first="large"),
+        mutant("weights by the old maximum", FORWARD, "scores - shift[:, None]", "scores - row_max[:, None]"),
+        mutant("blind rows divide by zero", FORWARD, "tl.where(blind, 1.0, row_sum)", "row_sum", first="blind"),
     ]
 
 
 def _reductions() -> list[Mutant]:
-    def mutant(name: str, file: str, old: str, new: str, first: str = "") -> Mutant:
-        return Mutant(name, "reductions", file, old, new, 1, first)
+    mutant = partial(Mutant, kind="reductions")
 
     found = "tl.where(first <= row, row, none)"
     return [
@@ -433,13 +432,12 @@ def _reductions() -> list[Mutant]:
 
 
 def _skipped_blocks() -> list[Mutant]:
-    def mutant(name: str, file: str, old: str, new: str, count: int = 1, first: str = "") -> Mutant:
-        return Mutant(name, "skipped blocks", file, old, new, count, first)
+    mutant = partial(Mutant, kind="skipped blocks")
 
     begin = "earliest - first_position, 0)"
     masked = "tl.cdiv(partly, BLOCK_M) * BLOCK_M"
     full = "tl.maximum(tile_first + 1 - text_first, 0)"
-    last = "tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, text.num_queries - 1)"
+    last = "tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, sizes.num_queries - 1)"
     return [
         mutant(
             "partly valid audio blocks",
@@ -467,7 +465,7 @@ def _skipped_blocks() -> list[Mutant]:
             "first_position + (tile * BLOCK_M + GROUP - 1) // GROUP",
             first="window",
         ),
-        mutant("window begins late", KEYS, "- window + 1)", "- window + 2)", first="window"),
+        mutant("window begins late", KEYS, "- sizes.window + 1)", "- sizes.window + 2)", first="window"),
         mutant("queries begin late", BACKWARD, begin, begin.replace("position", "position + 1")),
         mutant("queries without a mask too early", BACKWARD, masked, "partly // BLOCK_M * BLOCK_M"),
         mutant("earliest key's queries", BACKWARD, "earliest = tl.min(", "earliest = tl.max("),
@@ -489,8 +487,7 @@ def _skipped_blocks() -> list[Mutant]:
 
 
 def _dispatch() -> list[Mutant]:
-    def mutant(name: str, file: str, old: str, new: str, first: str = "subset") -> Mutant:
-        return Mutant(name, "dispatch", file, old, new, 1, first)
+    mutant = partial(Mutant, kind="dispatch", first="subset")
 
     return [
         mutant(

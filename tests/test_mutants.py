@@ -25,7 +25,7 @@ def test_every_old_text_is_in_the_source(mutants):
 
 
 def test_a_text_that_is_not_there_names_the_mutant(mutants):
-    mutant = mutants.Mutant("a fault", "masks", "kernels/keys.py", "no such text", "")
+    mutant = mutants.Mutant("a fault", "kernels/keys.py", "no such text", "", kind="masks")
     with pytest.raises(ValueError, match="'a fault': the old text must occur 1 times"):
         mutant.apply("some text")
 

@@ -56,8 +56,6 @@ def forward_kernel(
     num_audio_rows,
     num_batches,
     num_kv_heads,
-    text_tokens,
-    audio_tokens,
     window,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -67,16 +65,12 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # One program: BLOCK_M packed query rows of one (text row, K/V head).
-    sizes = Sizes(
-        num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, text_tokens, audio_tokens, window
-    )
+    sizes = Sizes(num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, window)
     num_tiles = tl.cdiv(num_queries * GROUP, BLOCK_M)
     tile, kv_head, batch = split_program(tl.program_id(0), num_tiles, num_kv_heads)
     text = text_row(visibility, batch, sizes)
     audio = audio_read_by(visibility, batch, sizes)
-    if tile * BLOCK_M >= text.num_queries * GROUP:  # a packed row shorter than the longest
-        return
-    t, member, row_ok = packed_rows(tile * BLOCK_M, text.num_queries, GROUP, BLOCK_M)
+    t, member, row_ok = packed_rows(tile * BLOCK_M, num_queries, GROUP, BLOCK_M)
 
     queries = load_rows(query, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
     acc_type: tl.constexpr = accumulator_type(queries)
@@ -85,7 +79,7 @@ def forward_kernel(
     row_sum = tl.zeros([BLOCK_M], dtype=acc_type)
     acc, row_max, row_sum = visit_keys(
         (acc, row_max, row_sum), attend, (queries,), tile, t, text, audio, kv_head,
-        key, value, audio_key, audio_value, visibility, window,
+        key, value, audio_key, audio_value, visibility, sizes,
         SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 

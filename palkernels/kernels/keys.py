@@ -1,4 +1,4 @@
-"""Where rows lie, which keys are seen, and the one walk over them that forward and the queries' gradient share."""
+"""Which keys are seen, and the one walk over them that forward and the queries' gradient share."""
 
 import triton
 import triton.language as tl
@@ -16,37 +16,22 @@ def clamp(value, low, high):
 
 
 @triton.jit
-def packed_row(cu_ptr, row, longest, total):
-    """First token and length of one of the rows that are packed into ``total`` tokens."""
-    first = clamp(tl.load(cu_ptr + row), 0, total)
-    return first, clamp(tl.load(cu_ptr + row + 1) - first, 0, tl.minimum(longest, total - first))
-
-
-@triton.jit
 def text_row(visibility, batch, sizes):
-    if visibility.cu_seqlens is not None:
-        first, length = packed_row(visibility.cu_seqlens, batch, sizes.num_queries, sizes.text_tokens)
-        return Text(0, first, length, length, 0, length)
-    else:
-        end = sizes.num_keys
-        if visibility.text_end is not None:
-            end = clamp(tl.load(visibility.text_end + batch), sizes.num_queries, end)
-        start = 0
-        if visibility.text_start is not None:
-            start = clamp(tl.load(visibility.text_start + batch), 0, end)
-        return Text(batch, 0, sizes.num_queries, sizes.num_keys, start, end)
+    end = sizes.num_keys
+    if visibility.text_end is not None:
+        end = clamp(tl.load(visibility.text_end + batch), sizes.num_queries, end)
+    start = 0
+    if visibility.text_start is not None:
+        start = clamp(tl.load(visibility.text_start + batch), 0, end)
+    return Text(batch, start, end)
 
 
 @triton.jit
 def audio_row(visibility, row, sizes):
-    if visibility.cu_audio is not None:
-        first, length = packed_row(visibility.cu_audio, row, sizes.num_audio, sizes.audio_tokens)
-        return Audio(0, first, length, length)
-    else:
-        length = sizes.num_audio
-        if visibility.audio_lengths is not None:
-            length = clamp(tl.load(visibility.audio_lengths + row), 0, length)
-        return Audio(row, 0, sizes.num_audio, length)
+    length = sizes.num_audio
+    if visibility.audio_lengths is not None:
+        length = clamp(tl.load(visibility.audio_lengths + row), 0, length)
+    return Audio(row, length)
 
 
 @triton.jit
@@ -77,12 +62,11 @@ def next_reader(visibility, row, first, sizes):
 
 
 @triton.jit
-def load_visible_from(visibility, text, audio, token, token_ok):
+def load_visible_from(visibility, text, token, token_ok):
     """First position (R,) that sees each audio token, as int32. One from ``text.end`` on becomes NEVER: a tile's rows
     beyond the last query have positions too, and must not reach a token that may hold anything."""
     batch = tl.cast(text.batch, tl.int64)
-    place = audio.first + token.to(tl.int64)
-    offset = batch * visibility.visible_from_batch + place * visibility.visible_from_token
+    offset = batch * visibility.visible_from_batch + token.to(tl.int64) * visibility.visible_from_token
     first = tl.load(visibility.visible_from + offset, mask=token_ok, other=0)
     return tl.where(first < text.end, tl.maximum(first, 0), NEVER).to(tl.int32)
 
@@ -102,7 +86,7 @@ def visit_keys(
     audio_key,
     audio_value,
     visibility,
-    window,
+    sizes,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GROUP: tl.constexpr,
@@ -115,10 +99,10 @@ def visit_keys(
     Blocks that every row sees in full go without a mask. A key that no query of the text row sees may hold anything:
     it is not loaded, and reads as zero.
     """
-    first_position = text.end - text.num_queries  # of query 0
+    first_position = text.end - sizes.num_queries  # of query 0
     position = first_position + t
     tile_first = first_position + tile * BLOCK_M // GROUP
-    tile_last = first_position + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, text.num_queries - 1)
+    tile_last = first_position + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, sizes.num_queries - 1)
     block = tl.arange(0, BLOCK_N)
 
     full_end = 0
@@ -133,7 +117,7 @@ def visit_keys(
         loaded = token < audio.length
         visible = loaded[None, :]
         if visibility.visible_from is not None:
-            visible_from = load_visible_from(visibility, text, audio, token, loaded)
+            visible_from = load_visible_from(visibility, text, token, loaded)
             loaded = loaded & (visible_from < NEVER)
             visible = loaded[None, :] & (visible_from[None, :] <= position[:, None])
         keys = load_rows(audio_key, audio, kv_head, token, 0, loaded, HEAD_DIM)
@@ -142,10 +126,10 @@ def visit_keys(
 
     # Text, from the first key that any row of the tile sees to the last.
     text_first = text.start
-    if window is not None:
-        text_first = tl.maximum(text_first, tile_first - window + 1)
+    if sizes.window is not None:
+        text_first = tl.maximum(text_first, tile_first - sizes.window + 1)
     full_end = text_first
-    if window is None:  # then every row of the tile sees the keys up to its first row's position
+    if sizes.window is None:  # then every row of the tile sees the keys up to its first row's position
         full_end += tl.maximum(tile_first + 1 - text_first, 0) // BLOCK_N * BLOCK_N
         for first in range(text_first, full_end, BLOCK_N):
             keys = load_rows(key, text, kv_head, first + block, 0, None, HEAD_DIM)
@@ -155,8 +139,8 @@ def visit_keys(
         token = first + block
         loaded = token <= tile_last
         visible = loaded[None, :] & (token[None, :] <= position[:, None])
-        if window is not None:
-            visible = visible & (token[None, :] > position[:, None] - window)
+        if sizes.window is not None:
+            visible = visible & (token[None, :] > position[:, None] - sizes.window)
         keys = load_rows(key, text, kv_head, token, 0, loaded, HEAD_DIM)
         values = load_rows(value, text, kv_head, token, 0, loaded, HEAD_DIM)
         state = step(state, rows, keys, values, visible, SCALE, SOFTCAP)

@@ -47,8 +47,6 @@ def attention_launch(kernel: Any, num_programs: int, tile: Tile, call: Call, *te
         num_audio_rows=audio_key.shape[0],
         num_batches=query.shape[0],
         num_kv_heads=key.shape[1],
-        text_tokens=query.shape[2],
-        audio_tokens=audio_key.shape[2],
         window=call.window,
     )
     return Launch(

@@ -33,25 +33,20 @@ class Tile:
 
 
 # float32 products take the plain arithmetic units (IEEE, no TF32): small tiles, so that registers do not spill.
-_FLOAT32 = {
-    "forward": {
-        (4, 32): Tile(32, 32, 4, 2),
-        (4, 64): Tile(32, 32, 8, 2),
-        (4, 128): Tile(32, 16, 8, 2),
-        (4, 256): Tile(16, 16, 8, 2),
-    },
-    "query_gradient": {
-        (4, 32): Tile(32, 32, 4, 2),
-        (4, 64): Tile(32, 32, 8, 2),
-        (4, 128): Tile(16, 16, 8, 2),
-        (4, 256): Tile(16, 16, 8, 2),
-    },
-    "key_gradient": {
-        (4, 32): Tile(32, 32, 4, 2),
-        (4, 64): Tile(32, 32, 8, 2),
-        (4, 128): Tile(16, 16, 8, 2),
-        (4, 256): Tile(16, 16, 8, 2),
-    },
+_FLOAT32_FORWARD = {
+    (4, 32): Tile(32, 32, 4, 2),
+    (4, 64): Tile(32, 32, 8, 2),
+    (4, 128): Tile(32, 16, 8, 2),
+    (4, 256): Tile(16, 16, 8, 2),
+}
+_FLOAT32_QUERY_GRADIENT = _FLOAT32_FORWARD | {
+    (4, 128): Tile(16, 16, 8, 2),
+    (4, 256): Tile(16, 16, 8, 2, max_registers=168),
+}
+_FLOAT32_KEY_GRADIENT = _FLOAT32_FORWARD | {
+    (4, 32): Tile(32, 32, 8, 2),
+    (4, 128): Tile(16, 16, 8, 1),
+    (4, 256): Tile(16, 16, 8, 1),
 }
 # kernel -> capability -> (bytes per element, padded head dim) -> tile
 TILES: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
@@ -61,14 +56,14 @@ TILES: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
             (2, 64): Tile(128, 64, 8, 3, max_registers=128),  # two programs per SM
             (2, 128): Tile(64, 32, 4, 3, max_registers=168),  # three
             (2, 256): Tile(64, 32, 8, 2),
-            **_FLOAT32["forward"],
+            **_FLOAT32_FORWARD,
         },
         80: {
             (2, 32): Tile(128, 64, 8, 3),
             (2, 64): Tile(128, 64, 8, 3),
             (2, 128): Tile(64, 32, 4, 3),
             (2, 256): Tile(64, 32, 8, 2),
-            **_FLOAT32["forward"],
+            **_FLOAT32_FORWARD,
         },
     },
     "query_gradient": {
@@ -77,14 +72,14 @@ TILES: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
             (2, 64): Tile(128, 32, 8, 3, max_registers=128),
             (2, 128): Tile(64, 32, 4, 3),
             (2, 256): Tile(64, 16, 8, 2),
-            **_FLOAT32["query_gradient"],
+            **_FLOAT32_QUERY_GRADIENT,
         },
         80: {
             (2, 32): Tile(128, 64, 8, 2),
             (2, 64): Tile(64, 32, 4, 2),
             (2, 128): Tile(64, 64, 8, 2),
             (2, 256): Tile(64, 16, 8, 2),
-            **_FLOAT32["query_gradient"],
+            **_FLOAT32_QUERY_GRADIENT,
         },
     },
     "key_gradient": {
@@ -93,26 +88,33 @@ TILES: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
             (2, 64): Tile(32, 64, 4, 2),
             (2, 128): Tile(32, 128, 8, 2),
             (2, 256): Tile(16, 64, 8, 2),
-            **_FLOAT32["key_gradient"],
+            **_FLOAT32_KEY_GRADIENT,
         },
         80: {
             (2, 32): Tile(32, 64, 4, 2),
             (2, 64): Tile(32, 64, 4, 1),
             (2, 128): Tile(32, 64, 8, 2),
             (2, 256): Tile(16, 32, 8, 2),
-            **_FLOAT32["key_gradient"],
+            **_FLOAT32_KEY_GRADIENT,
         },
     },
 }
 # Blackwell's data centre GPUs take Hopper's tiles, but for those that would spill there.
-_BLACKWELL = {"key_gradient": {(2, 128): Tile(32, 64, 8, 2), (2, 256): Tile(16, 32, 8, 2)}}
+_BLACKWELL = {
+    "query_gradient": {(2, 128): Tile(64, 32, 4, 3, max_registers=168)},
+    "key_gradient": {
+        (2, 32): Tile(32, 64, 8, 2),
+        (2, 128): Tile(16, 64, 8, 2),
+        (2, 256): Tile(16, 32, 8, 2),
+    },
+}
 for _kernel, _tables in TILES.items():
     _tables[100] = _tables[90] | _BLACKWELL.get(_kernel, {})
 
 # For intricate calls (see Call.is_intricate), where the entry above would spill.
 INTRICATE: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
     "forward": {capability: {(2, 64): Tile(128, 32, 8, 3, max_registers=128)} for capability in (90, 100)},
-    "key_gradient": {90: {(2, 128): Tile(16, 128, 8, 2)}},
+    "key_gradient": {90: {(2, 128): Tile(16, 128, 8, 2), (4, 64): Tile(16, 32, 8, 2)}},
 }
 # Blocks as large as the interpreter's speed wants, small enough that tests cross several of them.
 INTERPRETER = Tile(32, 32, 4, 1)
