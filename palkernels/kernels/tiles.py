@@ -106,6 +106,7 @@ _BLACKWELL = {
         (2, 32): Tile(32, 64, 8, 2),
         (2, 128): Tile(16, 64, 8, 2),
         (2, 256): Tile(16, 32, 8, 2),
+        (4, 256): Tile(16, 16, 8, 1, max_registers=128),
     },
 }
 for _kernel, _tables in TILES.items():
