@@ -31,9 +31,10 @@ from palkernels.kernels.launch import INTERPRETED, Launch
 # Shared memory one program may use, bytes. Ampere's table also serves the consumer GPUs, which have the least.
 SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# No option at all; padding, shared audio and the LSE's gradient; every option. With the query heads per K/V head: by
-# a power of two, and by 7, as Qwen2.5-7B has it.
-FEATURES = {"none": 4, "padding": 7, "all": 4}
+# No option at all; padding, shared audio and the LSE's gradient; every option. And the query heads per K/V head: a
+# power of two, or 7, as Qwen2.5-7B has them.
+GROUPS = {"none": 4, "padding": 7, "all": 4}
+FEATURES = tuple(GROUPS)
 HEAD_DIMS = tuple(sorted({head_dim for _, head_dim in tiles.TILES["forward"][80]}))
 
 
@@ -109,7 +110,7 @@ def shipped_variants(
 def _launches(kernel: str, dtype: torch.dtype, head_dim: int, num_rows: int, features: str) -> dict[str, Launch]:
     """Launches of the kernel at usual strides, for the gradients of all five tensors in backward."""
     batch, kv_heads, num_keys, num_audio = 8, 8, 256, 1504
-    group = FEATURES[features]
+    group = GROUPS[features]
     num_queries = max(num_rows // group, 1)
     padded = features != "none"
 
