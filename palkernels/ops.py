@@ -20,11 +20,13 @@ CALL = (
 @torch.library.custom_op("palkernels::lal_forward", mutates_args=(), schema=f"({CALL}) -> (Tensor, Tensor)")
 def lal_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Attention output (B, Hq, T, D), laid out as (B, T, Hq, D), and its natural-log LSE (B, Hq, T)."""
-    from palkernels.kernels.forward import forward_launch
+    from palkernels.kernels import decode, forward
 
     call = Call(*arguments)
     out, lse = _empty_outputs(call.query)
-    forward_launch(call, out, lse, _capability(call.query)).run()
+    capability = _capability(call.query)
+    launch = decode.decode_launch if decode.takes(call, capability) else forward.forward_launch
+    launch(call, out, lse, capability).run()
     return out, lse
 
 

@@ -25,6 +25,7 @@ from triton.runtime.driver import driver
 from palkernels.call import FLOATS, Call
 from palkernels.kernels import tiles
 from palkernels.kernels.backward import backward_launches
+from palkernels.kernels.decode import decode_launch
 from palkernels.kernels.forward import forward_launch
 from palkernels.kernels.launch import INTERPRETED, Launch
 
@@ -140,6 +141,8 @@ def _launches(kernel: str, dtype: torch.dtype, head_dim: int, num_rows: int, fea
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device="meta")
     if kernel == "forward":
         return {"": forward_launch(call, out, lse, capability=None)}
+    if kernel == "decode":
+        return {"": decode_launch(call, out, lse, capability=None)}
     gradients: dict[str, Tensor | None] = {name: torch.empty_like(getattr(call, name)) for name in FLOATS}
     dlse = lse if padded else None
     query_launch, *key_launches = backward_launches(call, out, lse, out, dlse, gradients, capability=None)

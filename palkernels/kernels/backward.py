@@ -369,7 +369,7 @@ def _query_launch(
     capability: int | None,
 ) -> Launch:
     num_rows = call.group * call.query.shape[2]
-    tile = tiles.choose("query_gradient", capability, call.query.dtype, call.head_dim, num_rows, call.is_intricate)
+    tile = tiles.choose("query_gradient", capability, call.query.dtype, call.head_dim, call.is_intricate)
     num_programs = call.query.shape[0] * call.num_kv_heads * triton.cdiv(num_rows, tile.block_m)
     matrices = (Matrix.of(tensor) for tensor in (*call.floats().values(), out, dout, dquery))
     dlse = None if dlse is None else dlse.contiguous()
@@ -384,8 +384,7 @@ def _key_launch(
     gradients: dict[str, Tensor | None],
     capability: int | None,
 ) -> Launch:
-    num_rows = call.group * call.query.shape[2]
-    tile = tiles.choose("key_gradient", capability, call.query.dtype, call.head_dim, num_rows, call.is_intricate)
+    tile = tiles.choose("key_gradient", capability, call.query.dtype, call.head_dim, call.is_intricate)
     dkey, dvalue, daudio_key, daudio_value = (
         gradients.get(name) for name in ("key", "value", "audio_key", "audio_value")
     )

@@ -93,7 +93,7 @@ def forward_kernel(
 def forward_launch(call: Call, out: Tensor, lse: Tensor, capability: int | None) -> Launch:
     """For validated inputs, into ``out`` (B, Hq, T, D), any strides, and ``lse`` (B, Hq, T), contiguous."""
     num_rows = call.group * call.query.shape[2]
-    tile = tiles.choose("forward", capability, call.query.dtype, call.head_dim, num_rows, call.is_intricate)
+    tile = tiles.choose("forward", capability, call.query.dtype, call.head_dim, call.is_intricate)
     num_programs = call.query.shape[0] * call.num_kv_heads * triton.cdiv(num_rows, tile.block_m)
     matrices = (Matrix.of(tensor) for tensor in (*call.floats().values(), out))
     return attention_launch(forward_kernel, num_programs, tile, call, *matrices, lse)

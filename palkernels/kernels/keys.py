@@ -72,6 +72,73 @@ def load_visible_from(visibility, text, token, token_ok):
 
 
 @triton.jit
+def visit_whole_blocks(
+    state, step: tl.constexpr, rows, first, end, row, kv_head, key, value,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Fold ``step`` over keys that every query row sees; ``end - first`` is a multiple of BLOCK_N."""
+    for start in range(first, end, BLOCK_N):
+        token = start + tl.arange(0, BLOCK_N)
+        keys = load_rows(key, row, kv_head, token, 0, None, HEAD_DIM)
+        values = load_rows(value, row, kv_head, token, 0, None, HEAD_DIM)
+        state = step(state, rows, keys, values, None, SCALE, SOFTCAP)
+    return state
+
+
+@triton.jit
+def visit_audio(
+    state, step: tl.constexpr, rows, position, text, audio, kv_head, key, value, visibility,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Fold ``step`` over the audio that a text row sees, whose query rows are at ``position`` (M,)."""
+    full_end = 0
+    if visibility.visible_from is None:
+        full_end = audio.length // BLOCK_N * BLOCK_N
+        state = visit_whole_blocks(
+            state, step, rows, 0, full_end, audio, kv_head, key, value, SCALE, SOFTCAP, HEAD_DIM, BLOCK_N
+        )
+    for first in range(full_end, audio.length, BLOCK_N):
+        token = first + tl.arange(0, BLOCK_N)
+        loaded = token < audio.length
+        visible = loaded[None, :]
+        if visibility.visible_from is not None:
+            visible_from = load_visible_from(visibility, text, token, loaded)
+            loaded = loaded & (visible_from < NEVER)
+            visible = loaded[None, :] & (visible_from[None, :] <= position[:, None])
+        keys = load_rows(key, audio, kv_head, token, 0, loaded, HEAD_DIM)
+        values = load_rows(value, audio, kv_head, token, 0, loaded, HEAD_DIM)
+        state = step(state, rows, keys, values, visible, SCALE, SOFTCAP)
+    return state
+
+
+@triton.jit
+def visit_text(
+    state, step: tl.constexpr, rows, position, tile_first, first, end, text, kv_head, key, value, window,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Fold ``step`` over those of the text keys from ``first`` on, below ``end``, that query rows at ``position`` (M,)
+    see, the first of them at ``tile_first``. ``end`` is at most one past the last query's."""
+    if window is not None:
+        first = tl.maximum(first, tile_first - window + 1)
+    full_end = first
+    if window is None:  # then every row of the tile sees the keys up to its first row's position
+        full_end += tl.maximum(tl.minimum(tile_first + 1, end) - first, 0) // BLOCK_N * BLOCK_N
+        state = visit_whole_blocks(
+            state, step, rows, first, full_end, text, kv_head, key, value, SCALE, SOFTCAP, HEAD_DIM, BLOCK_N
+        )
+    for start in range(full_end, end, BLOCK_N):
+        token = start + tl.arange(0, BLOCK_N)
+        loaded = token < end
+        visible = loaded[None, :] & (token[None, :] <= position[:, None])
+        if window is not None:
+            visible = visible & (token[None, :] > position[:, None] - window)
+        keys = load_rows(key, text, kv_head, token, 0, loaded, HEAD_DIM)
+        values = load_rows(value, text, kv_head, token, 0, loaded, HEAD_DIM)
+        state = step(state, rows, keys, values, visible, SCALE, SOFTCAP)
+    return state
+
+
+@triton.jit
 def visit_keys(
     state,
     step: tl.constexpr,  # (state, rows, keys (N, D), values (N, D), visible (M or 1, N) or None: all, ...) -> state
@@ -103,45 +170,11 @@ def visit_keys(
     position = first_position + t
     tile_first = first_position + tile * BLOCK_M // GROUP
     tile_last = first_position + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, sizes.num_queries - 1)
-    block = tl.arange(0, BLOCK_N)
-
-    full_end = 0
-    if visibility.visible_from is None:
-        full_end = audio.length // BLOCK_N * BLOCK_N
-        for first in range(0, full_end, BLOCK_N):
-            keys = load_rows(audio_key, audio, kv_head, first + block, 0, None, HEAD_DIM)
-            values = load_rows(audio_value, audio, kv_head, first + block, 0, None, HEAD_DIM)
-            state = step(state, rows, keys, values, None, SCALE, SOFTCAP)
-    for first in range(full_end, audio.length, BLOCK_N):
-        token = first + block
-        loaded = token < audio.length
-        visible = loaded[None, :]
-        if visibility.visible_from is not None:
-            visible_from = load_visible_from(visibility, text, token, loaded)
-            loaded = loaded & (visible_from < NEVER)
-            visible = loaded[None, :] & (visible_from[None, :] <= position[:, None])
-        keys = load_rows(audio_key, audio, kv_head, token, 0, loaded, HEAD_DIM)
-        values = load_rows(audio_value, audio, kv_head, token, 0, loaded, HEAD_DIM)
-        state = step(state, rows, keys, values, visible, SCALE, SOFTCAP)
-
-    # Text, from the first key that any row of the tile sees to the last.
-    text_first = text.start
-    if sizes.window is not None:
-        text_first = tl.maximum(text_first, tile_first - sizes.window + 1)
-    full_end = text_first
-    if sizes.window is None:  # then every row of the tile sees the keys up to its first row's position
-        full_end += tl.maximum(tile_first + 1 - text_first, 0) // BLOCK_N * BLOCK_N
-        for first in range(text_first, full_end, BLOCK_N):
-            keys = load_rows(key, text, kv_head, first + block, 0, None, HEAD_DIM)
-            values = load_rows(value, text, kv_head, first + block, 0, None, HEAD_DIM)
-            state = step(state, rows, keys, values, None, SCALE, SOFTCAP)
-    for first in range(full_end, tile_last + 1, BLOCK_N):
-        token = first + block
-        loaded = token <= tile_last
-        visible = loaded[None, :] & (token[None, :] <= position[:, None])
-        if sizes.window is not None:
-            visible = visible & (token[None, :] > position[:, None] - sizes.window)
-        keys = load_rows(key, text, kv_head, token, 0, loaded, HEAD_DIM)
-        values = load_rows(value, text, kv_head, token, 0, loaded, HEAD_DIM)
-        state = step(state, rows, keys, values, visible, SCALE, SOFTCAP)
-    return state
+    state = visit_audio(
+        state, step, rows, position, text, audio, kv_head, audio_key, audio_value, visibility,
+        SCALE, SOFTCAP, HEAD_DIM, BLOCK_N,
+    )  # fmt: skip
+    return visit_text(
+        state, step, rows, position, tile_first, text.start, tile_last + 1, text, kv_head, key, value, sizes.window,
+        SCALE, SOFTCAP, HEAD_DIM, BLOCK_N,
+    )  # fmt: skip

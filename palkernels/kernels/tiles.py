@@ -2,7 +2,8 @@
 
 The tables are by kernel, compute capability, bytes per element and head dim (rounded up to a power of two).
 ``block_m`` counts packed query rows (all heads of a group), ``block_n`` keys. Forward and the queries' gradient hold a
-block of rows and walk over keys; the keys' gradient holds a block of keys and walks over rows.
+block of rows and walk over keys; the keys' gradient holds a block of keys and walks over rows. Decoding takes the
+smallest ``block_m`` that holds its rows, up to the table's.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-KERNELS = ("forward", "query_gradient", "key_gradient")
+KERNELS = ("forward", "decode", "query_gradient", "key_gradient")
 
 
 MIN_BLOCK, MAX_BLOCK = 16, 1024  # tensor cores take no less; offsets are checked for no more
@@ -39,6 +40,12 @@ _FLOAT32_FORWARD = {
     (4, 128): Tile(32, 16, 8, 2),
     (4, 256): Tile(16, 16, 8, 2),
 }
+_FLOAT32_DECODE = {
+    (4, 32): Tile(32, 32, 8, 2, max_registers=255),
+    (4, 64): Tile(32, 32, 8, 2, max_registers=255),
+    (4, 128): Tile(32, 16, 8, 2, max_registers=255),
+    (4, 256): Tile(16, 16, 8, 2, max_registers=255),
+}
 _FLOAT32_QUERY_GRADIENT = _FLOAT32_FORWARD | {
     (4, 128): Tile(16, 16, 8, 2),
     (4, 256): Tile(16, 16, 8, 2, max_registers=168),
@@ -64,6 +71,24 @@ TILES: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
             (2, 128): Tile(64, 32, 4, 3),
             (2, 256): Tile(64, 32, 8, 2),
             **_FLOAT32_FORWARD,
+        },
+    },
+    # Bound by memory: what counts is bytes in flight, stages times programs per SM. Without a register limit ptxas spills
+    # for the sake of more programs.
+    "decode": {
+        90: {
+            (2, 32): Tile(64, 64, 4, 3, max_registers=255),
+            (2, 64): Tile(64, 64, 4, 3, max_registers=255),
+            (2, 128): Tile(64, 64, 4, 3, max_registers=255),
+            (2, 256): Tile(32, 32, 8, 3, max_registers=255),
+            **_FLOAT32_DECODE,
+        },
+        80: {
+            (2, 32): Tile(64, 64, 4, 3, max_registers=255),
+            (2, 64): Tile(64, 64, 4, 3, max_registers=255),
+            (2, 128): Tile(64, 32, 4, 3, max_registers=255),
+            (2, 256): Tile(32, 32, 8, 2, max_registers=255),
+            **_FLOAT32_DECODE,
         },
     },
     "query_gradient": {
@@ -101,6 +126,7 @@ TILES: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
 }
 # Blackwell's data centre GPUs take Hopper's tiles, but for those that would spill there.
 _BLACKWELL = {
+    "decode": {(2, 128): Tile(64, 32, 8, 3, max_registers=255)},
     "query_gradient": {(2, 128): Tile(64, 32, 4, 3, max_registers=168)},
     "key_gradient": {
         (2, 32): Tile(32, 64, 8, 2),
@@ -115,6 +141,14 @@ for _kernel, _tables in TILES.items():
 # For intricate calls (see Call.is_intricate), where the entry above would spill.
 INTRICATE: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
     "forward": {capability: {(2, 64): Tile(128, 32, 8, 3, max_registers=128)} for capability in (90, 100)},
+    "decode": {
+        capability: {
+            (2, 32): Tile(64, 32, 8, 3, max_registers=255),
+            (2, 64): Tile(64, 64, 8, 3, max_registers=255),
+            (2, 128): Tile(64, 32, 8, 3, max_registers=255),
+        }
+        for capability in (80, 90, 100)
+    },
     "key_gradient": {90: {(2, 128): Tile(16, 128, 8, 2), (4, 64): Tile(16, 32, 8, 2)}},
 }
 # Blocks as large as the interpreter's speed wants, small enough that tests cross several of them.
@@ -164,34 +198,32 @@ def splits_key_gradient(head_dim: int) -> bool:
     return padded_head_dim(head_dim) > 128
 
 
-def choose(
-    kernel: str, capability: int | None, dtype: torch.dtype, head_dim: int, num_rows: int, intricate: bool
-) -> Tile:
-    """The tile for ``num_rows`` packed query rows; ``capability`` as 90 for 9.0, None in the interpreter."""
+def choose(kernel: str, capability: int | None, dtype: torch.dtype, head_dim: int, intricate: bool) -> Tile:
+    """``capability`` as 90 for 9.0, None in the interpreter."""
     if kernel in _overrides:
         return _overrides[kernel]
     if capability is None:
         return INTERPRETER
-    return _entry(kernel, architecture(capability), dtype.itemsize, padded_head_dim(head_dim), num_rows, intricate)
+    return _entry(kernel, architecture(capability), dtype.itemsize, padded_head_dim(head_dim), intricate)
 
 
-def _entry(kernel: str, architecture: int, element_size: int, head_dim: int, num_rows: int, intricate: bool) -> Tile:
+def with_rows(tile: Tile, num_rows: int) -> Tile:
+    """The tile with a smaller ``block_m``, where fewer rows are packed."""
+    return replace(tile, block_m=min(tile.block_m, max(MIN_BLOCK, 1 << (num_rows - 1).bit_length())))
+
+
+def _entry(kernel: str, architecture: int, element_size: int, head_dim: int, intricate: bool) -> Tile:
     tile = TILES[kernel][architecture][element_size, head_dim]
     if intricate:
         tile = INTRICATE.get(kernel, {}).get(architecture, {}).get((element_size, head_dim), tile)
-    # Decoding packs only Hq / Hkv rows: forward does not compute on rows that are not there.
-    if kernel == "forward" and num_rows <= 32 < tile.block_m:
-        registers = 168 if head_dim <= 128 else None
-        tile = replace(tile, block_m=16 if num_rows <= 16 else 32, num_warps=4, max_registers=registers)
     return tile
 
 
 def shipped(kernel: str, architecture: int, intricate: bool) -> list[tuple[int, int, Tile]]:
-    """Every (bytes per element, padded head dim, tile) that :func:`choose` can return there."""
-    found = {
-        (element_size, head_dim): [
-            _entry(kernel, architecture, element_size, head_dim, rows, intricate) for rows in (16, 32, 128)
-        ]
-        for element_size, head_dim in TILES[kernel][architecture]
-    }
-    return [(*key, tile) for key, tiles in sorted(found.items()) for tile in dict.fromkeys(tiles)]
+    """Every (bytes per element, padded head dim, tile) that a launch can take there."""
+    found = []
+    for element_size, head_dim in sorted(TILES[kernel][architecture]):
+        tile = _entry(kernel, architecture, element_size, head_dim, intricate)
+        sizes = [16, 32, 64] if kernel == "decode" else [tile.block_m]
+        found += [(element_size, head_dim, x) for x in dict.fromkeys(with_rows(tile, size) for size in sizes)]
+    return found
