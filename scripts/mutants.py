@@ -23,13 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTCOME = ROOT / "tests" / "mutants.json"
 SMALL = "tests/palkernels/test_small_cases.py"
 GUARDED = "tests/palkernels/test_memory.py::test_between_unreadable_pages"
-SELECTION = (SMALL, "tests/palkernels/test_gradcheck.py::test_a_subset_does_only_its_work", GUARDED)
+SUBSETS = "tests/palkernels/test_gradcheck.py::test_a_subset_does_only_its_work"
+SELECTION = (SMALL, SUBSETS, GUARDED, "tests/palkernels/test_decode.py")
 AT_ONCE = 2
 TIMEOUT = 240  # seconds, per mutant; all tests together take half of it while another mutant runs
 DOES_NOT_RUN = ("AttributeError", "CompilationError", "ImportError", "NameError", "SyntaxError", "TypeError")
 
 PRIMITIVES, KEYS = "kernels/primitives.py", "kernels/keys.py"
-FORWARD, BACKWARD = "kernels/forward.py", "kernels/backward.py"
+FORWARD, BACKWARD, DECODE = "kernels/forward.py", "kernels/backward.py", "kernels/decode.py"
 OPERANDS, OPS = "kernels/operands.py", "ops.py"
 
 CLASSES = (
@@ -68,7 +69,7 @@ def _masks() -> list[Mutant]:
     mutant = partial(Mutant, kind="masks")
 
     causal = "visible = loaded[None, :] & (token[None, :] <= position[:, None])"
-    window = "token[None, :] > position[:, None] - sizes.window"
+    window = "token[None, :] > position[:, None] - window"
     text = "valid = (token >= text.start) & (token < text.end)"
     return [
         mutant("causal, one too few", KEYS, causal, causal.replace("<=", "<")),
@@ -106,7 +107,7 @@ def _masks() -> list[Mutant]:
             first="sees_is_not_used[visible",
         ),
         mutant("length compare", KEYS, "loaded = token < audio.length", "loaded = token <= audio.length"),
-        mutant("text_start ignored", KEYS, "text_first = text.start\n", "text_first = 0\n", first="padding"),
+        mutant("text_start ignored", KEYS, "tile_first, text.start,", "tile_first, 0,", first="padding"),
         mutant("text_start ignored in key gradients", BACKWARD, text, "valid = token < text.end", first="padding"),
         mutant(
             "text_end ignored in key gradients",
@@ -143,8 +144,7 @@ def _offsets() -> list[Mutant]:
     mutant = partial(Mutant, kind="offsets")
 
     head = "text, kv_head * GROUP,"
-    row = "load_rows(audio_{0}, audio, kv_head, {1}, 0, {2}, HEAD_DIM)"
-    whole, last = ("first + block", "None"), ("token", "loaded")
+    values = "load_rows(value, audio, kv_head,"
     visible = "batch * visibility.visible_from_batch + token.to(tl.int64) * visibility.visible_from_token"
     return [
         mutant("queries of head kv_head", FORWARD, f"load_rows(query, {head}", "load_rows(query, text, kv_head,"),
@@ -159,17 +159,17 @@ def _offsets() -> list[Mutant]:
         mutant("member ignored in the LSE", PRIMITIVES, "(member * sizes.num_queries + t)", "t"),
         mutant("head and batch swapped in per_row", PRIMITIVES, "row.batch * sizes.num_kv_heads + kv_head", "kv_head"),
         mutant(
-            "audio keys of the text row",
+            "whole blocks of the text row",
             KEYS,
-            row.format("key", *whole),
-            row.format("key", *whole).replace(" audio,", " text,"),
+            "rows, 0, full_end, audio,",
+            "rows, 0, full_end, text,",
             first="index",
         ),
         mutant(
             "audio values of the text row",
             KEYS,
-            row.format("value", *last),
-            row.format("value", *last).replace(" audio,", " text,"),
+            values,
+            values.replace(" audio,", " text,"),
             first="index",
         ),
         mutant(
@@ -369,8 +369,8 @@ def _lengths_and_bounds() -> list[Mutant]:
         mutant(
             "audio beyond the length is loaded",
             KEYS,
-            "load_rows(audio_key, audio, kv_head, token, 0, loaded, HEAD_DIM)",
-            "load_rows(audio_key, audio, kv_head, token, 0, None, HEAD_DIM)",
+            "load_rows(key, audio, kv_head, token, 0, loaded, HEAD_DIM)",
+            "load_rows(key, audio, kv_head, token, 0, None, HEAD_DIM)",
             first="",
         ),
     ]
@@ -436,7 +436,7 @@ def _skipped_blocks() -> list[Mutant]:
 
     begin = "earliest - first_position, 0)"
     masked = "tl.cdiv(partly, BLOCK_M) * BLOCK_M"
-    full = "tl.maximum(tile_first + 1 - text_first, 0)"
+    full = "tl.minimum(tile_first + 1, end)"
     last = "tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, sizes.num_queries - 1)"
     return [
         mutant(
@@ -452,9 +452,9 @@ def _skipped_blocks() -> list[Mutant]:
             "full_end = (audio.length + BLOCK_N - 1) // BLOCK_N * BLOCK_N",
         ),
         mutant("audio ends early", KEYS, "range(full_end, audio.length,", "range(full_end, audio.length - 1,"),
-        mutant("text, whole blocks up to the last row", KEYS, full, full.replace("tile_first", "tile_last")),
+        mutant("text, whole blocks up to the last row", KEYS, full, "end"),
         mutant("text, whole blocks one key too far", KEYS, full, full.replace("+ 1", "+ 2"), first="decoding"),
-        mutant("text ends early", KEYS, "range(full_end, tile_last + 1,", "range(full_end, tile_last,", first="narrow"),
+        mutant("text ends early", KEYS, "range(full_end, end,", "range(full_end, end - 1,", first="narrow"),
         mutant(
             "tile's last query not clamped", KEYS, last, last[11 : last.rindex(",")], first="sees_is_not_used[window"
         ),
@@ -465,7 +465,7 @@ def _skipped_blocks() -> list[Mutant]:
             "first_position + (tile * BLOCK_M + GROUP - 1) // GROUP",
             first="window",
         ),
-        mutant("window begins late", KEYS, "- sizes.window + 1)", "- sizes.window + 2)", first="window"),
+        mutant("window begins late", KEYS, "tile_first - window + 1)", "tile_first - window + 2)", first="window"),
         mutant("queries begin late", BACKWARD, begin, begin.replace("position", "position + 1")),
         mutant("queries without a mask too early", BACKWARD, masked, "partly // BLOCK_M * BLOCK_M"),
         mutant("earliest key's queries", BACKWARD, "earliest = tl.min(", "earliest = tl.max("),
@@ -526,6 +526,71 @@ def _dispatch() -> list[Mutant]:
     ]
 
 
+def _decode() -> list[Mutant]:
+    masks, offsets, merge = (
+        partial(Mutant, file=DECODE, first="test_decode", kind=kind) for kind in ("masks", "offsets", "online softmax")
+    )
+    bounds, shares, readers = (
+        partial(Mutant, file=DECODE, first="test_decode", kind=kind)
+        for kind in ("lengths and bounds", "skipped blocks", "reductions")
+    )
+    early = "tl.minimum(tile_first + 1, end)"
+    return [
+        masks("visible_from compare in decoding", old="visible_from <= position", new="visible_from < position"),
+        masks("length compare in decoding", old="loaded = token < end", new="loaded = token <= end"),
+        masks("unseen audio is loaded in decoding", old="tl.max(visible.to(tl.int32), axis=0) > 0", new="token < end"),
+        masks("positions of query 0", old=".end - sizes.num_queries + row // GROUP", new=".end - sizes.num_queries"),
+        masks("positions of query 0 in text", old="first_position + row // GROUP,", new="first_position + row * 0,"),
+        offsets("decoded queries of head kv_head", old="kv_head * GROUP + row % GROUP", new="kv_head + row % GROUP"),
+        offsets(
+            "decoded queries' member ignored", old="kv_head * GROUP + row % GROUP", new="kv_head * GROUP + row * 0"
+        ),
+        offsets(
+            "visible_from of row 0", old="readers.to(tl.int64)[:, None]", new="(readers * 0).to(tl.int64)[:, None]"
+        ),
+        offsets("visible_from of token 0", old="token.to(tl.int64)[None, :]", new="(token * 0).to(tl.int64)[None, :]"),
+        offsets("reader not widened", old="readers.to(tl.int64) * query", new="readers * query", first="32_bits"),
+        offsets("decoded head not widened", old="head.to(tl.int64) * query", new="head * query", first="32_bits"),
+        offsets("decoded token not widened", old="(row // GROUP).to(tl.int64)", new="(row // GROUP)", first="32_bits"),
+        offsets("decoded dim not widened", old="dim.to(tl.int64) * query", new="dim * query", first="32_bits"),
+        offsets("parts of head 0", old="readers * sizes.num_kv_heads + kv_head", new="readers * sizes.num_kv_heads"),
+        offsets("counters of head 0", old="place = batch * sizes.num_kv_heads + kv_head", new="place = batch"),
+        offsets("merged LSE of member 0", old="+ member * sizes.num_queries + t", new="+ t"),
+        offsets("output's member ignored", old="member.to(tl.int64) * out.head", new="member.to(tl.int64)"),
+        offsets("text takes the audio's place", old="split += num_splits - num_shares", new="split += 0"),
+        merge("merged sums without weights", old="total += weight * row_sum", new="total += row_sum"),
+        merge("merged outputs without weights", old="weight[:, None] * tl.load(accs", new="tl.load(accs"),
+        merge("merged by the first maximum", old="tl.maximum(total_max, row_max)", new="total_max"),
+        merge("merged by -inf", old='tl.where(total_max == float("-inf"), 0.0, total_max)', new="total_max"),
+        merge("merged rows divide by zero", old="tl.where(blind, 1.0, total)", new="total"),
+        merge("merged LSE in base 2", old="total_max * LN_2 + tl.log(total)", new="total_max + tl.log2(total)"),
+        bounds("rows that are not there are stored", old="row_max, mask=row_ok)", new="row_max, mask=row >= 0)"),
+        bounds("rows that are not there are merged", old="lse, mask=row_ok)", new="lse, mask=row >= 0)"),
+        bounds(
+            "output beyond the last row", old="element_ty), mask=value_ok)", new="element_ty), mask=dim < HEAD_DIM)"
+        ),
+        bounds("a reader too many", old="(taken + 1) * num_rows <= BLOCK_M", new="taken * num_rows < BLOCK_M"),
+        bounds("groups beyond the tile", old="num_queries * call.group <=", new="num_queries <="),
+        shares(
+            "shares rounded down", old="BLOCK_N), num_splits) * BLOCK_N", new="BLOCK_N) // num_splits, 1) * BLOCK_N"
+        ),
+        shares("shares overlap", old="tl.minimum(begin + per_split, end)", new="end"),
+        shares("shares beyond the end", old="tl.minimum(begin + per_split, end)", new="begin + per_split"),
+        shares("shares without their first key", old="first + split * per_split", new="first + split * per_split + 1"),
+        shares("decoding begins late", old="- sizes.window + 1)", new="- sizes.window + 2)"),
+        shares("decoding ignores text_start", old="first = text.start", new="first = 0"),
+        shares("whole blocks beyond the share", file=KEYS, old=early, new="(tile_first + 1)"),
+        shares("rows beyond 16 are not merged", old="sizes.num_queries * GROUP, MERGED_ROWS", new="1, MERGED_ROWS"),
+        readers("merged too early", old="== num_splits - 1", new="== num_splits - 2"),
+        readers("counters are not reset", old="tl.store(parts.arrived + place, 0)", new="tl.store(parts.arrived, 0)"),
+        readers(
+            "decoding from reader 1", old="next_reader(visibility, clip, 0,", new="next_reader(visibility, clip, 1,"
+        ),
+        readers("decoding skips a reader", old="batch + 1, sizes)", new="batch + 2, sizes)"),
+        readers("arrives for the first reader", old="lane == reader * num_rows", new="lane == 0"),
+    ]
+
+
 MUTANTS = [
     *_masks(),
     *_offsets(),
@@ -536,6 +601,7 @@ MUTANTS = [
     *_reductions(),
     *_skipped_blocks(),
     *_dispatch(),
+    *_decode(),
 ]
 
 # Runs inside the mutant's pytest. Its exit code 70 is none of pytest's own.

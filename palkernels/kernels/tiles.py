@@ -73,8 +73,8 @@ TILES: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
             **_FLOAT32_FORWARD,
         },
     },
-    # Bound by memory: what counts is bytes in flight, stages times programs per SM. Without a register limit ptxas spills
-    # for the sake of more programs.
+    # Bound by memory: what counts is bytes in flight, stages times programs per SM. Without a limit of registers ptxas
+    # spills for the sake of more programs.
     "decode": {
         90: {
             (2, 32): Tile(64, 64, 4, 3, max_registers=255),

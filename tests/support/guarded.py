@@ -11,7 +11,7 @@ import torch
 
 from palkernels import lal_attention
 from palkernels.call import FLOATS, INTEGERS, Call
-from palkernels.kernels import tiles
+from palkernels.kernels import decode, tiles
 from palkernels.kernels.backward import backward_launches
 from palkernels.kernels.forward import forward_launch
 from palkernels.testing import FEATURES, lal_case, max_error
@@ -53,10 +53,11 @@ def run(side: str, features: tuple[str, ...], seed: int) -> None:
     scale = case.options.get("scale", case.tensors[0].shape[-1] ** -0.5)
     tensors = [guarded(x, side) for x in case.tensors]
     call = Call(*tensors, **options, **numbers, scale=scale)
-    got, got_lse = guarded(torch.empty(out.shape), side), guarded(torch.empty(lse.shape), side)
-    forward_launch(call, got, got_lse, capability=None).run()
-    assert max_error(got, out) <= 1e-4, case.name
-    assert max_error(got_lse, lse) <= 1e-4, case.name
+    for launch in [forward_launch, *[decode.decode_launch] * decode.takes(call, capability=None)]:
+        got, got_lse = guarded(torch.empty(out.shape), side), guarded(torch.empty(lse.shape), side)
+        launch(call, got, got_lse, capability=None).run()
+        assert max_error(got, out) <= 1e-4, case.name
+        assert max_error(got_lse, lse) <= 1e-4, case.name
 
     grads = {name: guarded(torch.empty_like(x), side) for name, x in zip(FLOATS, tensors, strict=True)}
     dlse = guarded(torch.zeros_like(lse), side)
