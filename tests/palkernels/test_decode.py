@@ -111,13 +111,14 @@ def test_readers_of_one_clip_share_its_loads(readers, monkeypatch):
     assert max_error(out, lal_attention(*case.tensors, **case.options, impl="reference")) <= 1e-12
 
 
+@pytest.mark.parametrize("features", [("lengths", "text_end"), ("lengths", "window")], ids="-".join)
 @pytest.mark.parametrize("programs", [1, 3, 1000])
-def test_any_number_of_splits(monkeypatch, programs):
+def test_any_number_of_splits(monkeypatch, programs, features):
     """From one span for all keys to one for each block; and every launch leaves its counters at zero."""
     monkeypatch.setattr(decode, "_multiprocessors", lambda *args: programs)
     zeros = torch.zeros(4, dtype=torch.int32)
     monkeypatch.setattr(decode, "_counters", lambda *args: zeros)
-    case = lal_case(batch=2, queries=2, features=("lengths", "window"), dtype=torch.float64, **SHAPE)
+    case = lal_case(batch=2, queries=2, features=features, dtype=torch.float64, **SHAPE)
     want = lal_attention(*case.tensors, **case.options, return_lse=True, impl="reference")
     with tiles.use(tiles.Tile(16, 16, 4, 1)):
         for _ in range(2):
