@@ -12,52 +12,60 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+from palkernels.call import Call
 
 COUNTER = "torch.utils.flop_counter"
 
 
-def _text_pairs(query: torch.Size, key: torch.Size, window: int | None) -> int:
+def _text_pairs(num_queries: int, num_keys: int, window: int | None) -> int:
     """Query-key pairs of one head of one row, as far as shapes tell: positions and padding are not known to them."""
-    num_queries, num_keys = query[2], key[2]
     window = num_keys if window is None else min(window, num_keys)
     first = num_keys - num_queries + 1  # keys up to the first query's own; each next query has one more
     growing = min(max(window - first + 1, 0), num_queries)  # queries before whose first key the window does not begin
     return growing * first + growing * (growing - 1) // 2 + (num_queries - growing) * window
 
 
-def _product_flops(query: torch.Size, pairs: int) -> int:
+def _pairs(call: Call) -> tuple[int, int]:
+    """Of one head and all rows: query-key pairs, and pairs of a query and an audio token."""
+    if call.cu_seqlens is None or call.cu_audio is None:
+        text = _text_pairs(call.num_queries, call.num_keys, call.window)
+        return call.num_batches * text, call.num_batches * call.num_queries * call.num_audio
+    if is_fake(call.cu_seqlens) or call.cu_seqlens.is_meta:  # no lengths to read: every row as long as the longest
+        texts, audios = [call.num_queries] * call.num_batches, [call.num_audio] * call.num_batches
+    else:
+        texts = call.cu_seqlens.diff().tolist()
+        audios = call.cu_audio.diff().tolist()
+        if call.audio_index is not None:
+            audios = [audios[row] for row in call.audio_index.tolist()]
+    audio = sum(text * tokens for text, tokens in zip(texts, audios, strict=True))
+    return sum(_text_pairs(length, length, call.window) for length in texts), audio
+
+
+def _product_flops(call: Call, pairs: int) -> int:
     """One matrix product over all pairs: 2 D operations for each."""
-    return 2 * query[0] * query[1] * query[3] * pairs
+    return 2 * call.query.shape[1] * call.head_dim * pairs
 
 
-def forward_flops(
-    query: torch.Size, key: torch.Size, value: torch.Size, audio_key: torch.Size, *args: Any, **kwargs: Any
-) -> int:
-    pairs = _text_pairs(query, key, args[-1]) + query[2] * audio_key[2]
-    return 2 * _product_flops(query, pairs)
+def forward_flops(*arguments: Any, **kwargs: Any) -> int:
+    call = Call(*arguments)
+    return 2 * _product_flops(call, sum(_pairs(call)))
 
 
 def backward_flops(
-    dout: torch.Size,
-    dlse: torch.Size | None,
-    out: torch.Size,
-    lse: torch.Size,
-    needed: Sequence[bool],
-    query: torch.Size,
-    key: torch.Size,
-    value: torch.Size,
-    audio_key: torch.Size,
-    *args: Any,
-    **kwargs: Any,
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needed: Sequence[bool], *arguments: Any, **kwargs: Any
 ) -> int:
     """The products that the gradients need, each once: S for all, dP for all but dV, one for each gradient."""
-    text, audio = _text_pairs(query, key, args[-1]), query[2] * audio_key[2]
+    call = Call(*arguments)
+    text, audio = _pairs(call)
     of_query, of_key, of_value, of_audio_key, of_audio_value = needed
     keys = text * of_key + audio * of_audio_key
     values = text * of_value + audio * of_audio_value
     scores = (text + audio) if of_query else text * (of_key or of_value) + audio * (of_audio_key or of_audio_value)
     dscores = (text + audio) if of_query else keys
-    return _product_flops(query, scores + dscores + (text + audio) * of_query + keys + values)
+    return _product_flops(call, scores + dscores + (text + audio) * of_query + keys + values)
 
 
 def register() -> None:
@@ -69,8 +77,8 @@ def register() -> None:
 
 
 def _register(counter: ModuleType) -> None:
-    counter.register_flop_formula(torch.ops.palkernels.lal_forward)(forward_flops)
-    counter.register_flop_formula(torch.ops.palkernels.lal_backward)(backward_flops)
+    counter.register_flop_formula(torch.ops.palkernels.lal_forward, get_raw=True)(forward_flops)
+    counter.register_flop_formula(torch.ops.palkernels.lal_backward, get_raw=True)(backward_flops)
 
 
 class _OnImport(MetaPathFinder):

@@ -1,19 +1,21 @@
 """PyTorch operators over the Triton kernels: schema, shapes, autograd. Importing this needs no triton."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from palkernels import flops
-from palkernels.call import FLOATS, Call
+from palkernels.call import FLOATS, INTEGERS, PACKING, Call
 
 # The fields of a Call, in their order.
 CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor audio_key, Tensor audio_value, "
     "Tensor? audio_lengths, Tensor? audio_index, Tensor? audio_visible_from, Tensor? text_start, Tensor? text_end, "
-    "float scale, float? softcap, SymInt? window"
+    "float scale, float? softcap, SymInt? window, "
+    "Tensor? cu_seqlens=None, Tensor? cu_audio=None, SymInt? max_seqlen=None, SymInt? max_audio=None"
 )
 
 
@@ -71,16 +73,21 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)  # an unused LSE costs nothing
-    *tensors, ctx.scale, ctx.softcap, ctx.window = inputs
-    ctx.save_for_backward(*output, *tensors)
+    call = Call(*inputs)
+    tensors = dict.fromkeys((*FLOATS, *INTEGERS, *PACKING)) | call.floats() | call.integers()
+    # A Call of what is no tensor: the tensors are saved as such.
+    ctx.call = replace(call, **dict.fromkeys(tensors))
+    ctx.names = tuple(tensors)
+    ctx.save_for_backward(*output, *tensors.values())
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     out, lse, *tensors = ctx.saved_tensors
+    call = replace(ctx.call, **dict(zip(ctx.names, tensors, strict=True)))
     needed = ctx.needs_input_grad[: len(FLOATS)]
     if dout is None:
         dout = torch.zeros_like(out)
-    found = iter(lal_backward(dout, dlse, out, lse, list(needed), *tensors, ctx.scale, ctx.softcap, ctx.window))
+    found = iter(lal_backward(dout, dlse, out, lse, list(needed), *call.arguments()))
     return (*(next(found) if need else None for need in needed), *[None] * (len(ctx.needs_input_grad) - len(FLOATS)))
 
 

@@ -8,6 +8,9 @@ expanded, and the whole (B, Hq, T, N + S) score matrix is held.
 import torch
 from torch import Tensor
 
+from palkernels import packed
+from palkernels.call import Call
+
 
 def lal_mask(
     batch: int,
@@ -126,3 +129,38 @@ def lal_attention(
         return out
     lse = (peak + torch.log(total)).masked_fill(blind_query, float("-inf"))
     return out, lse.squeeze(-1)
+
+
+def lal_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    audio_key: Tensor,
+    audio_value: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    cu_audio: Tensor,
+    max_seqlen: int,
+    max_audio: int,
+    audio_index: Tensor | None = None,
+    audio_visible_from: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`palkernels.lal_attention_varlen` by its definition: each row by :func:`lal_attention`, on its own."""
+
+    def attention(row: Call) -> tuple[Tensor, Tensor]:
+        result = lal_attention(*row.floats().values(), **row.options(), return_lse=True)
+        assert isinstance(result, tuple)
+        return result
+
+    call = Call(
+        query, key, value, audio_key, audio_value, audio_index=audio_index, audio_visible_from=audio_visible_from,
+        scale=scale, softcap=softcap, window=window, cu_seqlens=cu_seqlens, cu_audio=cu_audio, max_seqlen=max_seqlen,
+        max_audio=max_audio,
+    )  # fmt: skip
+    out, lse = packed.row_by_row(packed.heads_first(call), attention)
+    out, lse = packed.tokens_first(out), lse.squeeze(0)
+    return (out, lse) if return_lse else out

@@ -24,7 +24,8 @@ OUTCOME = ROOT / "tests" / "mutants.json"
 SMALL = "tests/palkernels/test_small_cases.py"
 GUARDED = "tests/palkernels/test_memory.py::test_between_unreadable_pages"
 SUBSETS = "tests/palkernels/test_gradcheck.py::test_a_subset_does_only_its_work"
-SELECTION = (SMALL, SUBSETS, GUARDED, "tests/palkernels/test_decode.py")
+SPECIAL = ("tests/palkernels/test_decode.py", "tests/palkernels/test_varlen.py")
+SELECTION = (SMALL, SUBSETS, GUARDED, *SPECIAL)
 AT_ONCE = 2
 TIMEOUT = 240  # seconds, per mutant; all tests together take half of it while another mutant runs
 DOES_NOT_RUN = ("AttributeError", "CompilationError", "ImportError", "NameError", "SyntaxError", "TypeError")
@@ -43,6 +44,7 @@ CLASSES = (
     "reductions",
     "skipped blocks",
     "dispatch",
+    "packed rows",
 )
 
 
@@ -145,7 +147,6 @@ def _offsets() -> list[Mutant]:
 
     head = "text, kv_head * GROUP,"
     values = "load_rows(value, audio, kv_head,"
-    visible = "batch * visibility.visible_from_batch + token.to(tl.int64) * visibility.visible_from_token"
     return [
         mutant("queries of head kv_head", FORWARD, f"load_rows(query, {head}", "load_rows(query, text, kv_head,"),
         mutant("dQ to head kv_head", BACKWARD, f"store_rows(dquery, {head}", "store_rows(dquery, text, kv_head,"),
@@ -156,7 +157,7 @@ def _offsets() -> list[Mutant]:
             "douts = load_rows(dout, text, kv_head, t, member, row_ok, HEAD_DIM)\n    pointers",
         ),
         mutant("member ignored", PRIMITIVES, " + member * matrix.head)", ")"),
-        mutant("member ignored in the LSE", PRIMITIVES, "(member * sizes.num_queries + t)", "t"),
+        mutant("member ignored in the LSE", PRIMITIVES, "(member * sizes.text_tokens + t)", "t"),
         mutant("head and batch swapped in per_row", PRIMITIVES, "row.batch * sizes.num_kv_heads + kv_head", "kv_head"),
         mutant(
             "whole blocks of the text row",
@@ -206,8 +207,8 @@ def _offsets() -> list[Mutant]:
         mutant(
             "token of visible_from not widened",
             KEYS,
-            visible,
-            visible.replace("token.to(tl.int64)", "token"),
+            "place = audio.first + token.to(tl.int64)",
+            "place = audio.first + token",
             first="32_bits",
         ),
         mutant("masked lanes overflow", OPERANDS, "span + slack >= 2**31", "span >= 2**31", first="32_bits"),
@@ -234,8 +235,8 @@ def _strides() -> list[Mutant]:
         mutant(
             "visible_from's strides swapped",
             KEYS,
-            "batch * visibility.visible_from_batch + token.to(tl.int64) * visibility.visible_from_token",
-            "batch * visibility.visible_from_token + token.to(tl.int64) * visibility.visible_from_batch",
+            "batch * visibility.visible_from_batch + place * visibility.visible_from_token",
+            "batch * visibility.visible_from_token + place * visibility.visible_from_batch",
             first="visible_from",
         ),
         mutant(
@@ -245,7 +246,7 @@ def _strides() -> list[Mutant]:
             "else (audio_visible_from.shape[1], 1)",
             first="visible_from",
         ),
-        mutant("integers of any strides", OPERANDS, "else x.contiguous() for", "else x for", first="everything"),
+        mutant("integers of any strides", OPERANDS, "else x.contiguous()\n", "else x\n", first="everything"),
         mutant(
             "dLSE of any strides",
             BACKWARD,
@@ -437,7 +438,7 @@ def _skipped_blocks() -> list[Mutant]:
     begin = "earliest - first_position, 0)"
     masked = "tl.cdiv(partly, BLOCK_M) * BLOCK_M"
     full = "tl.minimum(tile_first + 1, end)"
-    last = "tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, sizes.num_queries - 1)"
+    last = "tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, text.num_queries - 1)"
     return [
         mutant(
             "partly valid audio blocks",
@@ -479,8 +480,8 @@ def _skipped_blocks() -> list[Mutant]:
         mutant(
             "programs by text rows",
             BACKWARD,
-            "num_blocks += call.audio_key.shape[0]",
-            "num_blocks += call.query.shape[0]",
+            "num_blocks += call.num_audio_rows",
+            "num_blocks += call.num_batches",
             first="index",
         ),
     ]
@@ -591,6 +592,42 @@ def _decode() -> list[Mutant]:
     ]
 
 
+def _packed() -> list[Mutant]:
+    mutant = partial(Mutant, kind="packed rows", first="test_varlen")
+
+    row, store = "+ row.first\n", "store_gradients(gradients, valid, dkey, dvalue, {}, {}.num_{},"
+    text, audio = store.format("text", "text", "keys"), store.format("audio", "audio", "tokens")
+    return [
+        mutant("every row is the first", KEYS, "clamp(tl.load(cu_ptr + row), 0", "clamp(tl.load(cu_ptr), 0"),
+        mutant("a row's end for its length", KEYS, "tl.load(cu_ptr + row + 1) - first", "tl.load(cu_ptr + row + 1)"),
+        mutant("first token negative", KEYS, "clamp(tl.load(cu_ptr + row), 0", "clamp(tl.load(cu_ptr + row), -9"),
+        mutant("a length beyond the tokens", KEYS, "- first, 0, total - first)", "- first, 0, total)"),
+        mutant("a row's own visible_from", KEYS, "place = audio.first + token", "place = 0 * audio.first + token"),
+        mutant("tokens of the first row", PRIMITIVES, "tl.cast(row.first, tl.int64) *", "0 *"),
+        mutant("first token not widened", PRIMITIVES, "tl.cast(row.first, tl.int64) *", "row.first *", first="32_bits"),
+        mutant("LSE of the first row", PRIMITIVES, row, "\n"),
+        mutant(
+            "LSE's heads by the longest row",
+            PRIMITIVES,
+            "member * sizes.text",
+            "member * sizes.num_queries + 0 * sizes.text",
+        ),
+        mutant(
+            "LSE's K/V heads by the longest row", PRIMITIVES, "GROUP * sizes.text_tokens", "GROUP * sizes.num_queries"
+        ),
+        mutant("gradients of the next text row", BACKWARD, text, text.replace("text.num", "sizes.num")),
+        mutant(
+            "gradients of the next audio row", BACKWARD, audio, audio.replace("audio.num_tokens", "sizes.num_audio")
+        ),
+        mutant(
+            "queries of the next row", BACKWARD, "end = text.num_queries * GROUP", "end = sizes.num_queries * GROUP"
+        ),
+        mutant(
+            "rows beyond the text", FORWARD, "tile * BLOCK_M, text.num_queries", "tile * BLOCK_M, sizes.num_queries"
+        ),
+    ]
+
+
 MUTANTS = [
     *_masks(),
     *_offsets(),
@@ -602,6 +639,7 @@ MUTANTS = [
     *_skipped_blocks(),
     *_dispatch(),
     *_decode(),
+    *_packed(),
 ]
 
 # Runs inside the mutant's pytest. Its exit code 70 is none of pytest's own.

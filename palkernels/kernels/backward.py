@@ -73,6 +73,8 @@ def query_gradient_kernel(
     num_audio_rows,
     num_batches,
     num_kv_heads,
+    text_tokens,
+    audio_tokens,
     window,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -82,12 +84,16 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # One program: BLOCK_M packed query rows of one (text row, K/V head), as in forward.
-    sizes = Sizes(num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, window)
+    sizes = Sizes(
+        num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, text_tokens, audio_tokens, window
+    )
     num_tiles = tl.cdiv(num_queries * GROUP, BLOCK_M)
     tile, kv_head, batch = split_program(tl.program_id(0), num_tiles, num_kv_heads)
     text = text_row(visibility, batch, sizes)
     audio = audio_read_by(visibility, batch, sizes)
-    t, member, row_ok = packed_rows(tile * BLOCK_M, num_queries, GROUP, BLOCK_M)
+    if tile * BLOCK_M >= text.num_queries * GROUP:  # a packed row shorter than the longest
+        return
+    t, member, row_ok = packed_rows(tile * BLOCK_M, text.num_queries, GROUP, BLOCK_M)
 
     outputs = load_rows(out, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
     douts = load_rows(dout, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
@@ -102,7 +108,7 @@ def query_gradient_kernel(
         base2_lse = tl.load(per_row(lse_ptr, text, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0) * LOG2_E
         gradient = visit_keys(
             tl.zeros(queries.shape, dtype=acc_type), add_key_block, (queries, douts, base2_lse, delta),
-            tile, t, text, audio, kv_head, key, value, audio_key, audio_value, visibility, sizes,
+            tile, t, text, audio, kv_head, key, value, audio_key, audio_value, visibility, window,
             SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         store_rows(dquery, text, kv_head * GROUP, t, member, row_ok, gradient * SCALE, HEAD_DIM)
@@ -114,7 +120,7 @@ def load_query_tile(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Queries t (M,), Q and dO (M, BLOCK_D), base-2 LSE and delta (M,); all zero beyond the last query."""
-    t, member, row_ok = packed_rows(first, sizes.num_queries, GROUP, BLOCK_M)
+    t, member, row_ok = packed_rows(first, text.num_queries, GROUP, BLOCK_M)
     queries = load_rows(query, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
     douts = load_rows(dout, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
     pointers = per_row(lse_ptr, text, kv_head, t, member, sizes, GROUP)
@@ -182,15 +188,15 @@ def add_text_row(
     BLOCK_M: tl.constexpr,
 ):
     """Add the share of one text row: of its queries that see any key of the block, a tile of packed rows at a time."""
-    first_position = text.end - sizes.num_queries  # of query 0
+    first_position = text.end - text.num_queries  # of query 0
     masked_end = 0
-    end = sizes.num_queries * GROUP
+    end = text.num_queries * GROUP
     if seen_from is not None:
         earliest = tl.min(tl.where(valid, seen_from, text.end), axis=0)
         latest = tl.max(tl.where(valid, seen_from, 0), axis=0)
-        begin = tl.minimum(tl.maximum(earliest - first_position, 0), sizes.num_queries) * GROUP
+        begin = tl.minimum(tl.maximum(earliest - first_position, 0), text.num_queries) * GROUP
         if window is None:  # from the query that sees the whole block on, no mask is needed
-            partly = tl.maximum(tl.minimum(latest - first_position, sizes.num_queries) * GROUP - begin, 0)
+            partly = tl.maximum(tl.minimum(latest - first_position, text.num_queries) * GROUP - begin, 0)
             masked_end = tl.minimum(begin + tl.cdiv(partly, BLOCK_M) * BLOCK_M, end)
         else:
             end = tl.minimum(end, tl.maximum(latest + window - first_position, 0) * GROUP)
@@ -252,13 +258,13 @@ def audio_block(
         text = text_row(visibility, batch, sizes)
         seen_from = None
         if visibility.visible_from is not None:
-            seen_from = load_visible_from(visibility, text, token, valid)
+            seen_from = load_visible_from(visibility, text, audio, token, valid)
         gradients = add_text_row(
             gradients, keys, values, seen_from, valid, text, None, query, dout, lse_ptr, delta_ptr,
             kv_head, sizes, dkey.ptr is not None, dvalue.ptr is not None, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M,
         )  # fmt: skip
         batch = next_reader(visibility, row, batch + 1, sizes)
-    store_gradients(gradients, valid, dkey, dvalue, audio, sizes.num_audio, kv_head, token, SCALE, HEAD_DIM)
+    store_gradients(gradients, valid, dkey, dvalue, audio, audio.num_tokens, kv_head, token, SCALE, HEAD_DIM)
 
 
 @triton.jit
@@ -279,7 +285,7 @@ def text_block(
         (zeros, zeros), keys, values, token, valid, text, sizes.window, query, dout, lse_ptr, delta_ptr,
         kv_head, sizes, dkey.ptr is not None, dvalue.ptr is not None, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M,
     )  # fmt: skip
-    store_gradients(gradients, valid, dkey, dvalue, text, sizes.num_keys, kv_head, token, SCALE, HEAD_DIM)
+    store_gradients(gradients, valid, dkey, dvalue, text, text.num_keys, kv_head, token, SCALE, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -303,6 +309,8 @@ def key_gradient_kernel(
     num_audio_rows,
     num_batches,
     num_kv_heads,
+    text_tokens,
+    audio_tokens,
     window,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -313,7 +321,9 @@ def key_gradient_kernel(
 ):
     # One program: BLOCK_N keys of one (audio row, K/V head), or of one (text row, K/V head). Audio comes first: its
     # programs are the longer ones.
-    sizes = Sizes(num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, window)
+    sizes = Sizes(
+        num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, text_tokens, audio_tokens, window
+    )
     program = tl.program_id(0)
     audio_programs = 0
     if daudio_key.ptr is not None or daudio_value.ptr is not None:
@@ -368,9 +378,9 @@ def _query_launch(
     dquery: Tensor | None,
     capability: int | None,
 ) -> Launch:
-    num_rows = call.group * call.query.shape[2]
+    num_rows = call.group * call.num_queries
     tile = tiles.choose("query_gradient", capability, call.query.dtype, call.head_dim, call.is_intricate)
-    num_programs = call.query.shape[0] * call.num_kv_heads * triton.cdiv(num_rows, tile.block_m)
+    num_programs = call.num_batches * call.num_kv_heads * triton.cdiv(num_rows, tile.block_m)
     matrices = (Matrix.of(tensor) for tensor in (*call.floats().values(), out, dout, dquery))
     dlse = None if dlse is None else dlse.contiguous()
     return attention_launch(query_gradient_kernel, num_programs, tile, call, *matrices, lse, dlse, delta)
@@ -390,9 +400,9 @@ def _key_launch(
     )
     num_blocks = 0  # of every row of text and of audio that has a gradient to fill
     if daudio_key is not None or daudio_value is not None:
-        num_blocks += call.audio_key.shape[0] * triton.cdiv(call.audio_key.shape[2], tile.block_n)
+        num_blocks += call.num_audio_rows * triton.cdiv(call.num_audio, tile.block_n)
     if dkey is not None or dvalue is not None:
-        num_blocks += call.key.shape[0] * triton.cdiv(call.key.shape[2], tile.block_n)
+        num_blocks += call.num_batches * triton.cdiv(call.num_keys, tile.block_n)
     return attention_launch(
         key_gradient_kernel,
         num_blocks * call.num_kv_heads,

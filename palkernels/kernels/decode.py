@@ -240,6 +240,8 @@ def decode_kernel(
     num_audio_rows,
     num_batches,
     num_kv_heads,
+    text_tokens,
+    audio_tokens,
     window,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -248,7 +250,9 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    sizes = Sizes(num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, window)
+    sizes = Sizes(
+        num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, text_tokens, audio_tokens, window
+    )
     num_splits = audio_shares + text_shares
     program = tl.program_id(0)
     audio_programs = num_audio_rows * num_kv_heads * audio_shares
@@ -267,7 +271,11 @@ def decode_kernel(
 def takes(call: Call, capability: int | None) -> bool:
     """Whether a call is decoding: all queries of a text row, and of the heads that share keys, fit into one tile."""
     num_queries = call.query.shape[2]
-    return 0 < num_queries <= MAX_QUERIES and num_queries * call.group <= _tile(call, capability).block_m
+    return (
+        call.cu_seqlens is None
+        and 0 < num_queries <= MAX_QUERIES
+        and num_queries * call.group <= _tile(call, capability).block_m
+    )
 
 
 def decode_launch(call: Call, out: Tensor, lse: Tensor, capability: int | None) -> Launch:

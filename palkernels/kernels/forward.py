@@ -56,6 +56,8 @@ def forward_kernel(
     num_audio_rows,
     num_batches,
     num_kv_heads,
+    text_tokens,
+    audio_tokens,
     window,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -65,12 +67,16 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # One program: BLOCK_M packed query rows of one (text row, K/V head).
-    sizes = Sizes(num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, window)
+    sizes = Sizes(
+        num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, text_tokens, audio_tokens, window
+    )
     num_tiles = tl.cdiv(num_queries * GROUP, BLOCK_M)
     tile, kv_head, batch = split_program(tl.program_id(0), num_tiles, num_kv_heads)
     text = text_row(visibility, batch, sizes)
     audio = audio_read_by(visibility, batch, sizes)
-    t, member, row_ok = packed_rows(tile * BLOCK_M, num_queries, GROUP, BLOCK_M)
+    if tile * BLOCK_M >= text.num_queries * GROUP:  # a packed row shorter than the longest
+        return
+    t, member, row_ok = packed_rows(tile * BLOCK_M, text.num_queries, GROUP, BLOCK_M)
 
     queries = load_rows(query, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
     acc_type: tl.constexpr = accumulator_type(queries)
@@ -79,7 +85,7 @@ def forward_kernel(
     row_sum = tl.zeros([BLOCK_M], dtype=acc_type)
     acc, row_max, row_sum = visit_keys(
         (acc, row_max, row_sum), attend, (queries,), tile, t, text, audio, kv_head,
-        key, value, audio_key, audio_value, visibility, sizes,
+        key, value, audio_key, audio_value, visibility, window,
         SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -92,8 +98,8 @@ def forward_kernel(
 
 def forward_launch(call: Call, out: Tensor, lse: Tensor, capability: int | None) -> Launch:
     """For validated inputs, into ``out`` (B, Hq, T, D), any strides, and ``lse`` (B, Hq, T), contiguous."""
-    num_rows = call.group * call.query.shape[2]
+    num_rows = call.group * call.num_queries
     tile = tiles.choose("forward", capability, call.query.dtype, call.head_dim, call.is_intricate)
-    num_programs = call.query.shape[0] * call.num_kv_heads * triton.cdiv(num_rows, tile.block_m)
+    num_programs = call.num_batches * call.num_kv_heads * triton.cdiv(num_rows, tile.block_m)
     matrices = (Matrix.of(tensor) for tensor in (*call.floats().values(), out))
     return attention_launch(forward_kernel, num_programs, tile, call, *matrices, lse)

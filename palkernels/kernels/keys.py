@@ -1,4 +1,4 @@
-"""Which keys are seen, and the one walk over them that forward and the queries' gradient share."""
+"""Where rows lie, which keys are seen, and the one walk over them that forward and the queries' gradient share."""
 
 import triton
 import triton.language as tl
@@ -16,22 +16,37 @@ def clamp(value, low, high):
 
 
 @triton.jit
+def packed_row(cu_ptr, row, total):
+    """First token and length of one of the rows that are packed into ``total`` tokens."""
+    first = clamp(tl.load(cu_ptr + row), 0, total)
+    return first, clamp(tl.load(cu_ptr + row + 1) - first, 0, total - first)
+
+
+@triton.jit
 def text_row(visibility, batch, sizes):
-    end = sizes.num_keys
-    if visibility.text_end is not None:
-        end = clamp(tl.load(visibility.text_end + batch), sizes.num_queries, end)
-    start = 0
-    if visibility.text_start is not None:
-        start = clamp(tl.load(visibility.text_start + batch), 0, end)
-    return Text(batch, start, end)
+    if visibility.cu_seqlens is not None:
+        first, length = packed_row(visibility.cu_seqlens, batch, sizes.text_tokens)
+        return Text(0, first, length, length, 0, length)
+    else:
+        end = sizes.num_keys
+        if visibility.text_end is not None:
+            end = clamp(tl.load(visibility.text_end + batch), sizes.num_queries, end)
+        start = 0
+        if visibility.text_start is not None:
+            start = clamp(tl.load(visibility.text_start + batch), 0, end)
+        return Text(batch, 0, sizes.num_queries, sizes.num_keys, start, end)
 
 
 @triton.jit
 def audio_row(visibility, row, sizes):
-    length = sizes.num_audio
-    if visibility.audio_lengths is not None:
-        length = clamp(tl.load(visibility.audio_lengths + row), 0, length)
-    return Audio(row, length)
+    if visibility.cu_audio is not None:
+        first, length = packed_row(visibility.cu_audio, row, sizes.audio_tokens)
+        return Audio(0, first, length, length)
+    else:
+        length = sizes.num_audio
+        if visibility.audio_lengths is not None:
+            length = clamp(tl.load(visibility.audio_lengths + row), 0, length)
+        return Audio(row, 0, sizes.num_audio, length)
 
 
 @triton.jit
@@ -62,11 +77,12 @@ def next_reader(visibility, row, first, sizes):
 
 
 @triton.jit
-def load_visible_from(visibility, text, token, token_ok):
+def load_visible_from(visibility, text, audio, token, token_ok):
     """First position (R,) that sees each audio token, as int32. One from ``text.end`` on becomes NEVER: a tile's rows
     beyond the last query have positions too, and must not reach a token that may hold anything."""
     batch = tl.cast(text.batch, tl.int64)
-    offset = batch * visibility.visible_from_batch + token.to(tl.int64) * visibility.visible_from_token
+    place = audio.first + token.to(tl.int64)
+    offset = batch * visibility.visible_from_batch + place * visibility.visible_from_token
     first = tl.load(visibility.visible_from + offset, mask=token_ok, other=0)
     return tl.where(first < text.end, tl.maximum(first, 0), NEVER).to(tl.int32)
 
@@ -102,7 +118,7 @@ def visit_audio(
         loaded = token < audio.length
         visible = loaded[None, :]
         if visibility.visible_from is not None:
-            visible_from = load_visible_from(visibility, text, token, loaded)
+            visible_from = load_visible_from(visibility, text, audio, token, loaded)
             loaded = loaded & (visible_from < NEVER)
             visible = loaded[None, :] & (visible_from[None, :] <= position[:, None])
         keys = load_rows(key, audio, kv_head, token, 0, loaded, HEAD_DIM)
@@ -153,7 +169,7 @@ def visit_keys(
     audio_key,
     audio_value,
     visibility,
-    sizes,
+    window,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GROUP: tl.constexpr,
@@ -166,15 +182,15 @@ def visit_keys(
     Blocks that every row sees in full go without a mask. A key that no query of the text row sees may hold anything:
     it is not loaded, and reads as zero.
     """
-    first_position = text.end - sizes.num_queries  # of query 0
+    first_position = text.end - text.num_queries  # of query 0
     position = first_position + t
     tile_first = first_position + tile * BLOCK_M // GROUP
-    tile_last = first_position + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, sizes.num_queries - 1)
+    tile_last = first_position + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, text.num_queries - 1)
     state = visit_audio(
         state, step, rows, position, text, audio, kv_head, audio_key, audio_value, visibility,
         SCALE, SOFTCAP, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
     return visit_text(
-        state, step, rows, position, tile_first, text.start, tile_last + 1, text, kv_head, key, value, sizes.window,
+        state, step, rows, position, tile_first, text.start, tile_last + 1, text, kv_head, key, value, window,
         SCALE, SOFTCAP, HEAD_DIM, BLOCK_N,
     )  # fmt: skip

@@ -39,14 +39,15 @@ class Launch:
 
 def attention_launch(kernel: Any, num_programs: int, tile: Tile, call: Call, *tensors: Any) -> Launch:
     """A launch of a kernel that takes ``tensors``, then what the attention kernels have in common."""
-    query, key, audio_key = call.query, call.key, call.audio_key
     sizes = Sizes(
-        num_queries=query.shape[2],
-        num_keys=key.shape[2],
-        num_audio=audio_key.shape[2],
-        num_audio_rows=audio_key.shape[0],
-        num_batches=query.shape[0],
-        num_kv_heads=key.shape[1],
+        num_queries=call.num_queries,
+        num_keys=call.num_keys,
+        num_audio=call.num_audio,
+        num_audio_rows=call.num_audio_rows,
+        num_batches=call.num_batches,
+        num_kv_heads=call.num_kv_heads,
+        text_tokens=call.query.shape[2],
+        audio_tokens=call.audio_key.shape[2],
         window=call.window,
     )
     return Launch(
@@ -64,5 +65,5 @@ def attention_launch(kernel: Any, num_programs: int, tile: Tile, call: Call, *te
             "num_stages": tile.num_stages,
             "maxnreg": tile.max_registers,
         },
-        query.device,
+        call.query.device,
     )

@@ -42,6 +42,8 @@ class Visibility(NamedTuple):
     visible_from_token: Any
     text_start: Any  # (B,)
     text_end: Any  # (B,)
+    cu_seqlens: Any  # (B + 1,), of packed rows only, as the next
+    cu_audio: Any  # (A + 1,)
 
     @classmethod
     def of(
@@ -51,30 +53,38 @@ class Visibility(NamedTuple):
         audio_visible_from: Tensor | None = None,
         text_start: Tensor | None = None,
         text_end: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_audio: Tensor | None = None,
     ) -> "Visibility":
         batch, token = (None, None) if audio_visible_from is None else audio_visible_from.stride()
-        lengths, index, start, end = (
-            None if x is None else x.contiguous() for x in (audio_lengths, audio_index, text_start, text_end)
+        lengths, index, start, end, seqlens, audio = (
+            None if x is None else x.contiguous()
+            for x in (audio_lengths, audio_index, text_start, text_end, cu_seqlens, cu_audio)
         )
-        return cls(lengths, index, audio_visible_from, batch, token, start, end)
+        return cls(lengths, index, audio_visible_from, batch, token, start, end, seqlens, audio)
 
 
 class Sizes(NamedTuple):
     """Built inside the kernels, whose size arguments are plain integers so that they are not specialised on."""
 
-    num_queries: Any  # T
+    num_queries: Any  # T; of packed rows the longest's, as the two below
     num_keys: Any  # S
     num_audio: Any  # N
     num_audio_rows: Any  # A
     num_batches: Any  # B
     num_kv_heads: Any  # Hkv
+    text_tokens: Any  # T; of packed rows all of them together, as the one below
+    audio_tokens: Any  # N
     window: Any  # or None
 
 
 class Text(NamedTuple):
-    """One text row, built inside the kernels: its number, and which of its keys are valid."""
+    """One text row, built inside the kernels: where it lies, and which of its keys are valid."""
 
-    batch: Any
+    batch: Any  # 0 where rows are packed
+    first: Any  # its first token there; 0 unless rows are packed
+    num_queries: Any
+    num_keys: Any
     start: Any  # valid keys are those from start on, below end
     end: Any  # one past the last query's
 
@@ -83,7 +93,9 @@ class Audio(NamedTuple):
     """One audio row, likewise."""
 
     batch: Any
-    length: Any  # valid tokens
+    first: Any
+    num_tokens: Any
+    length: Any  # valid ones
 
 
 # For triton.jit: new lengths compile no new kernels. (Strides do, where they cease to be multiples of 16.)

@@ -39,6 +39,7 @@ def row_pointers(matrix, row, head, token, member, HEAD_DIM: tl.constexpr):
         token = token.to(tl.int64)
         dim = dim.to(tl.int64)
     base = matrix.ptr + tl.cast(row.batch, tl.int64) * matrix.batch + tl.cast(head, tl.int64) * matrix.head
+    base += tl.cast(row.first, tl.int64) * matrix.token
     return base + (token * matrix.token + member * matrix.head)[:, None] + dim * matrix.dim, column_ok
 
 
@@ -66,8 +67,8 @@ def store_rows(matrix, row, head, token, member, token_ok, values, HEAD_DIM: tl.
 @triton.jit
 def per_row(ptr, row, kv_head, t, member, sizes, GROUP: tl.constexpr):
     """Pointers (R,) into a contiguous (B, Hkv * GROUP, T) tensor: the LSE, its gradient, delta."""
-    base = ptr + tl.cast(row.batch * sizes.num_kv_heads + kv_head, tl.int64) * (GROUP * sizes.num_queries)
-    return base + (member * sizes.num_queries + t)
+    base = ptr + tl.cast(row.batch * sizes.num_kv_heads + kv_head, tl.int64) * (GROUP * sizes.text_tokens) + row.first
+    return base + (member * sizes.text_tokens + t)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from palkernels import lal_attention
+from palkernels import lal_attention, reference
 from palkernels.call import FLOATS, INTEGERS, Call
 from palkernels.kernels import decode, tiles
 from palkernels.kernels.backward import backward_launches
@@ -67,6 +67,32 @@ def run(side: str, features: tuple[str, ...], seed: int) -> None:
         assert max_error(grads[name], x) <= 1e-4, (case.name, name)
 
 
+def run_packed(side: str) -> None:
+    """Rows of 5, 0, 23 and 1 tokens, with clips of 33, 7, 0 and 16."""
+    packing = {"cu_seqlens": torch.tensor([0, 5, 5, 28, 29]), "cu_audio": torch.tensor([0, 33, 40, 40, 56])}
+    longest = {"max_seqlen": 23, "max_audio": 33}
+    shapes = ((29, 6, 8), (29, 2, 8), (29, 2, 8), (56, 2, 8), (56, 2, 8))
+    leaves = [torch.randn(shape).requires_grad_() for shape in shapes]
+    want, want_lse = reference.lal_attention_varlen(*leaves, **packing, **longest, return_lse=True)
+    dout = torch.randn_like(want)
+    want_grads = torch.autograd.grad(want, leaves, dout)
+
+    def heads_first(tensor: torch.Tensor) -> torch.Tensor:
+        return guarded(tensor, side).transpose(0, 1).unsqueeze(0)
+
+    boundaries = {name: guarded(x, side) for name, x in packing.items()}
+    call = Call(*(heads_first(x.detach()) for x in leaves), scale=8**-0.5, **boundaries, **longest)
+    out, lse = heads_first(torch.empty_like(want)), guarded(torch.empty(1, 6, 29), side)
+    forward_launch(call, out, lse, capability=None).run()
+    assert max_error(out[0].transpose(0, 1), want) <= 1e-4
+    assert max_error(lse[0], want_lse) <= 1e-4
+    grads = {name: heads_first(torch.empty_like(x)) for name, x in zip(FLOATS, leaves, strict=True)}
+    for launch in backward_launches(call, out, lse, heads_first(dout), None, grads, capability=None):
+        launch.run()
+    for name, x in zip(FLOATS, want_grads, strict=True):
+        assert max_error(grads[name][0].transpose(0, 1), x) <= 1e-4, name
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "control":
         tensor = guarded(torch.ones(7), "after")
@@ -77,3 +103,4 @@ if __name__ == "__main__":
             for seed, features in enumerate([(), ("lengths", "index"), ("visible_from", "text_start"), FEATURES] * 2):
                 print(seed, features, flush=True)
                 run(sys.argv[1], features, seed)
+            run_packed(sys.argv[1])

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from palkernels import api
+from palkernels import checks
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def bfloat16():
     with (
         mock.patch.object(builder, "create_dot", create_dot),
         mock.patch.object(builder, "cast_impl", cast_impl),
-        mock.patch.object(api, "_triton_reasons", return_value=[]),
+        mock.patch.object(checks, "triton_reasons", return_value=[]),
     ):
         yield
 
