@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from palkernels.api import IMPLEMENTATIONS, unsupported_reasons
+from palkernels import unsupported_reasons
+from palkernels.checks import IMPLEMENTATIONS
 from palkernels.model.attention import (
     ATTENTION_NAME,
     REQUEST_KEYWORD,

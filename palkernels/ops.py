@@ -76,7 +76,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     call = Call(*inputs)
     tensors = dict.fromkeys((*FLOATS, *INTEGERS, *PACKING)) | call.floats() | call.integers()
     # A Call of what is no tensor: the tensors are saved as such.
-    ctx.call = replace(call, **dict.fromkeys(tensors))
+    ctx.call = replace(call, **dict.fromkeys(tensors))  # type: ignore[arg-type]
     ctx.names = tuple(tensors)
     ctx.save_for_backward(*output, *tensors.values())
 

@@ -43,24 +43,30 @@ def packing(texts=TEXTS, audios=AUDIOS):
     }  # fmt: skip
 
 
-def results(impl, options, **shape):
-    leaves = tensors(**shape)
+def results(impl, options, device="cpu", **shape):
+    leaves = [x.detach().to(device).requires_grad_() if device != "cpu" else x for x in tensors(**shape)]
     sizes = {name: shape[name] for name in ("texts", "audios") if name in shape}
-    out, lse = lal_attention_varlen(*leaves, **packing(**sizes), **options, return_lse=True, impl=impl)
+    options = {
+        name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in (packing(**sizes) | options).items()
+    }
+    out, lse = lal_attention_varlen(*leaves, **options, return_lse=True, impl=impl)
     assert out.is_contiguous()
     generator = torch.Generator().manual_seed(0)
-    douts = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (out, lse)]
+    douts = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (out, lse)]
     grads = torch.autograd.grad([out, lse.masked_fill(lse == -math.inf, 0)], leaves, douts, materialize_grads=True)
     return dict(zip(NAMES, [out, lse, *grads], strict=True))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("impl", ["triton", "sdpa"])
-def test_against_the_definition(impl, name):
+def test_against_the_definition(impl, name, device):
+    dtype, bound = (torch.float64, 1e-10) if device == "cpu" else (torch.float32, 1e-4)
     with tiles.use(tiles.Tile(16, 16, 4, 1)):
-        got, want = results(impl, OPTIONS[name]), results("reference", OPTIONS[name])
+        got = results(impl, OPTIONS[name], device, dtype=dtype)
+    want = results("reference", OPTIONS[name], device)
     for which in NAMES:
-        assert max_error(got[which], want[which]) <= 1e-10, which
+        assert max_error(got[which], want[which]) <= bound, which
 
 
 def test_definition_equals_padded_rows():
