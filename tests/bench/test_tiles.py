@@ -135,6 +135,7 @@ def test_all_tiles_and_their_progress(
     assert shown == [printed(json.loads(line)) for line in found]
     assert {tuple(row[:2]) for row in shown if row[3] == "256"} == {
         ("forward", ""),
+        ("decode", ""),
         ("query_gradient", ""),
         ("key_gradient", "dK"),
         ("key_gradient", "dV"),
@@ -190,7 +191,7 @@ def test_an_interrupted_run_leaves_no_compiler(
         (["--json", "rows"], "--json must be given with --tiles, got it without --tiles"),
         (["--tiles", "--arch", 70], "--arch must be 80, 90 or 100, got 70"),
         (["--tiles", "--dtype", "bf16"], "--dtype must be bfloat16, float16 or float32, got bf16"),
-        (["--tiles", "--kernel", "all"], "--kernel must be forward, query_gradient or key_gradient, got all"),
+        (["--tiles", "--kernel", "all"], "--kernel must be forward, decode, query_gradient or key_gradient, got all"),
         (["--tiles", "--head-dims", "64,48"], "--head-dims must be 32, 64, 128 or 256, got 48"),
         (["--tiles", "--head-dims", ""], "--head-dims must be whole numbers separated by commas, got ''"),
         (["--tiles", "--json", "folder"], "--json's folder must be free for folder, got a folder of that name in"),
