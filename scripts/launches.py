@@ -3,6 +3,7 @@
 Sizes are small, since a sanitizer slows a kernel down by orders of magnitude, and odd, since whole tiles hide faults.
 """
 
+import itertools
 import sys
 
 import torch
@@ -20,9 +21,9 @@ CASES = [
 
 
 def main() -> None:
-    for seed, (dtype, dim, features) in enumerate(CASES):
+    for seed, (queries, (dtype, dim, features)) in enumerate(itertools.product((37, 2), CASES)):  # 2: decoding
         case = lal_case(
-            batch=2, heads=6, kv_heads=2, queries=37, keys=53, audio=131, dim=dim, features=features, audio_rows=2,
+            batch=2, heads=6, kv_heads=2, queries=queries, keys=53, audio=131, dim=dim, features=features, audio_rows=2,
             dtype=dtype, seed=seed,
         )  # fmt: skip
         results = []
