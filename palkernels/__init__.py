@@ -4,8 +4,15 @@ This package needs torch only. ``palkernels.model`` plugs it into Hugging Face m
 """
 
 from palkernels import reference
-from palkernels.api import lal_attention, lal_attention_varlen, unsupported_reasons
+from palkernels.api import audio_kv, lal_attention, lal_attention_varlen, unsupported_reasons
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "lal_attention", "lal_attention_varlen", "reference", "unsupported_reasons"]
+__all__ = [
+    "__version__",
+    "audio_kv",
+    "lal_attention",
+    "lal_attention_varlen",
+    "reference",
+    "unsupported_reasons",
+]

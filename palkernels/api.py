@@ -1,13 +1,14 @@
 """The public functions, and which implementation runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from palkernels import checks, ops, packed, reference, sdpa
+from palkernels import checks, ops, packed, projection, projection_checks, recompute, reference, sdpa
 from palkernels.call import Call
 
 
@@ -173,6 +174,94 @@ def unsupported_reasons(
     return reasons
 
 
+def audio_kv(
+    states: Tensor,
+    norm_weight: Tensor | Sequence[Tensor],
+    k_weight: Tensor | Sequence[Tensor],
+    v_weight: Tensor | Sequence[Tensor],
+    *,
+    num_kv_heads: int,
+    eps: float,
+    norm_offset: float = 0.0,
+    k_bias: Tensor | Sequence[Tensor | None] | None = None,
+    v_bias: Tensor | Sequence[Tensor | None] | None = None,
+    k_norm_weight: Tensor | Sequence[Tensor | None] | None = None,
+    cos: Tensor | Sequence[Tensor | None] | None = None,
+    sin: Tensor | Sequence[Tensor | None] | None = None,
+    recompute: bool = False,
+    impl: str = "auto",
+) -> tuple[Any, Any]:
+    """Audio keys and values of one layer, or of all layers of a model at once, from the audio states.
+
+    ``y = states / rms(states) * (norm_weight + norm_offset)`` with ``rms(x) = sqrt(mean(x^2) + eps)``, then
+    ``K = rope(head_norm(k_weight y + k_bias))`` and ``V = v_weight y + v_bias``: what a decoder layer's own norm and
+    projections make of its input (LAL, arXiv 2506.10423). Head norm is the same norm over each head's D columns, with
+    ``k_norm_weight``. RoPE turns the first R of them: column i with column i + R / 2.
+
+    Differentiable in all tensors but cos and sin. For the backward pass it keeps its arguments and nothing else.
+
+    Args:
+        states: (A, N, d), float16, bfloat16, float32 or float64. They must be finite, in padding too.
+        norm_weight: (d,), as k_norm_weight, cos and sin of any of these dtypes.
+        k_weight, v_weight: (Hkv * D, d), of states' dtype, as the biases.
+        num_kv_heads: Hkv.
+        eps: added to the mean squares, of both norms.
+        norm_offset: added to both norms' weights: 1.0 for Gemma.
+        k_bias, v_bias: (Hkv * D,) or None.
+        k_norm_weight: (D,); None: no head norm.
+        cos, sin: (N, R) or (A, N, R), R even and at most D, from the model's rotary embedding; None: no RoPE.
+        recompute: :func:`lal_attention` keeps neither K nor V for its backward pass but projects them again there. They
+            must reach it as they are returned, not as views. Not under torch.compile.
+        impl: "triton" (Triton kernels around PyTorch's matrix products), "sdpa" (plain PyTorch, any device),
+            "reference" (the definition), or "auto", as in :func:`lal_attention`.
+
+    The weights, biases and norms may be lists with an entry per layer; cos and sin may be, too. Without gradients,
+    layers in a list share one normalisation and one batched product: norm_weight is folded into the projections.
+
+    Returns:
+        audio_key, audio_value: each (A, Hkv, N, D), contiguous as (A, N, Hkv, D); or two lists of them.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or value; or ``impl`` cannot run these inputs.
+    """
+    checks.check_impl(impl)
+    per_layer = {
+        "norm_weight": norm_weight, "k_weight": k_weight, "v_weight": v_weight, "k_bias": k_bias, "v_bias": v_bias,
+        "k_norm_weight": k_norm_weight, "cos": cos, "sin": sin,
+    }  # fmt: skip
+    numbers = {"num_kv_heads": num_kv_heads, "eps": eps, "norm_offset": norm_offset}
+    layers, in_lists = projection_checks.layers_of(states, per_layer, numbers)
+    if recompute and torch.compiler.is_compiling():
+        raise NotImplementedError("recompute must be False under torch.compile, which chooses itself what to recompute")
+    results = _project(layers, impl, recompute)
+    if not in_lists:
+        return results[0]
+    keys, values = zip(*results, strict=True)
+    return list(keys), list(values)
+
+
+def _project(layers: list[projection.Projection], impl: str, again: bool) -> list[tuple[Tensor, Tensor]]:
+    reasons = projection_checks.triton_reasons(layers) if impl in ("auto", "triton") else []
+    if impl == "triton" and reasons:
+        raise ValueError(f"impl='triton' cannot run: {'; '.join(reasons)}")
+    if impl == "reference":
+        results = [
+            reference.audio_kv(
+                **layer.tensors(), num_kv_heads=layer.num_kv_heads, eps=layer.eps, norm_offset=layer.norm_offset
+            )
+            for layer in layers
+        ]
+        fused = False
+    else:
+        fused = impl == "triton" or (impl == "auto" and layers[0].states.is_cuda and not reasons)
+        results = projection.run(layers, fused)
+    if again and torch.is_grad_enabled():
+        for layer, (key, value) in zip(layers, results, strict=True):
+            recompute.mark(key, value, recompute.Recipe(layer, fused))
+    return results
+
+
 def _raise_first(problems: list[Exception]) -> None:
     if problems:
         raise type(problems[0])("; ".join(str(problem) for problem in problems))
@@ -187,8 +276,11 @@ def _run(call: Call, impl: str) -> tuple[Tensor, Tensor]:
             raise ValueError(f"impl='triton' cannot run: {'; '.join(reasons)}")
     run = _RUN[impl]
     if call.cu_seqlens is not None and impl != "triton":
-        return packed.row_by_row(call, run)
-    return run(call)
+        run = partial(packed.row_by_row, attention=run)
+    if torch.compiler.is_compiling():
+        return run(call)
+    with recompute.instead_of_saving(call.audio_key, call.audio_value):
+        return run(call)
 
 
 def _run_triton(call: Call) -> tuple[Tensor, Tensor]:

@@ -256,15 +256,15 @@ def _value_problems(call: Call) -> list[Exception]:
 
 
 def _autocast_dtypes(call: Call) -> list[tuple[str, torch.dtype]]:
-    """The dtype each float tensor computes in: autocast's, if it is on; it leaves float64 alone, as SDPA does."""
-    device = call.query.device.type
-    target = None
-    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        target = torch.get_autocast_dtype(device)
-    return [
-        (name, tensor.dtype if target is None or tensor.dtype == torch.float64 else target)
-        for name, tensor in call.floats().items()
-    ]
+    return [(name, autocast_dtype(tensor, call.query.device)) for name, tensor in call.floats().items()]
+
+
+def autocast_dtype(tensor: Tensor, device: torch.device | None = None) -> torch.dtype:
+    """The dtype that a tensor is computed in: autocast's, if it is on; it leaves float64 alone, as SDPA does."""
+    kind = (tensor.device if device is None else device).type
+    if tensor.dtype != torch.float64 and kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return tensor.dtype
 
 
 def prepared(call: Call) -> Call:
@@ -293,25 +293,31 @@ def _as_int64(tensor: Tensor) -> Tensor:
 def triton_reasons(call: Call) -> list[str]:
     """Why the Triton kernels cannot take a call whose arguments are otherwise valid."""
     query = call.query
+    reasons = device_reasons(query)
+    if query.ndim == 4 and query.shape[-1] > MAX_TRITON_HEAD_DIM:
+        reasons.append(f"D must be at most {MAX_TRITON_HEAD_DIM}, got {query.shape[-1]}")
+    return reasons
+
+
+def device_reasons(tensor: Tensor) -> list[str]:
+    """Why no Triton kernel runs where a tensor is, or on its dtype."""
     reasons = []
     if not HAS_TRITON:
         reasons.append("triton must be installed")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted:
-        if query.dtype == torch.bfloat16:
+        if tensor.dtype == torch.bfloat16:
             reasons.append("bfloat16 must not be used with TRITON_INTERPRET=1: the interpreter computes it wrongly")
-    elif query.device.type != "cuda":
-        reasons.append(f"tensors must be on a CUDA device (or TRITON_INTERPRET=1 set), got {query.device}")
+    elif tensor.device.type != "cuda":
+        reasons.append(f"tensors must be on a CUDA device (or TRITON_INTERPRET=1 set), got {tensor.device}")
     else:
         if torch.version.hip is not None:
             reasons.append("the device must be an NVIDIA GPU: ROCm is not supported yet")
-        elif torch.cuda.get_device_capability(query.device) < MIN_CAPABILITY:
-            capability = ".".join(map(str, torch.cuda.get_device_capability(query.device)))
+        elif torch.cuda.get_device_capability(tensor.device) < MIN_CAPABILITY:
+            capability = ".".join(map(str, torch.cuda.get_device_capability(tensor.device)))
             reasons.append(f"the GPU must have compute capability 8.0 or more, got {capability}")
-        if query.dtype == torch.float64:
+        if tensor.dtype == torch.float64:
             reasons.append("float64 must be run with TRITON_INTERPRET=1 or another implementation")
-    if query.ndim == 4 and query.shape[-1] > MAX_TRITON_HEAD_DIM:
-        reasons.append(f"D must be at most {MAX_TRITON_HEAD_DIM}, got {query.shape[-1]}")
     return reasons
 
 

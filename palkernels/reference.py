@@ -164,3 +164,44 @@ def lal_attention_varlen(
     out, lse = packed.row_by_row(packed.heads_first(call), attention)
     out, lse = packed.tokens_first(out), lse.squeeze(0)
     return (out, lse) if return_lse else out
+
+
+def audio_kv(
+    states: Tensor,
+    norm_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    *,
+    num_kv_heads: int,
+    eps: float,
+    norm_offset: float = 0.0,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`palkernels.audio_kv` of one layer by its definition.
+
+    All in float32 (float64 for float64 states), rounded once, at the end.
+    """
+    dtype, shape = states.dtype, (*states.shape[:2], num_kv_heads, k_weight.shape[0] // num_kv_heads)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def rms_norm(values: Tensor, weight: Tensor) -> Tensor:
+        return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps) * (weight.to(wide) + norm_offset)
+
+    def project(weight: Tensor, bias: Tensor | None) -> Tensor:
+        projected = normed @ weight.to(wide).transpose(0, 1)
+        return (projected if bias is None else projected + bias.to(wide)).view(shape)
+
+    normed = rms_norm(states.to(wide), norm_weight)
+    key, value = project(k_weight, k_bias), project(v_weight, v_bias)
+    if k_norm_weight is not None:
+        key = rms_norm(key, k_norm_weight)
+    if cos is not None and sin is not None:
+        cos, sin = (x.to(wide).unsqueeze(-2) for x in (cos, sin))  # (N or A, N, 1, R)
+        turned, rest = key[..., : cos.shape[-1]], key[..., cos.shape[-1] :]
+        low, high = turned.chunk(2, dim=-1)
+        key = torch.cat([turned * cos + torch.cat([-high, low], dim=-1) * sin, rest], dim=-1)
+    return key.to(dtype).transpose(1, 2), value.to(dtype).transpose(1, 2)
