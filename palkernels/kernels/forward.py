@@ -11,6 +11,7 @@ from palkernels.kernels.launch import Launch, attention_launch
 from palkernels.kernels.operands import UNSPECIALISED, Matrix, Sizes
 from palkernels.kernels.primitives import (
     LN_2,
+    LOG2_E,
     accumulator_type,
     base2_scores,
     dot,
@@ -22,19 +23,30 @@ from palkernels.kernels.primitives import (
 )
 
 
+@triton.constexpr_function
+def waiting_factor(scale, softcap):
+    """From products to base-2 scores, where that is a positive factor; otherwise None."""
+    return scale * LOG2_E.value if softcap is None and scale > 0 else None
+
+
 @triton.jit
 def attend(state, rows, keys, values, visible, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """Fold one block of keys and values into the running output, maximum and sum of a tile of query rows."""
     acc, row_max, row_sum = state
     (queries,) = rows
-    scores = base2_scores(dot(queries, tl.trans(keys), None), SCALE, SOFTCAP)
+    scores = dot(queries, tl.trans(keys), None)
+    # A factor known to be positive waits for the exponent, where it costs nothing: one multiply-add for each score.
+    factor: tl.constexpr = waiting_factor(SCALE, SOFTCAP)
+    if factor is None:
+        scores = base2_scores(scores, SCALE, SOFTCAP)
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    block_max = tl.max(scores, axis=1)
+    new_max = tl.maximum(row_max, block_max if factor is None else block_max * factor)
     # A row that has seen nothing yet has maximum -inf; exp2(-inf - 0) is 0 where exp2(-inf + inf) is NaN.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max) if visible is not None else new_max
     decay = tl.exp2(row_max - shift)
-    weights = tl.exp2(scores - shift[:, None])
+    weights = tl.exp2((scores if factor is None else scores * factor) - shift[:, None])
     row_sum = row_sum * decay + tl.sum(weights, axis=1)
     acc = dot(weights.to(values.dtype), values, acc * decay[:, None])
     return acc, new_max, row_sum
