@@ -215,8 +215,9 @@ def audio_kv(
         impl: "triton" (Triton kernels around PyTorch's matrix products), "sdpa" (plain PyTorch, any device),
             "reference" (the definition), or "auto", as in :func:`lal_attention`.
 
-    The weights, biases and norms may be lists with an entry per layer; cos and sin may be, too. Without gradients,
-    layers in a list share one normalisation and one batched product: norm_weight is folded into the projections.
+    The weights, biases and norms may be lists with an entry per layer; cos and sin may be, too. With
+    "triton" and without gradients, layers in a list share one normalisation and one batched product: norm_weight is
+    folded into the projections.
 
     Returns:
         audio_key, audio_value: each (A, Hkv, N, D), contiguous as (A, N, Hkv, D); or two lists of them.

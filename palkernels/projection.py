@@ -1,8 +1,8 @@
 """Audio keys and values from audio states: RMSNorm, the K and V projections, head norm, RoPE.
 
-One layer is differentiable and keeps nothing but its arguments for the backward pass, which normalises again. All
-layers of a model at once share one normalisation and one batched product, the norms' weights folded into the
-projections'; where gradients are wanted, layers run one by one.
+One layer is differentiable and keeps nothing but its arguments for the backward pass, which normalises again. With the
+Triton steps and without gradients, all layers of a model share one normalisation and one batched product, the norms'
+weights folded into the projections'. Otherwise layers run one by one.
 """
 
 from collections.abc import Sequence
@@ -192,24 +192,23 @@ audio_kv_forward.register_autograd(_backward, setup_context=_setup_context)
 
 LAYERS = (
     "Tensor states, Tensor[] norm_weight, Tensor[] k_weight, Tensor[] v_weight, Tensor?[] k_bias, Tensor?[] v_bias, "
-    "Tensor?[] k_norm_weight, Tensor?[] cos, Tensor?[] sin, SymInt num_kv_heads, float eps, float norm_offset, "
-    "bool fused"
+    "Tensor?[] k_norm_weight, Tensor?[] cos, Tensor?[] sin, SymInt num_kv_heads, float eps, float norm_offset"
 )
 
 
 @torch.library.custom_op("palkernels::audio_kv_layers", mutates_args=(), schema=f"({LAYERS}) -> Tensor")
 def audio_kv_layers(states: Tensor, *arguments: Any) -> Tensor:
-    """K and V of L layers, (L, 2, A, N, Hkv, D), without gradients."""
-    *lists, num_kv_heads, eps, norm_offset, fused = arguments
+    """K and V of L layers, (L, 2, A, N, Hkv, D), without gradients, by the Triton steps."""
+    *lists, num_kv_heads, eps, norm_offset = arguments
     numbers = (num_kv_heads, eps, norm_offset)
     layers = [Projection(*(states, *layer, *numbers)) for layer in zip(*lists, strict=True)]
-    steps, first = _steps(fused), layers[0]
+    steps, first = _steps(fused=True), layers[0]
     normalised = steps.normalise(first.rows, None, eps, 0.0)
     weights = first.k_weight.new_empty(len(layers), 2, *first.k_weight.shape)
     for layer, folded in zip(layers, weights, strict=True):
         gain = layer.norm_weight.to(torch.promote_types(layer.norm_weight.dtype, torch.float32)) + norm_offset
-        folded[0].copy_(layer.k_weight * gain)
-        folded[1].copy_(layer.v_weight * gain)
+        torch.mul(layer.k_weight, gain, out=folded[0])
+        torch.mul(layer.v_weight, gain, out=folded[1])
     products = torch.bmm(normalised.expand(2 * len(layers), -1, -1), weights.flatten(0, 1).transpose(1, 2))
     out = products.view(len(layers), 2, *states.shape[:2], num_kv_heads, first.head_dim)
     for layer, (keys, values) in zip(layers, out, strict=True):
@@ -222,7 +221,7 @@ def audio_kv_layers(states: Tensor, *arguments: Any) -> Tensor:
 
 @audio_kv_layers.register_fake
 def _(states: Tensor, norm_weight: list[Tensor], k_weight: list[Tensor], *rest: Any) -> Tensor:
-    heads = rest[-4]
+    heads = rest[-3]
     return states.new_empty(len(k_weight), 2, *states.shape[:2], heads, k_weight[0].shape[0] // heads)
 
 
@@ -230,12 +229,12 @@ def run(layers: list[Projection], fused: bool) -> list[tuple[Tensor, Tensor]]:
     """K and V of each layer, for validated arguments with one ``states``."""
     tensors = [tensor for layer in layers for tensor in layer.tensors().values()]
     with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if len(layers) == 1 or with_gradients:
+    if len(layers) == 1 or with_gradients or not fused:
         return [audio_kv_forward(*layer.arguments(), fused) for layer in layers]
     first = layers[0]
     names = [field.name for field in fields(Projection)][1:9]
     lists = [[getattr(layer, name) for layer in layers] for name in names]
-    out = audio_kv_layers(first.states, *lists, first.num_kv_heads, first.eps, first.norm_offset, fused)
+    out = audio_kv_layers(first.states, *lists, first.num_kv_heads, first.eps, first.norm_offset)
     return [(pair[0].transpose(1, 2), pair[1].transpose(1, 2)) for pair in out.unbind(0)]
 
 

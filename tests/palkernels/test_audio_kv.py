@@ -249,19 +249,20 @@ def test_layers_may_differ_and_share(impl):
             assert_close([keys[layer], values[layer]], want, 5e-6)
 
 
-def test_all_layers_take_one_normalisation_and_one_product(monkeypatch):
+@pytest.mark.gpu
+def test_all_layers_take_one_normalisation_and_one_product(device, monkeypatch):
     calls = []
 
     def count(place, name):
         real = getattr(place, name)
         monkeypatch.setattr(place, name, lambda *args: calls.append(name) or real(*args))
 
-    count(projection._steps(fused=False), "normalise")
+    count(projection._steps(fused=True), "normalise")
     count(torch, "bmm")
     count(torch.nn.functional, "linear")
-    tensors, numbers = layers_of(4)
+    tensors, numbers = layers_of(4, device=device)
     with torch.no_grad():
-        audio_kv(**tensors, **numbers, impl="sdpa")
+        audio_kv(**tensors, **numbers, impl="triton")
     assert calls == ["normalise", "bmm"]
 
 
@@ -395,7 +396,7 @@ def test_opcheck(device, fused, features):
     needed = [x is not None for x in plain[: len(projection.TENSORS)]]
     upstream = [torch.randn_like(key), torch.randn_like(value)]
     torch.library.opcheck(OPERATORS.audio_kv_backward.default, (*upstream, needed, *plain))
-    layers = [[x, x] if i else x for i, x in enumerate(plain[:9])] + plain[9:]
+    layers = [[x, x] if i else x for i, x in enumerate(plain[:9])] + plain[9:-1]
     torch.library.opcheck(OPERATORS.audio_kv_layers.default, layers)
 
 
@@ -403,7 +404,7 @@ def test_opcheck(device, fused, features):
 def test_fakes_have_the_real_strides(fused):
     plain = [*operator_arguments("cpu", needs=False), fused]
     upstream = [torch.randn(2, 2, 37, 10)] * 2
-    layers = [[x, x] if i else x for i, x in enumerate(plain[:9])] + plain[9:]
+    layers = [[x, x] if i else x for i, x in enumerate(plain[:9])] + plain[9:-1]
     for operator, given in (
         (OPERATORS.audio_kv_forward, plain),
         (OPERATORS.audio_kv_backward, [*upstream, [True] * 7, *plain]),

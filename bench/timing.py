@@ -1,0 +1,121 @@
+"""Times of short calls, and the rates that the machine reaches at best."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["Ceilings", "beside", "ceilings", "host_seconds", "num_buffers", "samples"]
+
+Calls = list[Callable[[], object]]
+Ceilings = dict[str, float]  # flops_per_second, bytes_per_second
+MIN_SAMPLES, MAX_SAMPLES = 3, 200
+
+
+def num_buffers(bytes_each: float, device: torch.device) -> int:
+    """How many sets of inputs to rotate so that none is left in a cache: four times the cache, 2 to 32 sets."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 * 2**20
+    return int(min(max(4 * cache // max(bytes_each, 1) + 1, 2), 32))
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """A stream of its own, which is what a CUDA graph can be captured on; nothing on a CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+        torch.cuda.synchronize(device)
+
+
+def samples(calls: Calls, seconds: float, device: torch.device) -> list[float]:
+    """Seconds per call, each the mean of one round over all ``calls``.
+
+    On CUDA a round is a CUDA graph, without the host's launch time, which may exceed the kernels'. To be called within
+    :func:`beside`, as whatever made the calls.
+    """
+    for call in calls[:2]:
+        call()
+    if device.type == "cuda":
+        return _graph_samples(calls, seconds, device)
+    found: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(found) < MIN_SAMPLES or (time.perf_counter() < end and len(found) < MAX_SAMPLES):
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        found.append((time.perf_counter() - start) / len(calls))
+    return found
+
+
+def _graph_samples(calls: Calls, seconds: float, device: torch.device) -> list[float]:
+    stream = torch.cuda.current_stream(device)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    found: list[float] = []
+    warm = time.perf_counter() + seconds / 4  # clocks rise under load
+    end = warm + seconds
+    while len(found) < MIN_SAMPLES or (time.perf_counter() < end and len(found) < MAX_SAMPLES):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record(stream)
+        graph.replay()
+        last.record(stream)
+        torch.cuda.synchronize(device)
+        if time.perf_counter() >= warm:
+            found.append(first.elapsed_time(last) * 1e-3 / len(calls))
+    graph.reset()
+    return found
+
+
+def host_seconds(call: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    """What a call takes of the host's time when it launches kernels one by one; on a CPU, the call itself."""
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    spent = (time.perf_counter() - start) / repeats
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return spent
+
+
+def ceilings(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> Ceilings:
+    """Rates of a large matrix product and of a large copy, bytes read plus bytes written, on random data."""
+    on_gpu = device.type == "cuda"
+    size, elements = (8192, 2**30) if on_gpu else (1024, 2**24)
+    matrix = torch.randn(size, size, dtype=dtype, device=device)
+    flops = 2 * size**3 / _fastest(lambda: matrix @ matrix, seconds, device)
+    source = torch.randn(elements, dtype=torch.bfloat16 if on_gpu else torch.float32, device=device)
+    target = torch.empty_like(source)
+    copies: list[Callable[[], Tensor]] = [lambda: target.copy_(source), lambda: torch.neg(source, out=target)]
+    fastest = min(_fastest(copy, seconds / 2, device) for copy in copies)
+    return {"flops_per_second": flops, "bytes_per_second": 2 * source.nbytes / fastest}
+
+
+def _fastest(call: Callable[[], object], seconds: float, device: torch.device) -> float:
+    """Seconds of the fastest of many calls: the machine at its best."""
+    best = float("inf")
+    end = time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
+        if device.type == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            call()
+            last.record()
+            torch.cuda.synchronize(device)
+            best = min(best, first.elapsed_time(last) * 1e-3)
+        else:
+            start = time.perf_counter()
+            call()
+            best = min(best, time.perf_counter() - start)
+    return best
