@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests and measures the kernels on this machine's GPU, in at most 8 minutes.
 #
-#   bench/gpu.sh OUTDIR               install, tests on the GPU, Figure 1
+#   bench/gpu.sh OUTDIR               install, tests on the GPU, microbenchmark, Figure 1
 #   bench/gpu.sh --sanitize OUTDIR    compute-sanitizer's four tools on a small set of launches
 #
 # It needs no network and no virtual environment: the packages that pyproject.toml names must be installed already.
@@ -64,8 +64,10 @@ if $sanitize; then
         stage "$tool" 110 compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" scripts/launches.py
     done
 else
-    stage tests 270 "$PYTHON" -m pytest --device cuda -q --numprocesses 8 --junitxml "$out/tests.xml" tests/palkernels
-    stage figure1 150 "${command[@]}" figure1 --device cuda --out "$out/figure1"
+    stage tests 190 "$PYTHON" -m pytest --device cuda -q --numprocesses 14 --junitxml "$out/tests.xml" tests/palkernels
+    stage microbench 190 "${command[@]}" microbench --device cuda --audio-tokens 1500 --seconds 0.05 \
+        --json "$out/microbench.json"
+    stage figure1 90 "${command[@]}" figure1 --device cuda --out "$out/figure1"
 fi
 echo "results in $out" >&2
 exit "$failed"

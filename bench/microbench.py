@@ -200,6 +200,11 @@ def measure(case: Case, checked: Case, truth: list[Tensor], peer: Peer, seconds:
     except Exception as problem:  # whatever another library raises on a shape that it cannot take
         if peer.key == OURS:
             raise
+        if isinstance(problem, torch.AcceleratorError):  # then nothing more runs on the device in this process
+            where = f"{case.op} {case.model} with {case.audio} audio tokens"
+            raise UserError(
+                f"{peer.name} must not break the device, it did in {where}: {one_line(problem)}"
+            ) from problem
         return Row(case, peer.name, f"failed: {one_line(problem)[:80]}")
     return Row(case, peer.name, "ok", error, tuple(samples), host)
 

@@ -85,7 +85,7 @@ def _flex(case: Case) -> Run:
         return key - audio <= query
 
     torch._dynamo.reset()  # after some recompilations it would run uncompiled
-    attention = torch.compile(flex_attention, dynamic=False)
+    attention: Any = torch.compile(flex_attention, dynamic=False)
     mask = None
     if case.queries > 1:
         mask = create_block_mask(visible, None, None, case.queries, audio + case.text, device=str(case.device))

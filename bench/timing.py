@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ def beside(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device), torch.cuda.stream(stream):
         yield
         torch.cuda.synchronize(device)
 
@@ -64,7 +66,7 @@ def _graph_samples(calls: Calls, seconds: float, device: torch.device) -> list[f
     warm = time.perf_counter() + seconds / 4  # clocks rise under load
     end = warm + seconds
     while len(found) < MIN_SAMPLES or (time.perf_counter() < end and len(found) < MAX_SAMPLES):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first, last = _events()
         first.record(stream)
         graph.replay()
         last.record(stream)
@@ -73,6 +75,12 @@ def _graph_samples(calls: Calls, seconds: float, device: torch.device) -> list[f
             found.append(first.elapsed_time(last) * 1e-3 / len(calls))
     graph.reset()
     return found
+
+
+def _events() -> tuple[Any, Any]:
+    """Around what is timed."""
+    event: Any = torch.cuda.Event
+    return event(enable_timing=True), event(enable_timing=True)
 
 
 def host_seconds(call: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
@@ -108,7 +116,7 @@ def _fastest(call: Callable[[], object], seconds: float, device: torch.device) -
     end = time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
         if device.type == "cuda":
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first, last = _events()
             first.record()
             call()
             last.record()

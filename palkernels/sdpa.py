@@ -398,7 +398,8 @@ class _CudaEfficient:
             key,
             value,
             bias,
-            _aligned(out),
+            # The kernel takes no strides of this one: it reads it as (B, T, H, D).
+            out.transpose(1, 2).contiguous().transpose(1, 2),
             # Rows that do not exist get probability exp(-inf) = 0, as the kernel's own forward pads.
             pad(lse, (0, -lse.shape[2] % LSE_ALIGNMENT), value=float("inf")),
             no_dropout,

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from palkernels.call import FLOATS, Call
-from palkernels.kernels import tiles
+from palkernels.kernels import projection, tiles
 from palkernels.kernels.backward import backward_launches
 from palkernels.kernels.decode import decode_launch
 from palkernels.kernels.forward import forward_launch
@@ -106,6 +106,35 @@ def shipped_variants(
         for element_size, head_dim, tile in tiles.shipped(kernel, tiles.architecture(capability), features == "all")
         if element_size == dtype.itemsize and head_dim in head_dims
     ]
+
+
+def compile_projection(capability: int, dtype: torch.dtype) -> list[dict[str, object]]:
+    """What the kernels around audio_kv's products use, at a model's sizes, with everything that they can do."""
+    driver.set_active(_Compiler(capability))
+    found = []
+    for width, head_dim in ((2048, 64), (3072, 128), (8192, 256)):
+        rows = torch.empty(8 * 1504, width, dtype=dtype, device="meta")
+        keys = torch.empty(8, 1504, 8, head_dim, dtype=dtype, device="meta")
+        turn = torch.empty(8, 1504, head_dim, dtype=dtype, device="meta")
+        sums = torch.empty(1, dtype=torch.float32, device="meta")
+        numbers = {"eps": 1e-6, "offset": 1.0}
+        launches = {
+            "normalise": projection.normalise_launch(rows, rows[0], rows, **numbers),
+            "normalise_gradient": projection.normalise_gradient_launch(rows, rows, rows[0], rows, sums, **numbers),
+            "finish_keys": projection.finish_keys_launch(keys, turn[0, 0], turn, turn, **numbers),
+            "finish_gradient": projection.finish_gradient_launch(
+                keys, keys, turn[0, 0], turn, turn, keys, sums, **numbers
+            ),
+        }
+        for kernel, launch in launches.items():
+            binary = launch.compile()
+            registers, stack = _resources(binary.asm["cubin"])
+            found.append(
+                {"kernel": kernel, "capability": capability, "dtype": str(dtype).removeprefix("torch."),
+                 "width": width, "head_dim": head_dim, "registers": registers, "stack_bytes": stack,
+                 "shared_bytes": binary.metadata.shared}
+            )  # fmt: skip
+    return found
 
 
 def _launches(kernel: str, dtype: torch.dtype, head_dim: int, num_rows: int, features: str) -> dict[str, Launch]:
@@ -191,9 +220,15 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--kernels", nargs="+", choices=tiles.KERNELS, default=tiles.KERNELS)
     parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
+    parser.add_argument("--projection", action="store_true", help="the kernels of audio_kv instead")
     arguments = parser.parse_args()
     for capability in arguments.capabilities:
         dtypes = tuple(DTYPES[name] for name in arguments.dtypes)
+        if arguments.projection:
+            for dtype in dtypes:
+                for row in compile_projection(capability, dtype):
+                    print(json.dumps(row), flush=True)
+            continue
         for variant in shipped_variants(capability, dtypes, tuple(arguments.kernels), tuple(arguments.head_dims)):
             with contextlib.redirect_stdout(sys.stderr):  # Triton prints the code that it cannot compile
                 found = compile_kernel(*variant)

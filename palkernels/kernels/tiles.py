@@ -94,7 +94,7 @@ TILES: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
     "query_gradient": {
         90: {
             (2, 32): Tile(128, 64, 8, 3),
-            (2, 64): Tile(128, 32, 8, 3, max_registers=128),
+            (2, 64): Tile(128, 64, 8, 3, max_registers=128),
             (2, 128): Tile(64, 32, 4, 3),
             (2, 256): Tile(64, 16, 8, 2),
             **_FLOAT32_QUERY_GRADIENT,
@@ -110,8 +110,8 @@ TILES: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
     "key_gradient": {
         90: {
             (2, 32): Tile(32, 64, 4, 2),
-            (2, 64): Tile(32, 64, 4, 2),
-            (2, 128): Tile(32, 128, 8, 2),
+            (2, 64): Tile(64, 64, 4, 1, max_registers=168),
+            (2, 128): Tile(64, 64, 4, 1),
             (2, 256): Tile(16, 64, 8, 2),
             **_FLOAT32_KEY_GRADIENT,
         },
@@ -127,9 +127,13 @@ TILES: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
 # Blackwell's data centre GPUs take Hopper's tiles, but for those that would spill there.
 _BLACKWELL = {
     "decode": {(2, 128): Tile(64, 32, 8, 3, max_registers=255)},
-    "query_gradient": {(2, 128): Tile(64, 32, 4, 3, max_registers=168)},
+    "query_gradient": {
+        (2, 64): Tile(128, 32, 8, 3, max_registers=128),
+        (2, 128): Tile(64, 32, 4, 3, max_registers=168),
+    },
     "key_gradient": {
         (2, 32): Tile(32, 64, 8, 2),
+        (2, 64): Tile(32, 64, 4, 2),
         (2, 128): Tile(16, 64, 8, 2),
         (2, 256): Tile(16, 32, 8, 2),
         (4, 256): Tile(16, 16, 8, 1, max_registers=128),
@@ -149,7 +153,10 @@ INTRICATE: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
         }
         for capability in (80, 90, 100)
     },
-    "key_gradient": {90: {(2, 128): Tile(16, 128, 8, 2), (4, 64): Tile(16, 32, 8, 2)}},
+    "query_gradient": {90: {(2, 64): Tile(128, 32, 8, 3, max_registers=128)}},
+    "key_gradient": {
+        90: {(2, 64): Tile(64, 64, 4, 1), (2, 128): Tile(16, 128, 8, 2), (4, 64): Tile(16, 32, 8, 2)},
+    },
 }
 # Blocks as large as the interpreter's speed wants, small enough that tests cross several of them.
 INTERPRETER = Tile(32, 32, 4, 1)

@@ -38,12 +38,14 @@ def run(tmp_path: Path):
 def test_stages(run, tmp_path: Path) -> None:
     code, stages, calls = run("out")
     assert code == 0
-    assert [stage["stage"] for stage in stages] == ["install", "doctor", "gpu", "tests", "figure1"]
+    assert [stage["stage"] for stage in stages] == ["install", "doctor", "gpu", "tests", "microbench", "figure1"]
     assert all(stage["exit_code"] == 0 for stage in stages)
     assert "--no-index --no-deps --no-build-isolation -e ." in calls[0]
     assert "--device cuda" in calls[3]
     assert str(tmp_path / "out" / "tests.xml") in calls[3]
-    assert f"figure1 --device cuda --out {tmp_path / 'out' / 'figure1'}" in calls[4]
+    assert "microbench --device cuda" in calls[4]
+    assert calls[4].endswith(f"--json {tmp_path / 'out' / 'microbench.json'}")
+    assert f"figure1 --device cuda --out {tmp_path / 'out' / 'figure1'}" in calls[5]
     # On the GPU, not in the interpreter that the tests' own environment asks for.
     assert (tmp_path / "out" / "tests.log").read_text() == "interpret=unset\n"
 
@@ -51,7 +53,7 @@ def test_stages(run, tmp_path: Path) -> None:
 def test_a_failing_stage_is_recorded_and_does_not_stop_the_others(run) -> None:
     code, stages, _ = run("out", failing="--junitxml")
     assert code == 1
-    assert [stage["exit_code"] for stage in stages] == [0, 0, 0, 3, 0]
+    assert [stage["exit_code"] for stage in stages] == [0, 0, 0, 3, 0, 0]
 
 
 @pytest.mark.parametrize(("failing", "last"), [("pip install", "install"), ("get_device_name", "gpu")])

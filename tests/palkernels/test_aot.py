@@ -22,6 +22,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # Bytes per thread that ptxas may keep on the stack: a few scalars that it parks outside the inner loops. A tile that
 # spills its accumulators takes hundreds.
 STACK = {80: 32, 90: 0, 100: 16}
+# Chosen by their time on an H200 (bench/LOG.md), though they spill: (kernel, head dim, register limit) -> bytes.
+MEASURED = {("key_gradient", 64, 168): 104, ("key_gradient", 128, None): 112}
 ODD_GROUP = 8  # more of it where rows divide into groups of 7, as with padding
 
 
@@ -75,7 +77,10 @@ def test_fits_shared_memory(compiled, capability):
 def test_does_not_spill(compiled, capability):
     for row in compiled[capability]:
         odd = ODD_GROUP if row["features"] == "padding" else 0
-        assert row["stack_bytes"] <= STACK[capability] + odd, row
+        allowed = STACK[capability] + odd
+        if capability == 90 and row["dtype"] != "float32" and row["features"] != "all":
+            allowed = MEASURED.get((row["kernel"], row["head_dim"], row["tile"]["max_registers"]), allowed)
+        assert row["stack_bytes"] <= allowed, row
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -92,6 +97,15 @@ def test_hopper_uses_its_tensor_cores(compiled):
     assert all(row["wgmma"] > 0 for row in full)
     # Only decoding has smaller tiles: a few rows are no work for it.
     assert {row["kernel"] for row in compiled[90] if row["dtype"] != "float32" and row not in full} == {"decode"}
+
+
+def test_the_kernels_of_audio_kv(tmp_path):
+    jobs = [(capability, "--projection", "--dtypes", *DTYPES) for capability in CAPABILITIES]
+    rows = [row for job in compile_ahead(jobs, tmp_path) for row in job]
+    assert len(rows) == len(CAPABILITIES) * len(DTYPES) * 3 * 4
+    for row in rows:
+        assert row["stack_bytes"] == 0, row
+        assert row["shared_bytes"] <= SHARED_MEMORY[row["capability"]], row
 
 
 def test_consumer_gpus_take_the_table_that_fits_them():

@@ -303,3 +303,21 @@ def test_tiles_agree(case):
         with tiles.use(tile):
             results.append(attention(case, "triton"))
     assert all(max_error(x, y) <= 2e-5 for other in results[1:] for x, y in zip(other, results[0], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 5, 128])
+@pytest.mark.parametrize(
+    "features", [(), ("lengths", "text_start"), ("index", "visible_from"), FEATURES], ids=lambda x: "-".join(x)
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_portable_path(device, dtype, features, queries):
+    """On a GPU it takes other kernels of PyTorch's than on a CPU."""
+    case = lal_case(
+        batch=3, heads=8, kv_heads=2, queries=queries, keys=128, audio=300, dim=64, features=features, dtype=dtype,
+        device=device,
+    )  # fmt: skip
+    got = attention(case, "sdpa", with_lse=False)
+    want = attention(case.to(torch.float64), "reference", with_lse=False)
+    for x, y in zip(got, want, strict=True):
+        assert max_error(x, y) <= 64 * torch.finfo(dtype).eps * max(1.0, y[y.isfinite()].abs().max().item())
