@@ -88,6 +88,8 @@ def run(options: Options, console: Console) -> bool:
         ceilings = timing.ceilings(dtype, device)
         rows = _measure_all(cases, options)
         console.print(_table(rows, ceilings))
+        for line in _notes(rows):
+            console.print(line, markup=False, highlight=False)
         if options.json is not None:
             text = json.dumps(_document(rows, ceilings), indent=1) + "\n"
             results.write_all(path.parent, {path.name: text.encode()})
@@ -265,7 +267,7 @@ def _table(rows: list[Row], ceilings: timing.Ceilings) -> Table:
         start = [case.op, case.model, str(case.audio)] if _key(row) != previous else ["", "", ""]
         previous = _key(row)
         if not row.samples:
-            table.add_row(*start, row.name, row.status)
+            table.add_row(*start, row.name, "-")
             continue
         p10, p50, p90 = (row.percentile(x) for x in (10, 50, 90))
         rate = f"{case.bytes / p50 / 1e12:.3g} TB/s" if case.counts_bytes else f"{case.flops / p50 / 1e12:.3g} TFLOP/s"
@@ -280,6 +282,19 @@ def _table(rows: list[Row], ceilings: timing.Ceilings) -> Table:
             "" if slower is None else f"{slower:.2f}x",
         )
     return table
+
+
+def _notes(rows: list[Row]) -> list[str]:
+    """Why rows have no time; what holds for every case of an implementation is said once."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if not row.samples:
+            case = f"{row.case.op} {row.case.model} {row.case.audio}".replace("  ", " ")
+            cases.setdefault((row.name, row.status), []).append(case)
+    return [
+        f"{name}: {status}" + ("" if status.startswith("not installed") else f" ({', '.join(where)})")
+        for (name, status), where in cases.items()
+    ]
 
 
 def _document(rows: list[Row], ceilings: timing.Ceilings) -> dict[str, Any]:

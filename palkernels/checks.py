@@ -256,7 +256,10 @@ def _value_problems(call: Call) -> list[Exception]:
 
 
 def _autocast_dtypes(call: Call) -> list[tuple[str, torch.dtype]]:
-    return [(name, autocast_dtype(tensor, call.query.device)) for name, tensor in call.floats().items()]
+    device = call.query.device
+    if device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
+        return [(name, autocast_dtype(tensor, device)) for name, tensor in call.floats().items()]
+    return [(name, tensor.dtype) for name, tensor in call.floats().items()]
 
 
 def autocast_dtype(tensor: Tensor, device: torch.device | None = None) -> torch.dtype:
@@ -269,17 +272,21 @@ def autocast_dtype(tensor: Tensor, device: torch.device | None = None) -> torch.
 
 def prepared(call: Call) -> Call:
     """Autocast applied, integers as int32 or int64, the scale filled in."""
-    changes: dict[str, object] = {}
-    for name, dtype in _autocast_dtypes(call):
-        changes[name] = getattr(call, name).to(dtype)
+    changes: dict[str, object] = {
+        name: getattr(call, name).to(dtype)
+        for name, dtype in _autocast_dtypes(call)
+        if getattr(call, name).dtype != dtype
+    }
     for name, tensor in call.integers().items():
         if tensor.dtype not in (torch.int32, torch.int64):
             changes[name] = _as_int64(tensor)
-    scale = call.query.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
-    softcap = None if call.softcap is None else float(call.softcap)
-    # A window as long as the text hides nothing.
-    window = None if call.window is None or call.window >= call.num_keys else call.window
-    return replace(call, scale=scale, softcap=softcap, window=window, **changes)  # type: ignore[arg-type]
+    if not isinstance(call.scale, float):
+        changes["scale"] = call.query.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
+    if call.softcap is not None:
+        changes["softcap"] = float(call.softcap)
+    if call.window is not None and call.window >= call.num_keys:  # as long as the text: it hides nothing
+        changes["window"] = None
+    return replace(call, **changes) if changes else call  # type: ignore[arg-type]
 
 
 def _as_int64(tensor: Tensor) -> Tensor:

@@ -25,10 +25,10 @@ class Matrix(NamedTuple):
     def of(cls, tensor: Tensor | None) -> "Matrix":
         if tensor is None:
             return cls(None, None, None, None, None, None)
-        span = sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
-        # A masked lane's offset is computed too.
-        slack = MAX_BLOCK * max(tensor.stride()[1:])
         batch, head, token, dim = tensor.stride()
+        _, heads, tokens, dims = tensor.shape
+        span = (heads - 1) * head + (tokens - 1) * token + (dims - 1) * dim
+        slack = MAX_BLOCK * max(head, token, dim)  # a masked lane's offset is computed too
         return cls(tensor, batch, head, token, dim, 1 if span + slack >= 2**31 else None)
 
 
