@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from palkernels import lal_attention
+from palkernels import audio_kv, lal_attention
 from palkernels.testing import FEATURES, lal_case, max_error
 
 CASES = [
@@ -40,6 +40,34 @@ def main() -> None:
         print(f"{case.name} {dtype}: largest error {worst:.2g}, relative to the largest value", flush=True)
         if not worst <= 16 * torch.finfo(dtype).eps:
             sys.exit(f"the error must be at most {16 * torch.finfo(dtype).eps:.2g}, got {worst:.2g}")
+    audio_kv_launches()
+
+
+def audio_kv_launches() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def floats(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    layer = {
+        "states": floats(2, 37, 72), "norm_weight": floats(72), "k_weight": floats(2 * 24, 72),
+        "v_weight": floats(2 * 24, 72), "k_bias": floats(2 * 24), "k_norm_weight": floats(24),
+    }  # fmt: skip
+    turns = {"cos": floats(2, 37, 16), "sin": floats(2, 37, 16)}
+    results = []
+    for impl, device, dtype in (("triton", "cuda", torch.float32), ("reference", "cpu", torch.float64)):
+        leaves = {name: x.to(device, dtype).requires_grad_() for name, x in layer.items()}
+        given = leaves | {name: x.to(device, dtype) for name, x in turns.items()}
+        found = audio_kv(**given, num_kv_heads=2, eps=1e-5, impl=impl)
+        grads = torch.autograd.grad(found, list(leaves.values()), [torch.ones_like(x) for x in found])
+        in_lists = {name: x if name == "states" else [x, x] for name, x in given.items()}
+        with torch.no_grad():
+            keys, values = audio_kv(**in_lists, num_kv_heads=2, eps=1e-5, impl=impl)
+        results.append([x.detach().cpu() for x in (*found, *grads, *keys, *values)])
+    worst = max(max_error(got, want) / want.abs().max().item() for got, want in zip(*results, strict=True))
+    print(f"audio_kv: largest error {worst:.2g}, relative to the largest value", flush=True)
+    if not worst <= 1e-4:  # PyTorch's products may sum in another order
+        sys.exit(f"the error must be at most 1e-4, got {worst:.2g}")
 
 
 if __name__ == "__main__":

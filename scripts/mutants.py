@@ -26,6 +26,7 @@ GUARDED = "tests/palkernels/test_memory.py::test_between_unreadable_pages"
 SUBSETS = "tests/palkernels/test_gradcheck.py::test_a_subset_does_only_its_work"
 SPECIAL = ("tests/palkernels/test_decode.py", "tests/palkernels/test_varlen.py")
 SELECTION = (SMALL, SUBSETS, GUARDED, *SPECIAL)
+AUDIO_KV = ("tests/palkernels/test_audio_kv.py", GUARDED)
 AT_ONCE = 2
 TIMEOUT = 480  # seconds, per mutant; all tests together take half of it while another mutant runs
 DOES_NOT_RUN = ("AttributeError", "CompilationError", "ImportError", "NameError", "SyntaxError", "TypeError")
@@ -33,6 +34,7 @@ DOES_NOT_RUN = ("AttributeError", "CompilationError", "ImportError", "NameError"
 PRIMITIVES, KEYS = "kernels/primitives.py", "kernels/keys.py"
 FORWARD, BACKWARD, DECODE = "kernels/forward.py", "kernels/backward.py", "kernels/decode.py"
 OPERANDS, OPS = "kernels/operands.py", "ops.py"
+STEPS, PROJECTION, PLAIN, RECOMPUTE = "kernels/projection.py", "projection.py", "steps.py", "recompute.py"
 
 CLASSES = (
     "masks",
@@ -45,6 +47,7 @@ CLASSES = (
     "skipped blocks",
     "dispatch",
     "packed rows",
+    "audio_kv",
 )
 
 
@@ -57,6 +60,7 @@ class Mutant:
     count: int = 1  # how often the old text occurs; every occurrence is replaced
     first: str = ""  # tests whose names contain this run first, to save time
     kind: str = field(kw_only=True)  # one of CLASSES
+    tests: tuple[str, ...] = SELECTION
 
     def apply(self, source: str) -> str:
         found = source.count(self.old)
@@ -387,12 +391,19 @@ def _online_softmax() -> list[Mutant]:
         mutant(
             "maximum of the block alone",
             FORWARD,
-            "tl.maximum(row_max, tl.max(scores, axis=1))",
-            "tl.max(scores, axis=1)",
+            "tl.maximum(row_max, block_max if factor is None else block_max * factor)",
+            "block_max if factor is None else block_max * factor",
         ),
         mutant("shift of -inf", FORWARD, shift, "new_max", first="blind"),
         mutant("shift of zero", FORWARD, shift, "new_max * 0.0", first="large"),
-        mutant("weights by the old maximum", FORWARD, "scores - shift[:, None]", "scores - row_max[:, None]"),
+        mutant(
+            "weights by the old maximum",
+            FORWARD,
+            "scores * factor) - shift[:, None]",
+            "scores * factor) - row_max[:, None]",
+        ),
+        mutant("factor of any sign waits", FORWARD, "softcap is None and scale > 0", "softcap is None", first="scale"),
+        mutant("the maximum without the factor", FORWARD, "else block_max * factor", "else block_max", first="large"),
         mutant("blind rows divide by zero", FORWARD, "tl.where(blind, 1.0, row_sum)", "row_sum", first="blind"),
     ]
 
@@ -635,6 +646,134 @@ def _packed() -> list[Mutant]:
     ]
 
 
+def _audio_kv() -> list[Mutant]:
+    mutant = partial(Mutant, kind="audio_kv", tests=AUDIO_KV)
+
+    return [
+        mutant("no eps", STEPS, "square_sum / WIDTH + EPS", "square_sum / WIDTH", first="small"),
+        mutant("sum for mean of squares", STEPS, "square_sum / WIDTH", "square_sum"),
+        mutant("no norm offset", STEPS, ".to(acc_type) + OFFSET", ".to(acc_type)"),
+        mutant("first row for all", STEPS, "place = tl.program_id(0).to(tl.int64) * WIDTH", "place = 0"),
+        mutant(
+            "columns beyond the row",
+            STEPS,
+            "    ok = column < WIDTH\n    values",
+            "    ok = column < BLOCK\n    values",
+        ),
+        mutant("rows beyond the last", STEPS, "tl.minimum(program * ROWS + ROWS, num_rows)", "program * ROWS + ROWS"),
+        mutant("weight's gradient of the last row", STEPS, "dweight += dout", "dweight = dout"),
+        mutant("gradient without its projection", STEPS, "dout - normalised * mean", "dout"),
+        mutant(
+            "mean over the block",
+            STEPS,
+            "tl.sum(dout * normalised, axis=0) / WIDTH",
+            "tl.sum(dout * normalised, axis=0) / BLOCK",
+        ),
+        mutant("gain left out of the gradient", STEPS, "        dout *= gain\n", ""),
+        mutant("columns that do not turn", STEPS, "pair, pair + TURNED)", "pair, pair)"),
+        mutant(
+            "half of an odd head",
+            STEPS,
+            "half: tl.constexpr = (HEAD_DIM + 1) // 2",
+            "half: tl.constexpr = HEAD_DIM // 2",
+        ),
+        mutant("columns beyond the head", STEPS, "(pair < half) & (high < HEAD_DIM)", "pair < half"),
+        mutant(
+            "a row's own cosines",
+            STEPS,
+            "(row // num_tokens) * batch_stride + (row % num_tokens)",
+            "(row % num_tokens)",
+        ),
+        mutant("turned the other way", STEPS, "lows * cos_low - highs * sin_low", "lows * cos_low + highs * sin_low"),
+        mutant(
+            "gradient turned the same way",
+            STEPS,
+            "highs * cos_high - lows * sin_low",
+            "highs * cos_high + lows * sin_low",
+        ),
+        mutant(
+            "lower sines for higher columns",
+            STEPS,
+            "lows * cos_low + highs * sin_high",
+            "lows * cos_low + highs * sin_low",
+        ),
+        mutant(
+            "keys beyond the last row", STEPS, "row_ok = row < num_rows", "row_ok = row < num_rows + BLOCK", count=2
+        ),
+        mutant(
+            "head norm over the lower half",
+            STEPS,
+            "tl.sum(lows * lows + highs * highs, axis=1)",
+            "tl.sum(lows * lows, axis=1)",
+        ),
+        mutant("head's gradient of the first head", STEPS, "+ head * dkeys_head", "+ 0 * head"),
+        mutant(
+            "upstream gradient's columns side by side",
+            STEPS,
+            "low.to(tl.int64)[None, :] * dkeys_dim",
+            "low.to(tl.int64)[None, :]",
+        ),
+        mutant(
+            "norm's weight summed by one program",
+            STEPS,
+            "sums = dweight_ptr + program * HEAD_DIM",
+            "sums = dweight_ptr",
+        ),
+        mutant(
+            "gradient of keys as they left",
+            PROJECTION,
+            "dkeys, raw, call.k_norm_weight",
+            "dkeys, dkeys.contiguous() if raw is not None else None, call.k_norm_weight",
+        ),
+        mutant(
+            "values by the keys' weight",
+            PROJECTION,
+            "linear(normalised, call.v_weight",
+            "linear(normalised, call.k_weight",
+        ),
+        mutant(
+            "only the values reach the states",
+            PROJECTION,
+            "torch.addmm(dnormalised, dvalues, call.v_weight)",
+            "dvalues @ call.v_weight",
+        ),
+        mutant("bias before the layer's norm only", PROJECTION, "projected += bias.view(num_kv_heads, -1)", "pass"),
+        mutant(
+            "values not folded",
+            PROJECTION,
+            "torch.mul(layer.v_weight, gain, out=folded[1])",
+            "folded[1].copy_(layer.v_weight)",
+        ),
+        mutant(
+            "recipes keep the tensors",
+            RECOMPUTE,
+            "setattr(tensor, _ATTRIBUTE, (recipe, which))",
+            "setattr(tensor, _ATTRIBUTE, (recipe, which)); recipe.kept = (key, value)",
+        ),
+        mutant("values for keys", RECOMPUTE, "return made[which]", "return made[1 - which]"),
+        mutant("versions are not looked at", RECOMPUTE, "tensor._version != self.versions[name]", "False"),
+        mutant(
+            "outer hooks are forgotten",
+            RECOMPUTE,
+            "return False, tensor if outer is None else outer[0](tensor)",
+            "return False, tensor",
+            first="hooks",
+        ),
+        mutant(
+            "plain: turned the other way",
+            PLAIN,
+            "torch.cat([-high, low], dim=-1) * sin",
+            "torch.cat([high, -low], dim=-1) * sin",
+        ),
+        mutant(
+            "plain: gradient turned the same way",
+            PLAIN,
+            "torch.cat([high, -low], dim=-1), rest]",
+            "torch.cat([-high, low], dim=-1), rest]",
+        ),
+    ]
+
+
 MUTANTS = [
     *_masks(),
     *_offsets(),
@@ -647,6 +786,7 @@ MUTANTS = [
     *_dispatch(),
     *_decode(),
     *_packed(),
+    *_audio_kv(),
 ]
 
 # Runs inside the mutant's pytest. Its exit code 70 is none of pytest's own.
@@ -734,7 +874,7 @@ def run(mutant: Mutant | None, package: Path) -> Result:
         }
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "mutant_plugin"]
         process = subprocess.Popen(
-            [*command, *SELECTION],
+            [*command, *(dict.fromkeys(SELECTION + AUDIO_KV) if mutant is None else mutant.tests)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,

@@ -550,3 +550,15 @@ def test_the_definition_is_what_a_decoder_layer_does():
     )  # fmt: skip
     assert max_error(key, want_key) <= 1e-6  # Qwen's norms compute in float32
     assert max_error(value, want_value) <= 1e-5
+
+
+@pytest.mark.parametrize("impl", ["triton", "sdpa"])
+def test_small_states_feel_eps(impl):
+    """Both norms divide by a root in which eps outweighs the mean square, and its gradient vanishes nowhere."""
+    tensors, numbers = arguments(*EVERYTHING)
+    with torch.no_grad():
+        for name in ("states", "k_weight", "k_bias"):
+            tensors[name].mul_(1e-3)
+    got, want = results(tensors, numbers, impl), results(in_float64(tensors), numbers, "reference")
+    for x, y in zip(got, want, strict=True):
+        assert max_error(x, y) <= 1e-5 * y.abs().max().item()

@@ -9,9 +9,9 @@ import sys
 
 import torch
 
-from palkernels import lal_attention, reference
+from palkernels import lal_attention, reference, steps
 from palkernels.call import FLOATS, INTEGERS, Call
-from palkernels.kernels import decode, tiles
+from palkernels.kernels import decode, projection, tiles
 from palkernels.kernels.backward import backward_launches
 from palkernels.kernels.forward import forward_launch
 from palkernels.testing import FEATURES, lal_case, max_error
@@ -93,6 +93,32 @@ def run_packed(side: str) -> None:
         assert max_error(grads[name][0].transpose(0, 1), x) <= 1e-4, name
 
 
+def run_projection(side: str) -> None:
+    """The kernels of audio_kv, on 3 rows of 13 tokens, 2 heads of 10 columns, 6 of which RoPE turns."""
+    numbers = {"eps": 1e-5, "offset": 1.0}
+    rows, weight, dout = (guarded(torch.randn(shape), side) for shape in ((39, 24), (24,), (39, 24)))
+    out = guarded(torch.empty(39, 24), side)
+    projection.normalise_launch(rows, weight, out, **numbers).run()
+    assert max_error(out, steps.normalise(rows, weight, **numbers)) <= 1e-5
+    sums = guarded(torch.empty(-(-39 // projection.ROWS_PER_PROGRAM), 24), side)
+    projection.normalise_gradient_launch(dout, rows, weight, out, sums, **numbers).run()
+    want, dweight = steps.normalise_gradient(dout, rows, weight, **numbers, wants_weight=True)
+    assert max_error(out, want) <= 1e-4
+    assert max_error(sums.sum(0), dweight) <= 1e-4
+
+    raw, dkeys = (guarded(torch.randn(3, 13, 2, 10), side) for _ in range(2))
+    gain, cos, sin = (guarded(torch.randn(shape), side) for shape in ((10,), (3, 13, 6), (3, 13, 6)))
+    keys, want = guarded(raw, side), raw.clone()
+    projection.finish_keys_launch(keys, gain, cos, sin, **numbers).run()
+    steps.finish_keys(want, gain, cos, sin, **numbers)
+    assert max_error(keys, want) <= 1e-4
+    sums = guarded(torch.empty(projection._key_programs(keys), 10), side)
+    projection.finish_gradient_launch(dkeys, raw, gain, cos, sin, keys, sums, **numbers).run()
+    want, dweight = steps.finish_gradient(dkeys, raw, gain, cos, sin, **numbers)
+    assert max_error(keys, want) <= 1e-4
+    assert max_error(sums.sum(0), dweight) <= 1e-4
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "control":
         tensor = guarded(torch.ones(7), "after")
@@ -104,3 +130,4 @@ if __name__ == "__main__":
                 print(seed, features, flush=True)
                 run(sys.argv[1], features, seed)
             run_packed(sys.argv[1])
+        run_projection(sys.argv[1])
