@@ -30,6 +30,7 @@ def beside(device: torch.device) -> Iterator[None]:
         yield
         return
     stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))  # whose results are read in here
     with torch.cuda.device(device), torch.cuda.stream(stream):
         yield
         torch.cuda.synchronize(device)

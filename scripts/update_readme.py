@@ -1,7 +1,7 @@
-"""Write the README's table and plot from the committed results, so that no figure is typed by hand.
+"""Write the tables of README.md and KERNELS.md and the plot from the committed results: no figure is typed by hand.
 
-python scripts/update_readme.py           rewrite README.md and the plot
-python scripts/update_readme.py --check   exit with 1 if the README's table would change
+python scripts/update_readme.py           rewrite both and the plot
+python scripts/update_readme.py --check   exit with 1 if a table would change
 """
 
 import json
@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 from palkernels.bench import plot
+from palkernels.bench.peers import OURS
 from palkernels.bench.results import baseline_of, percent, reduction, speed_up
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "figure1-cpu.json"
-MARKED = re.compile(r"(<!-- figure1-cpu -->\n).*?(<!-- end -->)", re.DOTALL)
+MICROBENCH = ROOT / "bench" / "results" / "microbench-h200.json"
 
 
 def table(document: dict) -> str:
@@ -45,15 +46,56 @@ def table(document: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def microbench_table(document: dict) -> str:
+    """The run's conditions, and a row per model and operation: our time, and by how much each peer is slower."""
+    machine, benchmarks = document["machine_info"], document["benchmarks"]
+    ceilings = machine["ceilings"]
+    measured = [row for row in benchmarks if "p50_seconds" in row["extra_info"]]
+    peers = list(dict.fromkeys(row["name"] for row in measured if row["name"] != OURS))
+    attention, projections = peers[:-1], peers[-1]
+    first = measured[0]["params"]
+    lines = [
+        f"{machine['gpu']}, CUDA {machine['cuda']}, torch {machine['versions']['torch']}, triton "
+        f"{machine['versions']['triton']}, {first['dtype']}, {first['audio_tokens']} audio and {first['text_tokens']} "
+        f"text tokens, {document['datetime'][:10]}; batch 8, of decoding 12. Ceilings measured in the same run: "
+        f"{ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s, {ceilings['bytes_per_second'] / 1e12:.2f} TB/s. Our "
+        "median time, its share of the limit, and how many times longer each peer takes:",
+        "",
+        "| | | us | limit | " + " | ".join(attention) + f" | {projections} |",
+        "|---|---|---:|---:|" + "---:|" * len(peers),
+    ]
+    times = {(row["params"]["model"], row["params"]["op"], row["name"]): row["extra_info"] for row in measured}
+    for (model, operation, name), ours in times.items():
+        if name != OURS:
+            continue
+        slower = [times.get((model, operation, peer), {}).get("slower_than_ours") for peer in peers]
+        cells = ["" if ratio is None else f"{ratio:.2f}x" for ratio in slower]
+        lines.append(
+            f"| {model} | {operation} | {ours['p50_seconds'] * 1e6:.1f} | {ours['share_of_limit']:.0%} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {
+    "README.md": ("figure1-cpu", table, RESULTS),
+    "KERNELS.md": ("microbench-h200", microbench_table, MICROBENCH),
+}
+
+
 def main() -> None:
-    document = json.loads(RESULTS.read_text())
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = MARKED.sub(lambda found: found[1] + table(document) + found[2], old)
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if new == old else "README.md must be as scripts/update_readme.py writes it")
-    readme.write_text(new)
-    RESULTS.with_suffix(".png").write_bytes(plot.render(document))
+    for name, (mark, write, results) in TABLES.items():
+        path, content = ROOT / name, write(json.loads(results.read_text()))
+        marked = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- end -->)", re.DOTALL)
+        old = path.read_text()
+        new = marked.sub(lambda found, content=content: found[1] + content + found[2], old)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(new)
+        elif new != old:
+            sys.exit(f"{name} must be as scripts/update_readme.py writes it")
+    if "--check" not in sys.argv[1:]:
+        RESULTS.with_suffix(".png").write_bytes(plot.render(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

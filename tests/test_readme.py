@@ -1,4 +1,4 @@
-"""The README's code runs, and its figures are those of the committed results."""
+"""The code of README.md and KERNELS.md runs, and their figures are those of the committed results."""
 
 import json
 import re
@@ -7,19 +7,36 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from palkernels import reference
 
 ROOT = Path(__file__).parents[1]
-CODE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = ("README.md", "KERNELS.md")
+CODE = [
+    (page, code) for page in PAGES for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+]
 
 
-@pytest.mark.parametrize("code", CODE, ids=range(len(CODE)))
-def test_code_runs(code):
-    exec(compile(code, "README.md", "exec"), {})
+@pytest.mark.parametrize(("page", "code"), CODE, ids=range(len(CODE)))
+def test_code_runs(page, code):
+    exec(compile(code, page, "exec"), {})
 
 
 def test_there_is_code():
-    assert len(CODE) >= 2
-    assert any("attach(" in code for code in CODE)
+    everything = "".join(code for _, code in CODE)
+    for call in ("attach(", "lal_attention(", "lal_attention_varlen(", "audio_kv(", "tiles.use("):
+        assert call in everything
+
+
+def test_the_mask_is_as_drawn():
+    drawn = re.findall(r"^    p=\d   ([#. ]+)$", (ROOT / "KERNELS.md").read_text(), re.MULTILINE)
+    visible_from = torch.tensor([[0, 0, 3, 3, 3]])
+    mask = reference.lal_mask(
+        1, 6, 6, 5, audio_lengths=torch.tensor([4]), audio_visible_from=visible_from, text_start=torch.tensor([1]),
+        text_end=None, window=3, device=torch.device("cpu"),
+    )  # fmt: skip
+    assert [[mark == "#" for mark in line.split()] for line in drawn] == mask[0].tolist()
 
 
 def test_figures_come_from_the_results():
@@ -45,5 +62,6 @@ def test_results_show_what_the_readme_says():
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
-        assert target.startswith("https://") or (ROOT / target).is_file(), target
+    for page in (*PAGES, "bench/LOG.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+            assert target.startswith("https://") or ((ROOT / page).parent / target).is_file(), target

@@ -289,3 +289,14 @@ def test_rounding(name, dtype):
     results = attention(case, "triton"), attention(case, "reference")
     for which, want, got, eager in zip(NAMES, exact, *results, strict=True):
         assert max_error(got, want) <= 3 * max_error(eager, want) + 1e-6, which
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, -40.0, 40.0])
+@pytest.mark.parametrize("queries", [11, 2])
+def test_a_scale_of_any_sign_and_size(scale, queries):
+    """With keys that only some queries see: the maximum is taken of what the softmax sees."""
+    case = lal_case(**SHAPE | {"queries": queries}, features=("lengths", "visible_from", "text_start"))
+    case.options["scale"] = scale
+    got = attention(case, "triton")
+    for name, x, y in zip(NAMES, got, attention(case.to(torch.float64), "reference"), strict=True):
+        assert max_error(x, y) <= 5e-5 * max(1.0, y[y.isfinite()].abs().max().item()), name
