@@ -119,7 +119,7 @@ def doctor(
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.  [default: bfloat16]")] = None,
     kernel: Annotated[
         list[str] | None,
-        typer.Option(help="forward, query_gradient or key_gradient; may be repeated.  [default: all]"),
+        typer.Option(help="forward, decode, query_gradient or key_gradient; may be repeated.  [default: all]"),
     ] = None,
     head_dims: Annotated[
         str | None, typer.Option(help="32, 64, 128 or 256, or several of them, separated by commas.  [default: all]")
