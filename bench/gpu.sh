@@ -64,10 +64,10 @@ if $sanitize; then
         stage "$tool" 110 compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" scripts/launches.py
     done
 else
-    stage tests 190 "$PYTHON" -m pytest --device cuda -q --numprocesses 14 --junitxml "$out/tests.xml" tests/palkernels
-    stage microbench 190 "${command[@]}" microbench --device cuda --audio-tokens 1500 --seconds 0.05 \
+    stage tests 230 "$PYTHON" -m pytest --device cuda -q --numprocesses 14 --junitxml "$out/tests.xml" tests/palkernels
+    stage microbench 120 "${command[@]}" microbench --device cuda --audio-tokens 1500 --seconds 0.05 \
         --json "$out/microbench.json"
-    stage figure1 90 "${command[@]}" figure1 --device cuda --out "$out/figure1"
+    stage figure1 110 "${command[@]}" figure1 --device cuda --out "$out/figure1"
 fi
 echo "results in $out" >&2
 exit "$failed"
