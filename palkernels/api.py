@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from palkernels import checks, ops, packed, projection, projection_checks, recompute, reference, sdpa
+from palkernels import checks, flops, ops, packed, projection, projection_checks, recompute, reference, sdpa
 from palkernels.call import Call
 
 
@@ -308,3 +308,4 @@ def _run_reference(call: Call) -> tuple[Tensor, Tensor]:
 
 
 _RUN = {"triton": _run_triton, "sdpa": _run_sdpa, "reference": _run_reference}
+flops.register()  # of the operators of both modules, ops and projection

@@ -68,6 +68,43 @@ def backward_flops(
     return _product_flops(call, scores + dscores + (text + audio) * of_query + keys + values)
 
 
+def _projection_flops(states: Tensor, weight: Tensor) -> int:
+    """One product of all states with one weight (Hkv * D, d)."""
+    return 2 * states.shape[0] * states.shape[1] * weight.numel()
+
+
+def audio_kv_forward_flops(states: Tensor, norm_weight: Tensor, k_weight: Tensor, *rest: Any, **kwargs: Any) -> int:
+    return 2 * _projection_flops(states, k_weight)
+
+
+def audio_kv_backward_flops(
+    dkey: Tensor | None,
+    dvalue: Tensor | None,
+    needed: Sequence[bool],
+    states: Tensor,
+    norm_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    k_bias: Tensor | None,
+    v_bias: Tensor | None,
+    k_norm_weight: Tensor | None,
+    *rest: Any,
+    **kwargs: Any,
+) -> int:
+    """A product for each weight's gradient, one each for what the rows get from K and V, and the keys again for their
+    norm's."""
+    of_states, of_norm, of_k, of_v = needed[:4]
+    products = (dkey is not None) * (of_k + (of_states or of_norm) + (k_norm_weight is not None))
+    products += (dvalue is not None) * (of_v + (of_states or of_norm))
+    return products * _projection_flops(states, k_weight)
+
+
+def audio_kv_layers_flops(
+    states: Tensor, norm_weight: Sequence[Tensor], k_weight: Sequence[Tensor], *rest: Any, **kwargs: Any
+) -> int:
+    return 2 * len(k_weight) * _projection_flops(states, k_weight[0])
+
+
 def register() -> None:
     """Now, if PyTorch's counter is there; otherwise as soon as it is imported."""
     if COUNTER in sys.modules:
@@ -79,6 +116,9 @@ def register() -> None:
 def _register(counter: ModuleType) -> None:
     counter.register_flop_formula(torch.ops.palkernels.lal_forward, get_raw=True)(forward_flops)
     counter.register_flop_formula(torch.ops.palkernels.lal_backward, get_raw=True)(backward_flops)
+    counter.register_flop_formula(torch.ops.palkernels.audio_kv_forward, get_raw=True)(audio_kv_forward_flops)
+    counter.register_flop_formula(torch.ops.palkernels.audio_kv_backward, get_raw=True)(audio_kv_backward_flops)
+    counter.register_flop_formula(torch.ops.palkernels.audio_kv_layers, get_raw=True)(audio_kv_layers_flops)
 
 
 class _OnImport(MetaPathFinder):

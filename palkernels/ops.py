@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palkernels import flops
 from palkernels.call import FLOATS, INTEGERS, PACKING, Call
 
 # The fields of a Call, in their order.
@@ -92,7 +91,6 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
 
 
 lal_forward.register_autograd(_backward, setup_context=_setup_context)
-flops.register()
 
 
 def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from kernel_runs import arithmetic
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from palkernels import audio_kv, lal_attention, projection, reference
 from palkernels.testing import max_error
@@ -433,6 +434,27 @@ def test_compiles_to_one_graph(impl):
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     got = torch.autograd.grad(compiled(tensors["states"]), leaves(tensors))
     assert_close(got, want, 1e-6)
+
+
+def count_flops(run):
+    with FlopCounterMode(display=False) as counter:
+        result = run()
+    return counter.get_total_flops(), result
+
+
+@pytest.mark.parametrize("impl", ["triton", "sdpa"])
+def test_flops(impl):
+    """Two products forward; backward one for each weight, two for the states, and the keys' again for their norm."""
+    tensors, numbers = arguments(*EVERYTHING)
+    one = 2 * (2 * 37) * 24 * 20  # 2 rows of 37 tokens, width 24, 2 heads of 10
+    forward, outputs = count_flops(lambda: audio_kv(**tensors, **numbers, impl=impl))
+    assert forward == 2 * one
+    total = sum(x.sum() for x in outputs)
+    assert count_flops(lambda: torch.autograd.grad(total, leaves(tensors), retain_graph=True))[0] == 5 * one
+    assert count_flops(lambda: torch.autograd.grad(outputs[1].sum(), tensors["v_weight"]))[0] <= 2 * one
+    lists, numbers = layers_of(3)
+    with torch.no_grad():
+        assert count_flops(lambda: audio_kv(**lists, **numbers, impl=impl))[0] == 6 * one
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "reference"])
