@@ -402,7 +402,9 @@ def _online_softmax() -> list[Mutant]:
             "scores * factor) - shift[:, None]",
             "scores * factor) - row_max[:, None]",
         ),
-        mutant("factor of any sign waits", FORWARD, "softcap is None and scale > 0", "softcap is None", first="scale"),
+        mutant(
+            "factor of any sign waits", FORWARD, "softcap is None and scale > 1e-30", "softcap is None", first="scale"
+        ),
         mutant("the maximum without the factor", FORWARD, "else block_max * factor", "else block_max", first="large"),
         mutant("blind rows divide by zero", FORWARD, "tl.where(blind, 1.0, row_sum)", "row_sum", first="blind"),
     ]

@@ -25,8 +25,11 @@ from palkernels.kernels.primitives import (
 
 @triton.constexpr_function
 def waiting_factor(scale, softcap):
-    """From products to base-2 scores, where that is a positive factor; otherwise None."""
-    return scale * LOG2_E.value if softcap is None and scale > 0 else None
+    """From products to base-2 scores, where that is a positive factor; otherwise None.
+
+    Positive in float32 too: 0 times the -inf of hidden keys would be NaN.
+    """
+    return scale * LOG2_E.value if softcap is None and scale > 1e-30 else None
 
 
 @triton.jit
