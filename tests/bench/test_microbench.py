@@ -111,6 +111,40 @@ def test_inputs_alone_exceed_the_cache(monkeypatch, op):
     assert wanted < sum(tensor.nbytes for tensor in tensors) <= 2 * wanted
 
 
+def test_a_sample_has_no_launch_in_it(monkeypatch):
+    """With a stand-in for a GPU: a replay that finds the queue empty starts 40 ms late, and takes 20 ms."""
+    gpu = SimpleNamespace(clock=0.0, idle=True)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.time = gpu.clock
+
+        def elapsed_time(self, later):
+            return later.time - self.time
+
+    class Graph:
+        def replay(self):
+            gpu.clock += 20 + 40 * gpu.idle
+            gpu.idle = False
+
+        def reset(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: setattr(gpu, "idle", True))
+    called = []
+    found = timing.samples([lambda: called.append(0), lambda: called.append(1)], 0.0, torch.device("cuda"))
+    assert called == [0, 1, 0, 1]  # to warm up, and captured
+    assert found == pytest.approx([0.01] * len(found))
+    assert len(found) >= timing.MIN_SAMPLES
+
+
 def test_the_file(document):
     rows = document[0]["benchmarks"]
     ceilings = document[0]["machine_info"]["ceilings"]
