@@ -90,7 +90,7 @@ class Case:
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
     def inputs(self, seed: int) -> dict[str, Any]:
-        """Random tensors, contiguous as (B, H, T, D); for attention also the output's gradient."""
+        """Random tensors, contiguous as (B, H, T, D); for a backward pass also the output's gradient."""
         generator = torch.Generator(self.device).manual_seed(seed)
 
         def floats(*shape: int, scale: float = 1.0) -> Tensor:
@@ -103,7 +103,7 @@ class Case:
         queries = (self.batch, self.heads, self.queries, self.head_dim)
         names = ("query", "key", "value", "audio_key", "audio_value")
         tensors = {name: floats(*s) for name, s in zip(names, (queries, text, text, audio, audio), strict=True)}
-        return tensors | {"dout": floats(*queries).detach()}
+        return tensors | ({"dout": floats(*queries).detach()} if self.with_gradients else {})
 
     def _projection_inputs(self, floats: Any) -> dict[str, Any]:
         projected = (self.kv_heads * self.head_dim, self.width)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ __all__ = ["Ceilings", "beside", "ceilings", "host_seconds", "num_buffers", "sam
 Calls = list[Callable[[], object]]
 Ceilings = dict[str, float]  # flops_per_second, bytes_per_second
 MIN_SAMPLES, MAX_SAMPLES = 3, 200
+BURST = 5  # replays that the host issues without waiting
 
 
 def num_buffers(bytes_each: float, device: torch.device) -> int:
@@ -39,8 +41,8 @@ def beside(device: torch.device) -> Iterator[None]:
 def samples(calls: Calls, seconds: float, device: torch.device) -> list[float]:
     """Seconds per call, each the mean of one round over all ``calls``.
 
-    On CUDA a round is a CUDA graph, without the host's launch time, which may exceed the kernels'. To be called within
-    :func:`beside`, as whatever made the calls.
+    On CUDA a round is a CUDA graph, replayed right after another one, so that the host's launch time, which may exceed
+    the kernels', is not in it. To be called within :func:`beside`, as whatever made the calls.
     """
     for call in calls[:2]:
         call()
@@ -67,21 +69,22 @@ def _graph_samples(calls: Calls, seconds: float, device: torch.device) -> list[f
     warm = time.perf_counter() + seconds / 4  # clocks rise under load
     end = warm + seconds
     while len(found) < MIN_SAMPLES or (time.perf_counter() < end and len(found) < MAX_SAMPLES):
-        first, last = _events()
-        first.record(stream)
-        graph.replay()
-        last.record(stream)
+        marks = [_event() for _ in range(BURST)]
+        for mark in marks:
+            graph.replay()
+            mark.record(stream)
         torch.cuda.synchronize(device)
         if time.perf_counter() >= warm:
-            found.append(first.elapsed_time(last) * 1e-3 / len(calls))
+            # The first mark follows the first replay, for which an idle GPU waits while the host launches it.
+            found += [first.elapsed_time(last) * 1e-3 / len(calls) for first, last in pairwise(marks)]
     graph.reset()
     return found
 
 
-def _events() -> tuple[Any, Any]:
-    """Around what is timed."""
+def _event() -> Any:
+    """Before or after what is timed."""
     event: Any = torch.cuda.Event
-    return event(enable_timing=True), event(enable_timing=True)
+    return event(enable_timing=True)
 
 
 def host_seconds(call: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
@@ -117,7 +120,7 @@ def _fastest(call: Callable[[], object], seconds: float, device: torch.device) -
     end = time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
         if device.type == "cuda":
-            first, last = _events()
+            first, last = _event(), _event()
             first.record()
             call()
             last.record()

@@ -90,10 +90,59 @@ def test_buffers_rotate(monkeypatch):
     case = shape_case("forward", SHAPE, torch.float32, CPU)
     seen = []
     calls = microbench._calls(case, lambda inputs: seen.append(inputs["key"].data_ptr()) or [])
-    assert len(calls) == timing.num_buffers(case.bytes, CPU) == 32
+    assert len(calls) == 32
     for call in calls:
         call()
     assert len(set(seen)) == 32
+
+
+@pytest.mark.parametrize("op", ["forward", "backward", "both", "decode", "audio_kv"])
+def test_inputs_alone_exceed_the_cache(monkeypatch, op):
+    """Whatever else a call writes and an operation counts as its bytes."""
+    wanted = 10 * 2**20
+    monkeypatch.setattr(timing, "num_buffers", lambda size, device: int(wanted // size) + 1)
+    case = shape_case(op, "2,4,2,64,300,64", torch.float32, CPU)
+    sets = []
+    make = microbench.Case.inputs
+    monkeypatch.setattr(microbench.Case, "inputs", lambda self, seed: sets.append(make(self, seed)) or sets[-1])
+    microbench._calls(case, lambda inputs: [])
+    tensors = [tensor for inputs in sets for tensor in torch.utils._pytree.tree_leaves(inputs)]
+    assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+    assert wanted < sum(tensor.nbytes for tensor in tensors) <= 2 * wanted
+
+
+def test_a_sample_has_no_launch_in_it(monkeypatch):
+    """With a stand-in for a GPU: a replay that finds the queue empty starts 40 ms late, and takes 20 ms."""
+    gpu = SimpleNamespace(clock=0.0, idle=True)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.time = gpu.clock
+
+        def elapsed_time(self, later):
+            return later.time - self.time
+
+    class Graph:
+        def replay(self):
+            gpu.clock += 20 + 40 * gpu.idle
+            gpu.idle = False
+
+        def reset(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: setattr(gpu, "idle", True))
+    called = []
+    found = timing.samples([lambda: called.append(0), lambda: called.append(1)], 0.0, torch.device("cuda"))
+    assert called == [0, 1, 0, 1]  # to warm up, and captured
+    assert found == pytest.approx([0.01] * len(found))
+    assert len(found) >= timing.MIN_SAMPLES
 
 
 def test_the_file(document):
