@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from palkernels import checks, flops, ops, packed, projection, projection_checks, recompute, reference, sdpa
-from palkernels.call import Call
+from palkernels import checks, flops, ops, packed, projection, projection_checks, recipes, reference, sdpa
+from palkernels.call import Call, Projection
 
 
 def lal_attention(
@@ -81,7 +81,10 @@ def lal_attention(
     )  # fmt: skip
     checks.check_impl(impl)
     _raise_first(checks.problems_of(call))
-    out, lse = _run(checks.prepared(call), impl)
+    prepared = checks.prepared(call)
+    if not torch.compiler.is_compiling():
+        _raise_first(recipes.problems_of(call, prepared))
+    out, lse = _run(prepared, impl)
     return (out, lse) if return_lse else out
 
 
@@ -136,6 +139,8 @@ def lal_attention_varlen(
     )  # fmt: skip
     checks.check_impl(impl)
     _raise_first(checks.packed_problems_of(call))
+    if not torch.compiler.is_compiling():
+        _raise_first(recipes.problems_of(call, call))
     out, lse = _run(checks.prepared(packed.heads_first(call)), impl)
     out, lse = packed.tokens_first(out), lse.squeeze(0)
     return (out, lse) if return_lse else out
@@ -235,32 +240,24 @@ def audio_kv(
     layers, in_lists = projection_checks.layers_of(states, per_layer, numbers)
     if recompute and torch.compiler.is_compiling():
         raise NotImplementedError("recompute must be False under torch.compile, which chooses itself what to recompute")
-    results = _project(layers, impl, recompute)
+    chosen = _projection_impl(layers, impl)
+    results = projection.run(layers, chosen)
+    if recompute and torch.is_grad_enabled():
+        for layer, (key, value) in zip(layers, results, strict=True):
+            recipes.mark(key, value, recipes.Recipe(layer, chosen))
     if not in_lists:
         return results[0]
     keys, values = zip(*results, strict=True)
     return list(keys), list(values)
 
 
-def _project(layers: list[projection.Projection], impl: str, again: bool) -> list[tuple[Tensor, Tensor]]:
+def _projection_impl(layers: list[Projection], impl: str) -> str:
     reasons = projection_checks.triton_reasons(layers) if impl in ("auto", "triton") else []
     if impl == "triton" and reasons:
         raise ValueError(f"impl='triton' cannot run: {'; '.join(reasons)}")
-    if impl == "reference":
-        results = [
-            reference.audio_kv(
-                **layer.tensors(), num_kv_heads=layer.num_kv_heads, eps=layer.eps, norm_offset=layer.norm_offset
-            )
-            for layer in layers
-        ]
-        fused = False
-    else:
-        fused = impl == "triton" or (impl == "auto" and layers[0].states.is_cuda and not reasons)
-        results = projection.run(layers, fused)
-    if again and torch.is_grad_enabled():
-        for layer, (key, value) in zip(layers, results, strict=True):
-            recompute.mark(key, value, recompute.Recipe(layer, fused))
-    return results
+    if impl == "auto":
+        return "triton" if layers[0].states.is_cuda and not reasons else "sdpa"
+    return impl
 
 
 def _raise_first(problems: list[Exception]) -> None:
@@ -280,7 +277,7 @@ def _run(call: Call, impl: str) -> tuple[Tensor, Tensor]:
         run = partial(packed.row_by_row, attention=run)
     if torch.compiler.is_compiling():
         return run(call)
-    with recompute.instead_of_saving(call.audio_key, call.audio_value):
+    with recipes.instead_of_saving(call.audio_key, call.audio_value):
         return run(call)
 
 

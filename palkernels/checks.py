@@ -256,18 +256,24 @@ def _value_problems(call: Call) -> list[Exception]:
 
 
 def _autocast_dtypes(call: Call) -> list[tuple[str, torch.dtype]]:
-    device = call.query.device
+    target = _autocast_target(call.query.device)
+    return [(name, _computed_in(tensor, target)) for name, tensor in call.floats().items()]
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that a tensor is computed in."""
+    return _computed_in(tensor, _autocast_target(tensor.device))
+
+
+def _autocast_target(device: torch.device) -> torch.dtype | None:
     if device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
-        return [(name, autocast_dtype(tensor, device)) for name, tensor in call.floats().items()]
-    return [(name, tensor.dtype) for name, tensor in call.floats().items()]
+        return torch.get_autocast_dtype(device.type)
+    return None
 
 
-def autocast_dtype(tensor: Tensor, device: torch.device | None = None) -> torch.dtype:
-    """The dtype that a tensor is computed in: autocast's, if it is on; it leaves float64 alone, as SDPA does."""
-    kind = (tensor.device if device is None else device).type
-    if tensor.dtype != torch.float64 and kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return tensor.dtype
+def _computed_in(tensor: Tensor, target: torch.dtype | None) -> torch.dtype:
+    """Autocast's dtype, if it is on; it leaves float64 alone, as SDPA does."""
+    return tensor.dtype if target is None or tensor.dtype == torch.float64 else target
 
 
 def prepared(call: Call) -> Call:

@@ -6,66 +6,15 @@ weights folded into the projections'. Otherwise layers run one by one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-TENSORS = ("states", "norm_weight", "k_weight", "v_weight", "k_bias", "v_bias", "k_norm_weight")  # differentiable ones
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One layer's arguments of :func:`palkernels.audio_kv`; ``cos`` and ``sin`` are (A or 1, N, R)."""
-
-    states: Tensor  # (A, N, d)
-    norm_weight: Tensor  # (d,)
-    k_weight: Tensor  # (Hkv * D, d)
-    v_weight: Tensor  # (Hkv * D, d)
-    k_bias: Tensor | None  # (Hkv * D,)
-    v_bias: Tensor | None
-    k_norm_weight: Tensor | None  # (D,)
-    cos: Tensor | None
-    sin: Tensor | None
-    num_kv_heads: int
-    eps: float
-    norm_offset: float
-
-    def arguments(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Those that are given."""
-        return {name: x for name in (*TENSORS, "cos", "sin") if (x := getattr(self, name)) is not None}
-
-    @property
-    def rows(self) -> Tensor:
-        """The states as (A * N, d)."""
-        return self.states.reshape(self.states.shape[0] * self.states.shape[1], self.states.shape[2])
-
-    @property
-    def head_dim(self) -> int:
-        return self.k_weight.shape[0] // self.num_kv_heads
-
-    @property
-    def has_finish(self) -> bool:
-        """Whether keys change after their projection."""
-        return self.k_norm_weight is not None or self.cos is not None
-
-    def heads(self, projected: Tensor) -> Tensor:
-        """(A * N, Hkv * D) as (A, N, Hkv, D)."""
-        return projected.view(*self.states.shape[:2], self.num_kv_heads, self.head_dim)
-
-    def normalised(self, steps: ModuleType) -> Tensor:
-        normalised: Tensor = steps.normalise(self.rows, self.norm_weight, self.eps, self.norm_offset)
-        return normalised
-
-    def finish(self, steps: ModuleType, keys: Tensor) -> None:
-        """Head norm and RoPE of keys (A, N, Hkv, D), in place."""
-        if self.has_finish:
-            steps.finish_keys(keys, self.k_norm_weight, self.cos, self.sin, self.eps, self.norm_offset)
+from palkernels import reference
+from palkernels.call import PROJECTION, TURNS, Projection
 
 
 def _steps(fused: bool) -> ModuleType:
@@ -90,10 +39,10 @@ def audio_kv_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """K and V (A, Hkv, N, D) of one layer, laid out as (A, N, Hkv, D)."""
     *layer, fused = arguments
     steps, call = _steps(fused), Projection(*layer)
-    normalised = call.normalised(steps)
-    keys = call.heads(torch.nn.functional.linear(normalised, call.k_weight, call.k_bias))
-    call.finish(steps, keys)
-    values = call.heads(torch.nn.functional.linear(normalised, call.v_weight, call.v_bias))
+    normalised = steps.normalise(call, call.norm_weight)
+    keys = call.heads(linear(normalised, call.k_weight, call.k_bias))
+    steps.finish_keys(keys, call)
+    values = call.heads(linear(normalised, call.v_weight, call.v_bias))
     return keys.transpose(1, 2), values.transpose(1, 2)
 
 
@@ -112,60 +61,55 @@ def _(states: Tensor, norm_weight: Tensor, k_weight: Tensor, *rest: Any) -> tupl
 def audio_kv_backward(
     dkey: Tensor | None, dvalue: Tensor | None, needed: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
-    """Gradients of those of ``TENSORS`` that are ``needed``, in order; at least one of dkey and dvalue is given."""
+    """Gradients of those of ``PROJECTION`` that are ``needed``, in order; at least one of dkey and dvalue is given."""
     *layer, fused = arguments
     steps, call = _steps(fused), Projection(*layer)
-    wants = dict(zip(TENSORS, needed, strict=True))
+    wants = dict(zip(PROJECTION, needed, strict=True))
     found: dict[str, Tensor] = {}
-    rows = call.rows
-    normalised = None
+    num_rows = call.rows.shape[0]
+    normalised: Any = None
     if wants["k_weight"] or wants["v_weight"] or (dkey is not None and call.k_norm_weight is not None):
-        normalised = call.normalised(steps)
+        normalised = steps.normalise(call, call.norm_weight)
 
     dnormalised = None  # (A * N, d)
     wants_rows = wants["states"] or wants["norm_weight"]
     if dkey is not None:
         dkeys = dkey.transpose(1, 2)
-        if call.has_finish:
-            raw = None
-            if call.k_norm_weight is not None:
-                raw = call.heads(torch.nn.functional.linear(normalised, call.k_weight, call.k_bias))  # type: ignore[arg-type]
-            dkeys, found["k_norm_weight"] = steps.finish_gradient(
-                dkeys, raw, call.k_norm_weight, call.cos, call.sin, call.eps, call.norm_offset
-            )
-        dkeys = dkeys.reshape(rows.shape[0], call.k_weight.shape[0])
+        raw = None
+        if call.k_norm_weight is not None:
+            raw = call.heads(linear(normalised, call.k_weight, call.k_bias))
+        dkeys, found["k_norm_weight"] = steps.finish_gradient(dkeys, raw, call)
+        dkeys = dkeys.reshape(num_rows, call.k_weight.shape[0])
         if wants["k_bias"]:
             found["k_bias"] = dkeys.sum(0)
         if wants["k_weight"]:
-            found["k_weight"] = dkeys.t() @ normalised  # type: ignore[operator]
+            found["k_weight"] = dkeys.t() @ normalised
         if wants_rows:
             dnormalised = dkeys @ call.k_weight
     if dvalue is not None:
-        dvalues = dvalue.transpose(1, 2).reshape(rows.shape[0], call.v_weight.shape[0])
+        dvalues = dvalue.transpose(1, 2).reshape(num_rows, call.v_weight.shape[0])
         if wants["v_bias"]:
             found["v_bias"] = dvalues.sum(0)
         if wants["v_weight"]:
-            found["v_weight"] = dvalues.t() @ normalised  # type: ignore[operator]
+            found["v_weight"] = dvalues.t() @ normalised
         if wants_rows:
             dnormalised = (
                 dvalues @ call.v_weight if dnormalised is None else torch.addmm(dnormalised, dvalues, call.v_weight)
             )
     if wants_rows:
-        dstates, found["norm_weight"] = steps.normalise_gradient(
-            dnormalised, rows, call.norm_weight, call.eps, call.norm_offset, wants["norm_weight"]
-        )
+        dstates, found["norm_weight"] = steps.normalise_gradient(dnormalised, call, wants["norm_weight"])
         found["states"] = dstates.view(call.states.shape)
     # Without a gradient of the keys, what only they depend on gets zeros; so with the values.
     return [
         found[name].to(tensor.dtype) if found.get(name) is not None else torch.zeros_like(tensor)
-        for name in TENSORS
+        for name in PROJECTION
         if wants[name] and (tensor := getattr(call, name)) is not None
     ]
 
 
 @audio_kv_backward.register_fake
 def _(dkey: Tensor | None, dvalue: Tensor | None, needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
-    tensors = arguments[: len(TENSORS)]
+    tensors = arguments[: len(PROJECTION)]
     return [
         torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for need, x in zip(needed, tensors, strict=True)
@@ -180,11 +124,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dkey: Tensor | None, dvalue: Tensor | None) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[: len(TENSORS)])
+    needed = list(ctx.needs_input_grad[: len(PROJECTION)])
     if dkey is None and dvalue is None:
         return (None,) * len(ctx.needs_input_grad)
     found = iter(audio_kv_backward(dkey, dvalue, needed, *ctx.saved_tensors, *ctx.numbers))
-    return (*(next(found) if need else None for need in needed), *[None] * (len(ctx.needs_input_grad) - len(TENSORS)))
+    return (
+        *(next(found) if need else None for need in needed),
+        *[None] * (len(ctx.needs_input_grad) - len(PROJECTION)),
+    )
 
 
 audio_kv_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -203,7 +150,7 @@ def audio_kv_layers(states: Tensor, *arguments: Any) -> Tensor:
     numbers = (num_kv_heads, eps, norm_offset)
     layers = [Projection(*(states, *layer, *numbers)) for layer in zip(*lists, strict=True)]
     steps, first = _steps(fused=True), layers[0]
-    normalised = steps.normalise(first.rows, None, eps, 0.0)
+    normalised = steps.normalise(first, None)
     weights = first.k_weight.new_empty(len(layers), 2, *first.k_weight.shape)
     for layer, folded in zip(layers, weights, strict=True):
         gain = layer.norm_weight.to(torch.promote_types(layer.norm_weight.dtype, torch.float32)) + norm_offset
@@ -215,7 +162,7 @@ def audio_kv_layers(states: Tensor, *arguments: Any) -> Tensor:
         for projected, bias in ((keys, layer.k_bias), (values, layer.v_bias)):
             if bias is not None:
                 projected += bias.view(num_kv_heads, -1)
-        layer.finish(steps, keys)
+        steps.finish_keys(keys, layer)
     return out
 
 
@@ -225,18 +172,17 @@ def _(states: Tensor, norm_weight: list[Tensor], k_weight: list[Tensor], *rest: 
     return states.new_empty(len(k_weight), 2, *states.shape[:2], heads, k_weight[0].shape[0] // heads)
 
 
-def run(layers: list[Projection], fused: bool) -> list[tuple[Tensor, Tensor]]:
-    """K and V of each layer, for validated arguments with one ``states``."""
+def run(layers: list[Projection], impl: str) -> list[tuple[Tensor, Tensor]]:
+    """K and V of each layer, for validated arguments with one ``states``; "triton", "sdpa" or "reference"."""
+    if impl == "reference":
+        given: list[dict[str, Any]] = [layer.tensors() | layer.numbers() for layer in layers]
+        return [reference.audio_kv(**layer) for layer in given]
+    fused = impl == "triton"
     tensors = [tensor for layer in layers for tensor in layer.tensors().values()]
     with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if len(layers) == 1 or with_gradients or not fused:
         return [audio_kv_forward(*layer.arguments(), fused) for layer in layers]
     first = layers[0]
-    names = [field.name for field in fields(Projection)][1:9]
-    lists = [[getattr(layer, name) for layer in layers] for name in names]
-    out = audio_kv_layers(first.states, *lists, first.num_kv_heads, first.eps, first.norm_offset)
+    lists = [[getattr(layer, name) for layer in layers] for name in (*PROJECTION[1:], *TURNS)]
+    out = audio_kv_layers(first.states, *lists, *first.numbers().values())
     return [(pair[0].transpose(1, 2), pair[1].transpose(1, 2)) for pair in out.unbind(0)]
-
-
-def detached(layer: Projection) -> Projection:
-    return replace(layer, **{name: tensor.detach() for name, tensor in layer.tensors().items()})  # type: ignore[arg-type]

@@ -7,11 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from palkernels import checks
-from palkernels.projection import Projection
+from palkernels.call import PROJECTION, TURNS, Projection
 
-PER_LAYER = ("norm_weight", "k_weight", "v_weight", "k_bias", "v_bias", "k_norm_weight", "cos", "sin")
+PER_LAYER = (*PROJECTION[1:], *TURNS)
 OPTIONAL = PER_LAYER[3:]
-SHARED = ("cos", "sin")  # one tensor may serve all layers
 PROJECTED = ("k_weight", "v_weight", "k_bias", "v_bias")  # of states' dtype; norms, cos and sin may have another
 MAX_WIDTH = 65_536
 MAX_HEAD_DIM = 1024
@@ -59,7 +58,7 @@ def _column(name: str, per_layer: dict[str, Any], in_lists: bool) -> Sequence[An
     num_layers = len(per_layer["k_weight"])
     if num_layers == 0:
         raise ValueError("k_weight must hold at least one layer, got an empty list")
-    if (value is None and name in OPTIONAL) or (name in SHARED and isinstance(value, Tensor)):
+    if (value is None and name in OPTIONAL) or (name in TURNS and isinstance(value, Tensor)):
         return [value] * num_layers
     if not isinstance(value, list | tuple):
         raise TypeError(f"{name} must be a list, as k_weight is, got {type(value).__name__}")
@@ -107,7 +106,7 @@ def _type_problems(states: Tensor, given: dict[str, Any], where: str) -> list[Ex
             problems.append(TypeError(f"{name}{where} must have states' dtype {states.dtype}, got {tensor.dtype}"))
     if (given["cos"] is None) != (given["sin"] is None):
         problems.append(TypeError(f"cos{where} and sin{where} must both be given or both be None"))
-    for name in SHARED:
+    for name in TURNS:
         if given[name] is not None and given[name].requires_grad:
             problems.append(ValueError(f"{name}{where} must not require gradients: none is computed for it"))
     return problems
@@ -139,7 +138,7 @@ def _shape_problems(states: Tensor, given: dict[str, Any], numbers: dict[str, An
         tensor = given[name]
         if tensor is not None and tuple(tensor.shape) != shape:
             problems.append(ValueError(f"{name}{where} must be {why} = {shape}, got shape {tuple(tensor.shape)}"))
-    for name in SHARED:
+    for name in TURNS:
         tensor = given[name]
         if tensor is None:
             continue
@@ -165,7 +164,7 @@ def _prepared(states: Tensor, given: dict[str, Any], numbers: dict[str, Any]) ->
     tensors: dict[str, Any] = {
         name: None if x is None else x.to(target) if name in PROJECTED else x for name, x in given.items()
     }
-    for name in SHARED:
+    for name in TURNS:
         tensor = tensors[name]
         if tensor is not None and tensor.ndim == 2:
             tensors[name] = tensor.unsqueeze(0)

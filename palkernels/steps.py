@@ -6,6 +6,8 @@
 import torch
 from torch import Tensor
 
+from palkernels.call import Projection
+
 
 def _upcast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -15,52 +17,46 @@ def _inverse_rms(values: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
 
 
-def normalise(rows: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
-    """RMSNorm of rows (M, d): ``rows / rms * (weight + offset)``; without a weight, ``rows / rms``."""
-    values = _upcast(rows)
-    values = values * _inverse_rms(values, eps)
+def normalise(layer: Projection, weight: Tensor | None) -> Tensor:
+    """RMSNorm of the layer's rows (M, d): ``rows / rms * (weight + norm_offset)``; without a weight, ``rows / rms``."""
+    values = _upcast(layer.rows)
+    values = values * _inverse_rms(values, layer.eps)
     if weight is not None:
-        values = values * (_upcast(weight) + offset)
-    return values.to(rows.dtype)
+        values = values * (_upcast(weight) + layer.norm_offset)
+    return values.to(layer.states.dtype)
 
 
-def normalise_gradient(
-    dnormalised: Tensor, rows: Tensor, weight: Tensor, eps: float, offset: float, wants_weight: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of rows (M, d), in their dtype, and of the weight (d,), if it is wanted."""
-    drows, dweight = _rms_norm_gradient(_upcast(dnormalised), _upcast(rows), _upcast(weight) + offset, eps)
-    return drows.to(rows.dtype), dweight if wants_weight else None
+def normalise_gradient(dnormalised: Tensor, layer: Projection, wants_weight: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the rows (M, d), in their dtype, and of the norm's weight (d,), if it is wanted."""
+    gain = _upcast(layer.norm_weight) + layer.norm_offset
+    drows, dweight = _rms_norm_gradient(_upcast(dnormalised), _upcast(layer.rows), gain, layer.eps)
+    return drows.to(layer.states.dtype), dweight if wants_weight else None
 
 
-def finish_keys(
-    keys: Tensor, norm_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, offset: float
-) -> None:
+def finish_keys(keys: Tensor, layer: Projection) -> None:
     """Head norm, then RoPE, of keys (A, N, Hkv, D), in place. RoPE turns the first R columns of each head."""
+    if not layer.has_finish:
+        return
     values = _upcast(keys)
-    if norm_weight is not None:
-        values = values * _inverse_rms(values, eps) * (_upcast(norm_weight) + offset)
-    if cos is not None and sin is not None:
-        values = _rotate(values, _upcast(cos).unsqueeze(2), _upcast(sin).unsqueeze(2))
+    if layer.k_norm_weight is not None:
+        values = values * _inverse_rms(values, layer.eps) * (_upcast(layer.k_norm_weight) + layer.norm_offset)
+    if layer.cos is not None and layer.sin is not None:
+        values = _rotate(values, _upcast(layer.cos).unsqueeze(2), _upcast(layer.sin).unsqueeze(2))
     keys.copy_(values)
 
 
-def finish_gradient(
-    dkeys: Tensor,
-    raw: Tensor | None,
-    norm_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-    offset: float,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the keys before :func:`finish_keys` (``raw``, needed with a head norm), contiguous, and of the
-    norm's weight (D,)."""
+def finish_gradient(dkeys: Tensor, raw: Tensor | None, layer: Projection) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the keys before :func:`finish_keys` (``raw``, needed with a head norm), and of the norm's weight
+    (D,)."""
+    if not layer.has_finish:
+        return dkeys, None
     values, dweight = _upcast(dkeys), None
-    if cos is not None and sin is not None:
-        values = _rotate_back(values, _upcast(cos).unsqueeze(2), _upcast(sin).unsqueeze(2))
-    if raw is not None and norm_weight is not None:
-        values, dweight = _rms_norm_gradient(values, _upcast(raw), _upcast(norm_weight) + offset, eps)
-    return values.to(dkeys.dtype).contiguous(), dweight
+    if layer.cos is not None and layer.sin is not None:
+        values = _rotate_back(values, _upcast(layer.cos).unsqueeze(2), _upcast(layer.sin).unsqueeze(2))
+    if raw is not None and layer.k_norm_weight is not None:
+        gain = _upcast(layer.k_norm_weight) + layer.norm_offset
+        values, dweight = _rms_norm_gradient(values, _upcast(raw), gain, layer.eps)
+    return values.to(dkeys.dtype), dweight
 
 
 def _rms_norm_gradient(dout: Tensor, values: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:

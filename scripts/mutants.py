@@ -34,7 +34,7 @@ DOES_NOT_RUN = ("AttributeError", "CompilationError", "ImportError", "NameError"
 PRIMITIVES, KEYS = "kernels/primitives.py", "kernels/keys.py"
 FORWARD, BACKWARD, DECODE = "kernels/forward.py", "kernels/backward.py", "kernels/decode.py"
 OPERANDS, OPS = "kernels/operands.py", "ops.py"
-STEPS, PROJECTION, PLAIN, RECOMPUTE = "kernels/projection.py", "projection.py", "steps.py", "recompute.py"
+STEPS, PROJECTION, PLAIN, RECOMPUTE = "kernels/projection.py", "projection.py", "steps.py", "recipes.py"
 
 CLASSES = (
     "masks",

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from palkernels.call import FLOATS, Call
+from palkernels.call import FLOATS, Call, Projection
 from palkernels.kernels import projection, tiles
 from palkernels.kernels.backward import backward_launches
 from palkernels.kernels.decode import decode_launch
@@ -113,18 +113,22 @@ def compile_projection(capability: int, dtype: torch.dtype) -> list[dict[str, ob
     driver.set_active(_Compiler(capability))
     found = []
     for width, head_dim in ((2048, 64), (3072, 128), (8192, 256)):
-        rows = torch.empty(8 * 1504, width, dtype=dtype, device="meta")
-        keys = torch.empty(8, 1504, 8, head_dim, dtype=dtype, device="meta")
-        turn = torch.empty(8, 1504, head_dim, dtype=dtype, device="meta")
-        sums = torch.empty(1, dtype=torch.float32, device="meta")
-        numbers = {"eps": 1e-6, "offset": 1.0}
+
+        def floats(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        states, keys, turn = floats(8, 1504, width), floats(8, 1504, 8, head_dim), floats(8, 1504, head_dim)
+        weight, bias = floats(8 * head_dim, width), floats(8 * head_dim)
+        layer = Projection(
+            states, floats(width), weight, weight, bias, bias, floats(head_dim), turn, turn,
+            num_kv_heads=8, eps=1e-6, norm_offset=1.0,
+        )  # fmt: skip
+        rows, sums = layer.rows, torch.empty(1, dtype=torch.float32, device="meta")
         launches = {
-            "normalise": projection.normalise_launch(rows, rows[0], rows, **numbers),
-            "normalise_gradient": projection.normalise_gradient_launch(rows, rows, rows[0], rows, sums, **numbers),
-            "finish_keys": projection.finish_keys_launch(keys, turn[0, 0], turn, turn, **numbers),
-            "finish_gradient": projection.finish_gradient_launch(
-                keys, keys, turn[0, 0], turn, turn, keys, sums, **numbers
-            ),
+            "normalise": projection.normalise_launch(layer, layer.norm_weight, rows),
+            "normalise_gradient": projection.normalise_gradient_launch(rows, layer, rows, sums),
+            "finish_keys": projection.finish_keys_launch(keys, layer),
+            "finish_gradient": projection.finish_gradient_launch(keys, keys, layer, keys, sums),
         }
         for kernel, launch in launches.items():
             binary = launch.compile()

@@ -3,7 +3,6 @@
 All are bound by memory. Sums over rows are left by each program in memory and added up in a fixed order.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,15 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from palkernels.call import Projection
 from palkernels.kernels.launch import Launch
+from palkernels.kernels.operands import Matrix
+from palkernels.kernels.primitives import accumulator_type
 
 KEY_BLOCK = 32  # tokens per program
 ROWS_PER_PROGRAM = 16  # in the norm's gradient, so that the weight's is summed in registers
 
 
-@triton.constexpr_function
-def accumulator(ptr):
-    return tl.float64 if ptr.dtype.element_ty == tl.float64 else tl.float32
+@triton.jit
+def load_wide(pointers, mask, other: tl.constexpr):
+    """As float32, or float64 for float64."""
+    values = tl.load(pointers, mask=mask, other=other)
+    return values.to(accumulator_type(values))
 
 
 @triton.jit
@@ -28,8 +32,8 @@ def inverse_rms(square_sum, WIDTH: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
-def load_gain(weight_ptr, column, column_ok, acc_type: tl.constexpr, OFFSET: tl.constexpr):
-    return tl.load(weight_ptr + column, mask=column_ok, other=0.0).to(acc_type) + OFFSET
+def load_gain(weight_ptr, column, column_ok, OFFSET: tl.constexpr):
+    return load_wide(weight_ptr + column, column_ok, 0.0) + OFFSET
 
 
 @triton.jit
@@ -43,14 +47,13 @@ def normalise_kernel(
     BLOCK: tl.constexpr,
 ):
     # One program: one row.
-    acc_type: tl.constexpr = accumulator(rows_ptr)
     place = tl.program_id(0).to(tl.int64) * WIDTH
     column = tl.arange(0, BLOCK)
     ok = column < WIDTH
-    values = tl.load(rows_ptr + place + column, mask=ok, other=0.0).to(acc_type)
+    values = load_wide(rows_ptr + place + column, ok, 0.0)
     values *= inverse_rms(tl.sum(values * values, axis=0), WIDTH, EPS)
     if weight_ptr is not None:
-        values *= load_gain(weight_ptr, column, ok, acc_type, OFFSET)
+        values *= load_gain(weight_ptr, column, ok, OFFSET)
     tl.store(out_ptr + place + column, values.to(out_ptr.dtype.element_ty), mask=ok)
 
 
@@ -69,16 +72,15 @@ def normalise_gradient_kernel(
     ROWS: tl.constexpr,
 ):
     # One program: ROWS rows.
-    acc_type: tl.constexpr = accumulator(rows_ptr)
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     ok = column < WIDTH
-    gain = load_gain(weight_ptr, column, ok, acc_type, OFFSET)
-    dweight = tl.zeros([BLOCK], dtype=acc_type)
+    gain = load_gain(weight_ptr, column, ok, OFFSET)
+    dweight = tl.zeros_like(gain)
     for row in range(program * ROWS, tl.minimum(program * ROWS + ROWS, num_rows)):
         place = row * WIDTH + column
-        values = tl.load(rows_ptr + place, mask=ok, other=0.0).to(acc_type)
-        dout = tl.load(dout_ptr + place, mask=ok, other=0.0).to(acc_type)
+        values = load_wide(rows_ptr + place, ok, 0.0)
+        dout = load_wide(dout_ptr + place, ok, 0.0)
         inverse = inverse_rms(tl.sum(values * values, axis=0), WIDTH, EPS)
         normalised = values * inverse
         dweight += dout * normalised
@@ -91,37 +93,50 @@ def normalise_gradient_kernel(
 
 
 @triton.jit
-def head_columns(HEAD_DIM: tl.constexpr, TURNED: tl.constexpr, HALF_BLOCK: tl.constexpr):
-    """A head's columns as pairs: RoPE turns ``low[i]`` with ``high[i]`` where i < TURNED. And which of both exist."""
+def head_block(
+    program, num_rows, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TURNED: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows (M,) and the head of a program; the head's columns as pairs: RoPE turns ``low[i]`` with ``high[i]`` where
+    i < TURNED. And which of both exist, (M, HALF_BLOCK) each."""
+    row = program // NUM_HEADS * BLOCK + tl.arange(0, BLOCK)
     half: tl.constexpr = (HEAD_DIM + 1) // 2
     pair = tl.arange(0, HALF_BLOCK)
     low = tl.where(pair < TURNED, pair, pair + TURNED)
     high = tl.where(pair < TURNED, pair + TURNED, pair + half)
-    return pair, low, high, pair < half, (pair < half) & (high < HEAD_DIM)
+    row_ok = (row < num_rows)[:, None]
+    low_ok = row_ok & (pair < half)[None, :]
+    return row, program % NUM_HEADS, low, high, low_ok, low_ok & (high < HEAD_DIM)[None, :]
 
 
 @triton.jit
-def load_turn(
-    ptr, batch_stride, token_stride, row, row_ok, num_tokens, pair, TURNED: tl.constexpr, OTHER: tl.constexpr
-):
-    """Cosines or sines (M, HALF_BLOCK) of rows (M,), for lower and for higher columns; OTHER where nothing turns."""
-    place = ((row // num_tokens) * batch_stride + (row % num_tokens) * token_stride)[:, None] + pair[None, :]
-    ok = row_ok[:, None] & (pair < TURNED)[None, :]
-    acc_type: tl.constexpr = accumulator(ptr)
-    lows = tl.load(ptr + place, mask=ok, other=OTHER).to(acc_type)
-    return lows, tl.load(ptr + place + TURNED, mask=ok, other=OTHER).to(acc_type)
+def load_pairs(base, low, high, low_ok, high_ok):
+    """Two (M, HALF_BLOCK) of rows that begin at ``base`` (M, 1), their columns side by side."""
+    return load_wide(base + low[None, :], low_ok, 0.0), load_wide(base + high[None, :], high_ok, 0.0)
+
+
+@triton.jit
+def store_pairs(base, low, high, low_ok, high_ok, lows, highs):
+    element: tl.constexpr = base.dtype.element_ty
+    tl.store(base + low[None, :], lows.to(element), mask=low_ok)
+    tl.store(base + high[None, :], highs.to(element), mask=high_ok)
+
+
+@triton.jit
+def load_turns(turn, row, num_tokens, low_ok, TURNED: tl.constexpr, OTHER: tl.constexpr):
+    """Cosines or sines of rows (M,), for the lower and the higher columns; OTHER where nothing turns."""
+    pair = tl.arange(0, low_ok.shape[1])[None, :]
+    ok = low_ok & (pair < TURNED)
+    base = turn.ptr + ((row // num_tokens) * turn.batch + (row % num_tokens) * turn.token)[:, None] + pair
+    return load_wide(base, ok, OTHER), load_wide(base + TURNED, ok, OTHER)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def finish_keys_kernel(
     keys_ptr,  # (A, N, Hkv, D), contiguous; changed in place
     weight_ptr,  # (D,) or None
-    cos_ptr,  # (A or 1, N, R) or None
-    sin_ptr,
-    cos_batch,
-    cos_token,
-    sin_batch,
-    sin_token,
+    cos,  # Matrix (A, 1, N, R), or all None, as the next
+    sin,
     num_rows,  # A * N
     num_tokens,  # N
     NUM_HEADS: tl.constexpr,
@@ -133,44 +148,32 @@ def finish_keys_kernel(
     BLOCK: tl.constexpr,
 ):
     # One program: one head of BLOCK tokens.
-    acc_type: tl.constexpr = accumulator(keys_ptr)
     program = tl.program_id(0).to(tl.int64)
-    row = program // NUM_HEADS * BLOCK + tl.arange(0, BLOCK)
-    row_ok = row < num_rows
-    pair, low, high, low_ok, high_ok = head_columns(HEAD_DIM, TURNED, HALF_BLOCK)
-    base = keys_ptr + ((row * NUM_HEADS + program % NUM_HEADS) * HEAD_DIM)[:, None]
-    low_ok, high_ok = row_ok[:, None] & low_ok[None, :], row_ok[:, None] & high_ok[None, :]
-    lows = tl.load(base + low[None, :], mask=low_ok, other=0.0).to(acc_type)
-    highs = tl.load(base + high[None, :], mask=high_ok, other=0.0).to(acc_type)
+    row, head, low, high, low_ok, high_ok = head_block(
+        program, num_rows, NUM_HEADS, HEAD_DIM, TURNED, HALF_BLOCK, BLOCK
+    )
+    base = keys_ptr + ((row * NUM_HEADS + head) * HEAD_DIM)[:, None]
+    lows, highs = load_pairs(base, low, high, low_ok, high_ok)
     if weight_ptr is not None:
         inverse = inverse_rms(tl.sum(lows * lows + highs * highs, axis=1), HEAD_DIM, EPS)[:, None]
-        lows *= inverse * load_gain(weight_ptr, low, low < HEAD_DIM, acc_type, OFFSET)[None, :]
-        highs *= inverse * load_gain(weight_ptr, high, high < HEAD_DIM, acc_type, OFFSET)[None, :]
-    if cos_ptr is not None:
-        cos_low, cos_high = load_turn(cos_ptr, cos_batch, cos_token, row, row_ok, num_tokens, pair, TURNED, 1.0)
-        sin_low, sin_high = load_turn(sin_ptr, sin_batch, sin_token, row, row_ok, num_tokens, pair, TURNED, 0.0)
+        lows *= inverse * load_gain(weight_ptr, low, low < HEAD_DIM, OFFSET)[None, :]
+        highs *= inverse * load_gain(weight_ptr, high, high < HEAD_DIM, OFFSET)[None, :]
+    if cos.ptr is not None:
+        cos_low, cos_high = load_turns(cos, row, num_tokens, low_ok, TURNED, 1.0)
+        sin_low, sin_high = load_turns(sin, row, num_tokens, low_ok, TURNED, 0.0)
         lows, highs = lows * cos_low - highs * sin_low, highs * cos_high + lows * sin_high
-    tl.store(base + low[None, :], lows.to(keys_ptr.dtype.element_ty), mask=low_ok)
-    tl.store(base + high[None, :], highs.to(keys_ptr.dtype.element_ty), mask=high_ok)
+    store_pairs(base, low, high, low_ok, high_ok, lows, highs)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def finish_gradient_kernel(
-    dkeys_ptr,  # (A, N, Hkv, D), strides below
-    dkeys_batch,
-    dkeys_token,
-    dkeys_head,
-    dkeys_dim,
+    dkeys,  # Matrix (A, Hkv, N, D)
     raw_ptr,  # (A, N, Hkv, D), contiguous, or None, as the weight and its gradient
     weight_ptr,  # (D,)
     out_ptr,  # (A, N, Hkv, D), contiguous
     dweight_ptr,  # (programs, D), contiguous
-    cos_ptr,  # (A or 1, N, R) or None
-    sin_ptr,
-    cos_batch,
-    cos_token,
-    sin_batch,
-    sin_token,
+    cos,  # Matrix (A, 1, N, R), or all None, as the next
+    sin,
     num_rows,
     num_tokens,
     NUM_HEADS: tl.constexpr,
@@ -182,159 +185,127 @@ def finish_gradient_kernel(
     BLOCK: tl.constexpr,
 ):
     # One program: one head of BLOCK tokens.
-    acc_type: tl.constexpr = accumulator(out_ptr)
     program = tl.program_id(0).to(tl.int64)
-    head = program % NUM_HEADS
-    row = program // NUM_HEADS * BLOCK + tl.arange(0, BLOCK)
-    row_ok = row < num_rows
-    pair, low, high, low_ok, high_ok = head_columns(HEAD_DIM, TURNED, HALF_BLOCK)
-    low_ok, high_ok = row_ok[:, None] & low_ok[None, :], row_ok[:, None] & high_ok[None, :]
-    place = (row // num_tokens) * dkeys_batch + (row % num_tokens) * dkeys_token + head * dkeys_head
-    lows = tl.load(dkeys_ptr + place[:, None] + low.to(tl.int64)[None, :] * dkeys_dim, mask=low_ok, other=0.0)
-    highs = tl.load(dkeys_ptr + place[:, None] + high.to(tl.int64)[None, :] * dkeys_dim, mask=high_ok, other=0.0)
-    lows, highs = lows.to(acc_type), highs.to(acc_type)
-    if cos_ptr is not None:
-        cos_low, cos_high = load_turn(cos_ptr, cos_batch, cos_token, row, row_ok, num_tokens, pair, TURNED, 1.0)
-        sin_low, sin_high = load_turn(sin_ptr, sin_batch, sin_token, row, row_ok, num_tokens, pair, TURNED, 0.0)
+    row, head, low, high, low_ok, high_ok = head_block(
+        program, num_rows, NUM_HEADS, HEAD_DIM, TURNED, HALF_BLOCK, BLOCK
+    )
+    place = (row // num_tokens) * dkeys.batch + (row % num_tokens) * dkeys.token + head * dkeys.head
+    columns = low.to(tl.int64) * dkeys.dim, high.to(tl.int64) * dkeys.dim
+    lows, highs = load_pairs(dkeys.ptr + place[:, None], columns[0], columns[1], low_ok, high_ok)
+    if cos.ptr is not None:
+        cos_low, cos_high = load_turns(cos, row, num_tokens, low_ok, TURNED, 1.0)
+        sin_low, sin_high = load_turns(sin, row, num_tokens, low_ok, TURNED, 0.0)
         lows, highs = lows * cos_low + highs * sin_high, highs * cos_high - lows * sin_low
     base = ((row * NUM_HEADS + head) * HEAD_DIM)[:, None]
     if raw_ptr is not None:
-        raw_lows = tl.load(raw_ptr + base + low[None, :], mask=low_ok, other=0.0).to(acc_type)
-        raw_highs = tl.load(raw_ptr + base + high[None, :], mask=high_ok, other=0.0).to(acc_type)
+        raw_lows, raw_highs = load_pairs(raw_ptr + base, low, high, low_ok, high_ok)
         inverse = inverse_rms(tl.sum(raw_lows * raw_lows + raw_highs * raw_highs, axis=1), HEAD_DIM, EPS)[:, None]
         raw_lows *= inverse
         raw_highs *= inverse
         sums = dweight_ptr + program * HEAD_DIM
-        tl.store(sums + low, tl.sum(lows * raw_lows, axis=0), mask=pair < (HEAD_DIM + 1) // 2)
-        tl.store(sums + high, tl.sum(highs * raw_highs, axis=0), mask=(pair < (HEAD_DIM + 1) // 2) & (high < HEAD_DIM))
-        lows *= load_gain(weight_ptr, low, low < HEAD_DIM, acc_type, OFFSET)[None, :]
-        highs *= load_gain(weight_ptr, high, high < HEAD_DIM, acc_type, OFFSET)[None, :]
+        exists = tl.arange(0, HALF_BLOCK) < (HEAD_DIM + 1) // 2
+        tl.store(sums + low, tl.sum(lows * raw_lows, axis=0), mask=exists)
+        tl.store(sums + high, tl.sum(highs * raw_highs, axis=0), mask=exists & (high < HEAD_DIM))
+        lows *= load_gain(weight_ptr, low, low < HEAD_DIM, OFFSET)[None, :]
+        highs *= load_gain(weight_ptr, high, high < HEAD_DIM, OFFSET)[None, :]
         mean = tl.sum(lows * raw_lows + highs * raw_highs, axis=1)[:, None] / HEAD_DIM
         lows, highs = inverse * (lows - raw_lows * mean), inverse * (highs - raw_highs * mean)
-    tl.store(out_ptr + base + low[None, :], lows.to(out_ptr.dtype.element_ty), mask=low_ok)
-    tl.store(out_ptr + base + high[None, :], highs.to(out_ptr.dtype.element_ty), mask=high_ok)
+    store_pairs(out_ptr + base, low, high, low_ok, high_ok, lows, highs)
 
 
-def normalise(rows: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
-    rows, weight = _contiguous(rows, weight)
-    out = torch.empty_like(rows)
-    normalise_launch(rows, weight, out, eps, offset).run()
+def normalise(layer: Projection, weight: Tensor | None) -> Tensor:
+    out = torch.empty_like(layer.rows, memory_format=torch.contiguous_format)
+    normalise_launch(layer, weight, out).run()
     return out
 
 
-def normalise_gradient(
-    dnormalised: Tensor, rows: Tensor, weight: Tensor, eps: float, offset: float, wants_weight: bool
-) -> tuple[Tensor, Tensor | None]:
-    dnormalised, rows, weight = _contiguous(dnormalised, rows, weight)
-    drows = torch.empty_like(rows)
-    sums = _sums(rows, triton.cdiv(rows.shape[0], ROWS_PER_PROGRAM), rows.shape[1]) if wants_weight else None
-    normalise_gradient_launch(dnormalised, rows, weight, drows, sums, eps, offset).run()
+def normalise_gradient(dnormalised: Tensor, layer: Projection, wants_weight: bool) -> tuple[Tensor, Tensor | None]:
+    num_rows, width = dnormalised.shape
+    drows = torch.empty_like(dnormalised, memory_format=torch.contiguous_format)
+    sums = _sums(drows, triton.cdiv(num_rows, ROWS_PER_PROGRAM), width) if wants_weight else None
+    normalise_gradient_launch(dnormalised, layer, drows, sums).run()
     return drows, None if sums is None else sums.sum(0)
 
 
-def finish_keys(
-    keys: Tensor, norm_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, offset: float
-) -> None:
-    (norm_weight,) = _contiguous(norm_weight)
-    finish_keys_launch(keys, norm_weight, cos, sin, eps, offset).run()
+def finish_keys(keys: Tensor, layer: Projection) -> None:
+    if layer.has_finish:
+        finish_keys_launch(keys, layer).run()
 
 
-def finish_gradient(
-    dkeys: Tensor,
-    raw: Tensor | None,
-    norm_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-    offset: float,
-) -> tuple[Tensor, Tensor | None]:
-    (norm_weight,) = _contiguous(norm_weight)
+def finish_gradient(dkeys: Tensor, raw: Tensor | None, layer: Projection) -> tuple[Tensor, Tensor | None]:
+    if not layer.has_finish:
+        return dkeys, None
     out = torch.empty(dkeys.shape, dtype=dkeys.dtype, device=dkeys.device)
-    sums = None if raw is None else _sums(out, _key_programs(out), out.shape[3])
-    finish_gradient_launch(dkeys, raw, norm_weight, cos, sin, out, sums, eps, offset).run()
+    sums = None if raw is None else _sums(out, key_programs(out), out.shape[3])
+    finish_gradient_launch(dkeys, raw, layer, out, sums).run()
     return out, None if sums is None else sums.sum(0)
 
 
-def normalise_launch(rows: Tensor, weight: Tensor | None, out: Tensor, eps: float, offset: float) -> Launch:
-    constants = {"WIDTH": rows.shape[1], "EPS": eps, "OFFSET": offset, **_row_block(rows)}
-    return Launch(normalise_kernel, rows.shape[0], (rows, weight, out), constants, rows.device)
+def normalise_launch(layer: Projection, weight: Tensor | None, out: Tensor) -> Launch:
+    rows = layer.rows.contiguous()
+    arguments = (rows, _contiguous(weight), out)
+    return Launch(normalise_kernel, rows.shape[0], arguments, _row_constants(layer), rows.device)
 
 
-def normalise_gradient_launch(
-    dnormalised: Tensor, rows: Tensor, weight: Tensor, drows: Tensor, sums: Tensor | None, eps: float, offset: float
-) -> Launch:
-    num_rows, width = rows.shape
-    constants = {"WIDTH": width, "EPS": eps, "OFFSET": offset, "ROWS": ROWS_PER_PROGRAM, **_row_block(rows)}
-    arguments = (dnormalised, rows, weight, drows, sums, num_rows)
+def normalise_gradient_launch(dnormalised: Tensor, layer: Projection, drows: Tensor, sums: Tensor | None) -> Launch:
+    rows = layer.rows.contiguous()
+    num_rows = rows.shape[0]
+    arguments = (dnormalised.contiguous(), rows, _contiguous(layer.norm_weight), drows, sums, num_rows)
+    constants = _row_constants(layer) | {"ROWS": ROWS_PER_PROGRAM}
     return Launch(normalise_gradient_kernel, triton.cdiv(num_rows, ROWS_PER_PROGRAM), arguments, constants, rows.device)
 
 
-def finish_keys_launch(
-    keys: Tensor, norm_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, offset: float
-) -> Launch:
-    arguments = (keys, norm_weight, *_turns(keys, cos, sin))
-    return Launch(
-        finish_keys_kernel, _key_programs(keys), arguments, _key_constants(keys, cos, eps, offset), keys.device
-    )
+def finish_keys_launch(keys: Tensor, layer: Projection) -> Launch:
+    arguments = (keys, _contiguous(layer.k_norm_weight), *_turns(layer))
+    return Launch(finish_keys_kernel, key_programs(keys), arguments, _key_constants(layer), keys.device)
 
 
 def finish_gradient_launch(
-    dkeys: Tensor,
-    raw: Tensor | None,
-    norm_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    out: Tensor,
-    sums: Tensor | None,
-    eps: float,
-    offset: float,
+    dkeys: Tensor, raw: Tensor | None, layer: Projection, out: Tensor, sums: Tensor | None
 ) -> Launch:
-    arguments = (dkeys, *dkeys.stride(), raw, norm_weight, out, sums, *_turns(out, cos, sin))
-    return Launch(
-        finish_gradient_kernel, _key_programs(out), arguments, _key_constants(out, cos, eps, offset), out.device
-    )
+    weight = None if raw is None else _contiguous(layer.k_norm_weight)
+    arguments = (Matrix.of(dkeys.transpose(1, 2)), raw, weight, out, sums, *_turns(layer))
+    return Launch(finish_gradient_kernel, key_programs(out), arguments, _key_constants(layer), out.device)
 
 
-def _turns(keys: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Any, ...]:
-    """Cosines and sines with their strides, the number of rows, and of tokens in each audio row."""
-    rows, tokens = keys.shape[:2]
-    given: list[Tensor | None] = [None, None]
-    strides: list[int | None] = [None] * 4
-    if cos is not None and sin is not None:
-        given = list(_contiguous(cos, sin))
-        strides = [
-            stride for x in given if x is not None for stride in (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))
-        ]
-    return (*given, *strides, rows * tokens, tokens)
-
-
-def _key_programs(keys: Tensor) -> int:
+def key_programs(keys: Tensor) -> int:
     return triton.cdiv(keys.shape[0] * keys.shape[1], KEY_BLOCK) * keys.shape[2]
 
 
-def _key_constants(keys: Tensor, cos: Tensor | None, eps: float, offset: float) -> dict[str, Any]:
-    num_heads, head_dim = keys.shape[2:]
+def _turns(layer: Projection) -> tuple[Any, ...]:
+    """Cosines and sines, the number of rows, and of tokens in each audio row."""
+    audio_rows, tokens = layer.states.shape[:2]
+    turns = (
+        Matrix.of(None if x is None else x.contiguous().expand(audio_rows, -1, -1).unsqueeze(1))
+        for x in (layer.cos, layer.sin)
+    )
+    return (*turns, audio_rows * tokens, tokens)
+
+
+def _row_constants(layer: Projection) -> dict[str, Any]:
+    """Among them the columns of a row, padded, and enough warps that a thread holds few of them."""
+    width = layer.states.shape[-1]
+    block = triton.next_power_of_2(width)
+    numbers = {"WIDTH": width, "EPS": layer.eps, "OFFSET": layer.norm_offset}
+    return numbers | {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+def _key_constants(layer: Projection) -> dict[str, Any]:
     return {
-        "NUM_HEADS": num_heads,
-        "HEAD_DIM": head_dim,
-        "TURNED": 0 if cos is None else cos.shape[-1] // 2,
-        "EPS": eps,
-        "OFFSET": offset,
-        "HALF_BLOCK": triton.next_power_of_2((head_dim + 1) // 2),
+        "NUM_HEADS": layer.num_kv_heads,
+        "HEAD_DIM": layer.head_dim,
+        "TURNED": 0 if layer.cos is None else layer.cos.shape[-1] // 2,
+        "EPS": layer.eps,
+        "OFFSET": layer.norm_offset,
+        "HALF_BLOCK": triton.next_power_of_2((layer.head_dim + 1) // 2),
         "BLOCK": KEY_BLOCK,
         "num_warps": 4,
     }
-
-
-def _row_block(rows: Tensor) -> dict[str, int]:
-    """The columns of a row, padded, and enough warps that a thread holds few of them."""
-    block = triton.next_power_of_2(rows.shape[1])
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
 def _sums(like: Tensor, programs: int, width: int) -> Tensor:
     return torch.empty(programs, width, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
-def _contiguous(*tensors: Tensor | None) -> Iterable[Any]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from palkernels import audio_kv, lal_attention, projection, reference
+from palkernels import audio_kv, lal_attention, lal_attention_varlen, projection, reference
+from palkernels.call import PROJECTION, TURNS, Projection
 from palkernels.testing import max_error
 
 FEATURES = ("k_bias", "v_bias", "k_norm_weight", "rope", "partial_rope", "rope_per_row", "norm_offset")
@@ -260,7 +261,7 @@ def test_all_layers_take_one_normalisation_and_one_product(device, monkeypatch):
 
     count(projection._steps(fused=True), "normalise")
     count(torch, "bmm")
-    count(torch.nn.functional, "linear")
+    count(projection, "linear")
     tensors, numbers = layers_of(4, device=device)
     with torch.no_grad():
         audio_kv(**tensors, **numbers, impl="triton")
@@ -370,6 +371,34 @@ def test_recompute_notices_a_changed_weight(frozen):
         out.sum().backward()
 
 
+def test_recompute_that_attention_would_not_follow_is_refused():
+    """It would keep K and V without a word."""
+    tensors, numbers = arguments(rows=1)
+    key, value = audio_kv(**tensors, **numbers, impl="sdpa", recompute=True)
+    query, text = torch.randn(1, 4, 5, 10), torch.randn(1, 2, 5, 10)
+    with pytest.raises(ValueError, match=r"audio_key must be what audio_kv\(recompute=True\) returned, got a view"):
+        lal_attention(query, text, text, key[:, :, :9], value[:, :, :9])
+    with pytest.raises(ValueError, match=r"audio_key must be what audio_kv\(recompute=True\) returned, got a view"):
+        lal_attention_varlen(
+            *(x[0].transpose(0, 1) for x in (query, text, text, key, value)), cu_seqlens=torch.tensor([0, 5]),
+            cu_audio=torch.tensor([0, 37]), max_seqlen=5, max_audio=37,
+        )  # fmt: skip
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=r"autocast's torch.bfloat16, got"):
+        lal_attention(query, text, text, key, value)
+
+
+def test_recompute_repeats_what_projected():
+    """Each implementation its own: its roundings differ from another's."""
+    tensors, numbers = arguments(*EVERYTHING, dtype=torch.bfloat16)
+    text = [torch.randn(2, x, 5, 10, dtype=torch.bfloat16).requires_grad_() for x in (4, 2, 2)]
+    gradients = []
+    for recompute in (False, True):
+        audio = audio_kv(**tensors, **numbers, impl="reference", recompute=recompute)
+        out = lal_attention(*text, *audio, impl="sdpa")
+        gradients.append(torch.autograd.grad(out.square().sum(), [*leaves(tensors), *text]))
+    assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
+
+
 def test_recompute_is_refused_under_compile():
     tensors, numbers = arguments()
 
@@ -386,7 +415,7 @@ def test_recompute_is_refused_under_compile():
 def operator_arguments(device, features=EVERYTHING, needs=True):
     tensors, numbers = arguments(*features, device=device)
     tensors = {name: x.detach().requires_grad_(needs and x.requires_grad) for name, x in tensors.items()}
-    return [*(tensors.get(name) for name in (*projection.TENSORS, "cos", "sin")), *numbers.values()]
+    return [*(tensors.get(name) for name in (*PROJECTION, *TURNS)), *numbers.values()]
 
 
 @pytest.mark.gpu
@@ -397,7 +426,7 @@ def test_opcheck(device, fused, features):
     torch.library.opcheck(OPERATORS.audio_kv_forward.default, given)
     plain = [*operator_arguments(device, features, needs=False), fused]
     key, value = OPERATORS.audio_kv_forward(*plain)
-    needed = [x is not None for x in plain[: len(projection.TENSORS)]]
+    needed = [x is not None for x in plain[: len(PROJECTION)]]
     upstream = [torch.randn_like(key), torch.randn_like(value)]
     torch.library.opcheck(OPERATORS.audio_kv_backward.default, (*upstream, needed, *plain))
     layers = [[x, x] if i else x for i, x in enumerate(plain[:9])] + plain[9:-1]
@@ -473,17 +502,27 @@ def test_no_integer_overflows(seed):
         results(tensors, numbers, "triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-def test_bfloat16_steps_in_the_interpreter(dtype):
+def test_bfloat16_steps_in_the_interpreter():
+    """The kernels and what defines them round once, from float32."""
     from palkernels import steps
     from palkernels.kernels import projection as kernels
 
-    tensors, _ = arguments(*EVERYTHING, dtype=dtype)
-    given = [x.detach() for x in tensors.values()]
-    rows, weight = given[0].reshape(-1, 24), given[1]
+    dtype = torch.bfloat16
+    tensors, numbers = arguments(*EVERYTHING, dtype=dtype)
+    tensors = {name: x.detach() for name, x in tensors.items()}
+    layer = Projection(**tensors, **numbers)
+    keys, dkeys = torch.randn(2, 2, 37, 2, 10).to(dtype).unbind(0)
+    finished, want = keys.clone(), keys.clone()
     with arithmetic(dtype, "cpu"):
-        got = kernels.normalise(rows, weight, 1e-5, 0.0)
-    assert max_error(got, steps.normalise(rows, weight, 1e-5, 0.0)) <= 4e-2
+        got = kernels.normalise(layer, layer.norm_weight)
+        kernels.finish_keys(finished, layer)
+        back, _ = kernels.finish_gradient(dkeys, keys, layer)
+    steps.finish_keys(want, layer)
+    assert_close(
+        [got, finished, back],
+        [steps.normalise(layer, layer.norm_weight), want, steps.finish_gradient(dkeys, keys, layer)[0]],
+        torch.finfo(dtype).eps,
+    )
 
 
 # What is refused

@@ -115,7 +115,9 @@ def test_strides_of_upstream_gradients(device):
         assert all(max_error(x, y) <= 1e-5 for x, y in zip(got, want, strict=True)), name
     expanded = torch.autograd.grad(out.sum(), case.tensors, retain_graph=True)  # every stride is 0
     ones = torch.autograd.grad(out, case.tensors, torch.ones_like(out))
-    assert all(max_error(x, y) <= 1e-5 for x, y in zip(expanded, ones, strict=True))
+    # On a GPU other strides compile to other code, whose sums have another order.
+    bound = 1e-5 if device == "cuda" else 0
+    assert all(max_error(x, y) <= bound for x, y in zip(expanded, ones, strict=True))
 
 
 def test_expanded_inputs(device):
@@ -162,8 +164,9 @@ def test_more_programs_than_a_grid_axis_holds(device):
     chosen = torch.tensor(list(some), device=device)
     assert torch.equal(out[chosen], case.tensors[2][chosen])  # one key: its value
     want = attention(LalCase("", tuple(x[chosen] for x in case.tensors)), "reference", with_lse=False)
-    assert max_error(dquery[chosen], want[2]) <= 1e-5
-    assert max_error(dkey[chosen], want[3]) <= 1e-5
+    for got, wanted in ((dquery[chosen], want[2]), (dkey[chosen], want[3])):
+        assert max_error(got[[0, -3, -2, -1]], wanted[[0, -3, -2, -1]]) <= 1e-6
+        assert max_error(got, wanted) <= 4e-6  # a GPU runs all: the largest error of 65,537 rows was 1.6e-6 on an H200
     assert dvalue[chosen].abs().min() > 0
 
 

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from palkernels import lal_attention, reference, steps
-from palkernels.call import FLOATS, INTEGERS, Call
+from palkernels.call import FLOATS, INTEGERS, Call, Projection
 from palkernels.kernels import decode, projection, tiles
 from palkernels.kernels.backward import backward_launches
 from palkernels.kernels.forward import forward_launch
@@ -95,26 +95,27 @@ def run_packed(side: str) -> None:
 
 def run_projection(side: str) -> None:
     """The kernels of audio_kv, on 3 rows of 13 tokens, 2 heads of 10 columns, 6 of which RoPE turns."""
-    numbers = {"eps": 1e-5, "offset": 1.0}
-    rows, weight, dout = (guarded(torch.randn(shape), side) for shape in ((39, 24), (24,), (39, 24)))
-    out = guarded(torch.empty(39, 24), side)
-    projection.normalise_launch(rows, weight, out, **numbers).run()
-    assert max_error(out, steps.normalise(rows, weight, **numbers)) <= 1e-5
+    shapes = ((3, 13, 24), (24,), (20, 24), (20, 24), (20,), (20,), (10,), (3, 13, 6), (3, 13, 6))
+    layer = Projection(
+        *(guarded(torch.randn(shape), side) for shape in shapes), num_kv_heads=2, eps=1e-5, norm_offset=1
+    )
+    out, dout = guarded(torch.empty(39, 24), side), guarded(torch.randn(39, 24), side)
+    projection.normalise_launch(layer, layer.norm_weight, out).run()
+    assert max_error(out, steps.normalise(layer, layer.norm_weight)) <= 1e-5
     sums = guarded(torch.empty(-(-39 // projection.ROWS_PER_PROGRAM), 24), side)
-    projection.normalise_gradient_launch(dout, rows, weight, out, sums, **numbers).run()
-    want, dweight = steps.normalise_gradient(dout, rows, weight, **numbers, wants_weight=True)
+    projection.normalise_gradient_launch(dout, layer, out, sums).run()
+    want, dweight = steps.normalise_gradient(dout, layer, wants_weight=True)
     assert max_error(out, want) <= 1e-4
     assert max_error(sums.sum(0), dweight) <= 1e-4
 
     raw, dkeys = (guarded(torch.randn(3, 13, 2, 10), side) for _ in range(2))
-    gain, cos, sin = (guarded(torch.randn(shape), side) for shape in ((10,), (3, 13, 6), (3, 13, 6)))
     keys, want = guarded(raw, side), raw.clone()
-    projection.finish_keys_launch(keys, gain, cos, sin, **numbers).run()
-    steps.finish_keys(want, gain, cos, sin, **numbers)
+    projection.finish_keys_launch(keys, layer).run()
+    steps.finish_keys(want, layer)
     assert max_error(keys, want) <= 1e-4
-    sums = guarded(torch.empty(projection._key_programs(keys), 10), side)
-    projection.finish_gradient_launch(dkeys, raw, gain, cos, sin, keys, sums, **numbers).run()
-    want, dweight = steps.finish_gradient(dkeys, raw, gain, cos, sin, **numbers)
+    sums = guarded(torch.empty(projection.key_programs(keys), 10), side)
+    projection.finish_gradient_launch(dkeys, raw, layer, keys, sums).run()
+    want, dweight = steps.finish_gradient(dkeys, raw, layer)
     assert max_error(keys, want) <= 1e-4
     assert max_error(sums.sum(0), dweight) <= 1e-4
 

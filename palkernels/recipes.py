@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from palkernels.projection import Projection, detached, run
+from palkernels.call import Call, Projection
+from palkernels.projection import run
 
 _ATTRIBUTE = "_palkernels_recipe"
 
@@ -15,10 +17,11 @@ _ATTRIBUTE = "_palkernels_recipe"
 class Recipe:
     """How to project one layer's keys and values again."""
 
-    def __init__(self, layer: Projection, fused: bool):
-        self.layer = detached(layer)
-        self.fused = fused
-        self.versions = {name: tensor._version for name, tensor in self.layer.tensors().items()}
+    def __init__(self, layer: Projection, impl: str):
+        detached = {name: tensor.detach() for name, tensor in layer.tensors().items()}
+        self.layer = replace(layer, **detached)  # type: ignore[arg-type]
+        self.impl = impl
+        self.versions = {name: tensor._version for name, tensor in detached.items()}
         self.other: dict[int, Tensor] = {}  # what was made with the last one and is not fetched yet
 
     def make(self, which: int) -> Tensor:
@@ -29,8 +32,7 @@ class Recipe:
             if tensor._version != self.versions[name]:
                 raise RuntimeError(f"{name} must not change between audio_kv(recompute=True) and the backward pass")
         with torch.no_grad():
-            ((key, value),) = run([self.layer], self.fused)
-        made = (key, value)
+            (made,) = run([self.layer], self.impl)
         self.other = {1 - which: made[1 - which]}
         return made[which]
 
@@ -38,6 +40,22 @@ class Recipe:
 def mark(key: Tensor, value: Tensor, recipe: Recipe) -> None:
     for which, tensor in enumerate((key, value)):
         setattr(tensor, _ATTRIBUTE, (recipe, which))
+        if tensor._base is not None:  # it is that of views of the tensor, too, which are told by it
+            setattr(tensor._base, _ATTRIBUTE, (recipe, which))
+
+
+def problems_of(given: Call, computed: Call) -> list[Exception]:
+    """A recipe that attention would not follow: the tensor is a view of what has it, or autocast made a copy."""
+    problems: list[Exception] = []
+    for name in ("audio_key", "audio_value"):
+        tensor = getattr(given, name)
+        recipe = getattr(tensor, _ATTRIBUTE, None)
+        if recipe is None and getattr(tensor._base, _ATTRIBUTE, None) is not None:
+            problems.append(ValueError(f"{name} must be what audio_kv(recompute=True) returned, got a view of it"))
+        elif recipe is not None and getattr(computed, name) is not tensor:
+            wanted, got = getattr(computed, name).dtype, tensor.dtype
+            problems.append(TypeError(f"{name} of audio_kv(recompute=True) must have autocast's {wanted}, got {got}"))
+    return problems
 
 
 @contextmanager
