@@ -24,15 +24,18 @@ from torch import Tensor
 from palkernels.bench import machine, results, timing
 from palkernels.bench.cases import OPS, Case, model_cases, shape_case
 from palkernels.bench.errors import UserError, one_line
-from palkernels.bench.peers import OURS, PEERS, Peer, peers_of
+from palkernels.bench.peers import OURS, PEERS, Peer, Run, peers_of
 from palkernels.bench.presets import PRESETS
+from palkernels.bench.settings import parse_device, parse_dtype
 
 __all__ = ["Options", "Row", "measure", "run"]
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # ||result - truth|| / ||truth|| that a correct one stays below.
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-5}
 SEED = 1
+WRONG, BROKEN = "wrong", "broke the device"  # how such a row's status begins
+SECONDS = 0.2
+MOST_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,13 @@ class Options:
 
     models: tuple[str, ...] | None = None
     ops: tuple[str, ...] = OPS
-    audio_tokens: tuple[int, ...] = (512, 1500, 3000)
+    audio_tokens: tuple[int, ...] | None = None
     shape: str | None = None
-    dtype: str | None = None
+    dtype: str = "auto"
     device: str = "auto"
     peers: tuple[str, ...] | None = None
     tiles: tuple[str, ...] = ()
-    seconds: float = 0.2
+    seconds: float | None = None
     once: bool = False
     json: Path | None = None
 
@@ -70,14 +73,20 @@ class Row:
 
 
 def run(options: Options, console: Console) -> bool:
-    """Measure, print the table and write the file, if there is one. False where a result was wrong.
+    """Measure, print the table and write the file, if there is one. False: a result was wrong, or the device broke.
 
     Raises:
-        UserError: the options ask for what is not there.
+        UserError: the options ask for what is not there, or exclude each other.
     """
-    device, dtype = _device(options.device), _dtype(options)
+    device = parse_device(options.device)
+    automatic = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = automatic if options.dtype == "auto" else parse_dtype(options.dtype)
+    _check(options)
     cases = _cases(options, dtype, device)
+    _check_peers(options.peers, cases)
     with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
         stack.enter_context(_tiles(options.tiles, device))
         if options.once:
             _run_once(cases[0], console)
@@ -85,35 +94,18 @@ def run(options: Options, console: Console) -> bool:
         if options.json is not None:
             path = options.json.absolute()
             stack.enter_context(results.writable_folder(path.parent, (path.name,), "--json's folder"))
-        ceilings = timing.ceilings(dtype, device)
+        about = _about(device, timing.ceilings(dtype, device))
         rows = _measure_all(cases, options)
-        console.print(_table(rows, ceilings))
+        console.print(_table(rows, about))
         for line in _notes(rows):
             console.print(line, markup=False, highlight=False)
         if options.json is not None:
-            text = json.dumps(_document(rows, ceilings), indent=1) + "\n"
+            text = json.dumps(_document(rows, about, options), indent=1) + "\n"
             results.write_all(path.parent, {path.name: text.encode()})
-    return not any(row.status.startswith("wrong") for row in rows)
+    return not any(row.status.startswith((WRONG, BROKEN)) for row in rows)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"--device must be auto, cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda must have a CUDA GPU, got none")
-    return torch.device(name, 0) if name == "cuda" else torch.device(name)
-
-
-def _dtype(options: Options) -> torch.dtype:
-    name = options.dtype or ("float32" if _device(options.device).type == "cpu" else "bfloat16")
-    if name not in DTYPES:
-        raise UserError(f"--dtype must be {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
-
-
-def _cases(options: Options, dtype: torch.dtype, device: torch.device) -> list[Case]:
+def _check(options: Options) -> None:
     for option, given, known in (
         ("--op", options.ops, OPS),
         ("--peers", options.peers or (), tuple(peer.key for peer in PEERS)),
@@ -122,18 +114,37 @@ def _cases(options: Options, dtype: torch.dtype, device: torch.device) -> list[C
         for value in given:
             if value not in known:
                 raise UserError(f"{option} must be among {', '.join(known)}, got {value!r}")
-    if options.seconds <= 0:
-        raise UserError(f"--seconds must be positive, got {options.seconds}")
+    if options.seconds is not None and not 0 < options.seconds <= MOST_SECONDS:
+        raise UserError(f"--seconds must be above 0 and at most {MOST_SECONDS}, got {options.seconds}")
+    if options.audio_tokens is not None and min(options.audio_tokens) < 1:
+        raise UserError(f"--audio-tokens must be positive, got {min(options.audio_tokens)}")
     if options.once and (options.shape is None or len(options.ops) != 1):
         raise UserError("--once must be given with --shape and one --op")
+    # What would be ignored.
+    for option, present, excluded in (
+        ("--shape", options.shape is not None, {"--model": options.models, "--audio-tokens": options.audio_tokens}),
+        ("--once", options.once, {"--peers": options.peers, "--seconds": options.seconds, "--json": options.json}),
+    ):
+        stray = [name for name, value in excluded.items() if value is not None]
+        if present and stray:
+            raise UserError(f"{option} must not be given with {stray[0]}")
+
+
+def _cases(options: Options, dtype: torch.dtype, device: torch.device) -> list[Case]:
     if options.shape is not None:
-        if options.models:
-            raise UserError("--shape must not be given with --model")
         return [shape_case(op, options.shape, dtype, device) for op in options.ops]
-    if min(options.audio_tokens) < 1:
-        raise UserError(f"--audio-tokens must be positive, got {min(options.audio_tokens)}")
-    models = options.models or (tuple(PRESETS) if device.type == "cuda" else tuple(PRESETS)[:1])
-    return [case for model in models for case in model_cases(model, options.ops, options.audio_tokens, dtype, device)]
+    on_cpu = device.type == "cpu"
+    models = options.models or tuple(PRESETS)[: 1 if on_cpu else None]
+    counts = options.audio_tokens or ((512,) if on_cpu else (512, 1500, 3000))
+    return [case for model in models for case in model_cases(model, options.ops, counts, dtype, device)]
+
+
+def _check_peers(chosen: tuple[str, ...] | None, cases: list[Case]) -> None:
+    found = {peer.key for case in cases for peer in peers_of(case)}
+    for key in chosen or ():
+        if key not in found:
+            known = ", ".join(peer.key for peer in PEERS if peer.key in found)
+            raise UserError(f"--peers must be among {known} for these operations on this device, got {key!r}")
 
 
 def _tiles(given: tuple[str, ...], device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -158,11 +169,15 @@ def _tiles(given: tuple[str, ...], device: torch.device) -> contextlib.AbstractC
 
 
 def _run_once(case: Case, console: Console) -> None:
-    inputs = case.inputs(SEED)
-    for _ in range(2):  # the first one compiles
-        case.with_its_gradients(inputs, lambda given: case.ours(given, _ours(case)))
-    timing.host_seconds(lambda: None, case.device)
-    console.print(f"{case.op} ran twice, the first time to warm up", markup=False)
+    """Once to compile, then once between the calls that tell a profiler to start and to stop."""
+    call = _call(case, case.inputs(SEED), lambda inputs: case.ours(inputs, _ours(case)))
+    call()
+    machine.sync(case.device)
+    on_gpu = case.device.type == "cuda"
+    with torch.cuda.profiler.profile() if on_gpu else contextlib.nullcontext():
+        call()
+        machine.sync(case.device)
+    console.print(f"{case.op} ran once, after once to warm up", markup=False)
 
 
 def _ours(case: Case) -> str:
@@ -175,15 +190,21 @@ def _measure_all(cases: list[Case], options: Options) -> list[Row]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=sum(1 + len(peers_of(case, options.peers)) for case in cases))
+        broken = ""
         for case in cases:
             checked = case if case.device.type == "cuda" else case.smaller()
-            truth = checked.truth(checked.inputs(SEED))
+            truth = [] if broken else checked.truth(checked.inputs(SEED))
             ours = Peer(OURS, OURS, lambda case: lambda inputs: case.ours(inputs, _ours(case)))
             for peer in (ours, *peers_of(case, options.peers)):
                 progress.update(task, description=f"{case.op} {case.model} {case.audio}, {peer.name}")
-                rows.append(measure(case, checked, truth, peer, options.seconds))
+                if broken:
+                    rows.append(Row(case, peer.name, f"not run: {broken} broke the device"))
+                else:
+                    rows.append(measure(case, checked, truth, peer, options.seconds or SECONDS))
+                    broken = peer.name if rows[-1].status.startswith(BROKEN) else ""
                 progress.advance(task)
-            machine.release_memory(case.device)
+            if not broken:
+                machine.release_memory(case.device)
     return rows
 
 
@@ -191,24 +212,32 @@ def measure(case: Case, checked: Case, truth: list[Tensor], peer: Peer, seconds:
     """One implementation on one case, if its results on the ``checked`` one are near the truth."""
     if not peer.is_installed:
         return Row(case, peer.name, f"not installed: {peer.module}")
+    if case.with_gradients and not peer.has_gradients:
+        return Row(case, peer.name, "computes no gradients")
     try:
         with timing.beside(case.device):
             error = _error(checked.with_its_gradients(checked.inputs(SEED), peer.prepare(checked)), truth)
             if not error <= BOUNDS[case.dtype]:  # a NaN is no less wrong
-                return Row(case, peer.name, f"wrong: error {error:.1g}", error)
+                return Row(case, peer.name, f"{WRONG}: error {error:.1g}", error)
             calls = _calls(case, peer.prepare(case))
             samples = timing.samples(calls, seconds, case.device)
             host = timing.host_seconds(calls[0], case.device)
     except Exception as problem:  # whatever another library raises on a shape that it cannot take
         if peer.key == OURS:
             raise
-        if isinstance(problem, torch.AcceleratorError):  # then nothing more runs on the device in this process
-            where = f"{case.op} {case.model} with {case.audio} audio tokens"
-            raise UserError(
-                f"{peer.name} must not break the device, it did in {where}: {one_line(problem)}"
-            ) from problem
+        if not _works(case.device):
+            return Row(case, peer.name, f"{BROKEN}: {one_line(problem)[:80]}")
         return Row(case, peer.name, f"failed: {one_line(problem)[:80]}")
     return Row(case, peer.name, "ok", error, tuple(samples), host)
+
+
+def _works(device: torch.device) -> bool:
+    """Whether the device still computes: after an illegal access it never does again in this process."""
+    try:
+        machine.sync(device)
+        return bool(torch.ones(1, device=device).add(1).item() == 2)
+    except RuntimeError:
+        return False
 
 
 def _error(found: list[Tensor], truth: list[Tensor]) -> float:
@@ -217,7 +246,7 @@ def _error(found: list[Tensor], truth: list[Tensor]) -> float:
     return float(torch.stack(errors).amax())  # NaN, if any is
 
 
-def _calls(case: Case, run: Callable[[dict[str, Any]], list[Tensor]]) -> list[Callable[[], object]]:
+def _calls(case: Case, run: Run) -> list[Callable[[], object]]:
     """One call for each of several sets of inputs."""
     first = case.inputs(SEED + 1)
     # Not case.bytes: results may land in the same memory every time, so inputs alone must exceed the cache.
@@ -225,23 +254,20 @@ def _calls(case: Case, run: Callable[[dict[str, Any]], list[Tensor]]) -> list[Ca
     count = timing.num_buffers(size, case.device)
     sets = [first, *(case.inputs(SEED + 1 + number) for number in range(1, count))]
 
-    def call(inputs: dict[str, Any]) -> Callable[[], object]:
-        if case.op != "backward":
-            return lambda: case.with_its_gradients(inputs, run)
-        outputs = run(inputs)
-        return lambda: case.gradients(outputs, inputs)
-
-    return [call(inputs) for inputs in sets]
+    return [_call(case, inputs, run) for inputs in sets]
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    case = row.case
-    return case.op, case.model, case.batch, case.heads, case.kv_heads, case.text, case.audio, case.head_dim
+def _call(case: Case, inputs: dict[str, Any], run: Run) -> Callable[[], object]:
+    """The operation on one set of inputs; what goes before a backward pass is done here."""
+    if case.op != "backward":
+        return lambda: case.with_its_gradients(inputs, run)
+    outputs = run(inputs)
+    return lambda: case.gradients(outputs, inputs)
 
 
 def _times_ours(row: Row, rows: list[Row]) -> float | None:
     """This row's time over that of this library on the same case."""
-    ours = next((x for x in rows if x.name == OURS and _key(x) == _key(row)), None)
+    ours = next((x for x in rows if x.name == OURS and x.case == row.case), None)
     if ours is None or not ours.samples or not row.samples or row is ours:
         return None
     return row.percentile(50) / ours.percentile(50)
@@ -251,9 +277,25 @@ def _share_of_limit(row: Row, ceilings: timing.Ceilings) -> float:
     return row.case.limit(**ceilings) / row.percentile(50)
 
 
-def _table(rows: list[Row], ceilings: timing.Ceilings) -> Table:
-    first = rows[0].case
-    name = machine.cpu_name() if first.device.type == "cpu" else torch.cuda.get_device_name(first.device)
+def _about(device: torch.device, ceilings: timing.Ceilings) -> dict[str, Any]:
+    """The machine, asked before anything can break it."""
+    on_gpu = device.type == "cuda"
+    versions = {x: machine.package_version(x) for x in ("palkernels", "torch", "triton", "pytest-benchmark")}
+    return {
+        "node": "",
+        "system": platform.system(),
+        "python_version": platform.python_version(),
+        "cpu": {"brand_raw": machine.cpu_name()},
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "versions": versions,
+        "ceilings": ceilings,
+    }
+
+
+def _table(rows: list[Row], about: dict[str, Any]) -> Table:
+    first, ceilings = rows[0].case, about["ceilings"]
+    name = about["gpu"] or about["cpu"]["brand_raw"]
     rates = f"{ceilings['flops_per_second'] / 1e12:.3g} TFLOP/s, {ceilings['bytes_per_second'] / 1e12:.3g} TB/s"
     table = Table(
         title=f"{name}, {str(first.dtype).removeprefix('torch.')}; measured ceilings {rates}",
@@ -265,10 +307,10 @@ def _table(rows: list[Row], ceilings: timing.Ceilings) -> Table:
     previous = None
     for row in rows:
         case = row.case
-        if previous not in (None, _key(row)):
+        if previous not in (None, case):
             table.add_section()
-        start = [case.op, case.model, str(case.audio)] if _key(row) != previous else ["", "", ""]
-        previous = _key(row)
+        start = [case.op, case.model, str(case.audio)] if case != previous else ["", "", ""]
+        previous = case
         if not row.samples:
             table.add_row(*start, row.name, "-")
             continue
@@ -300,10 +342,12 @@ def _notes(rows: list[Row]) -> list[str]:
     ]
 
 
-def _document(rows: list[Row], ceilings: timing.Ceilings) -> dict[str, Any]:
+def _document(rows: list[Row], about: dict[str, Any], options: Options) -> dict[str, Any]:
     """pytest-benchmark's file; what it has no place for is in each entry's ``extra_info``."""
     from pytest_benchmark.stats import Stats
 
+    ceilings = about["ceilings"]
+    given = {"tiles": list(options.tiles), "seconds": options.seconds or SECONDS}
     benchmarks = []
     for row in rows:
         case = row.case
@@ -327,23 +371,12 @@ def _document(rows: list[Row], ceilings: timing.Ceilings) -> dict[str, Any]:
         group = f"{case.op} {case.model or 'shape'} {case.audio}"
         benchmarks.append(
             {"group": group, "name": row.name, "fullname": f"{group} {row.name}", "params": params, "param": None,
-             "extra_info": extra, "options": {}, "stats": stats}
+             "extra_info": extra, "options": given, "stats": stats}
         )  # fmt: skip
-    on_gpu = rows[0].case.device.type == "cuda"
-    versions = {x: machine.package_version(x) for x in ("palkernels", "torch", "triton", "pytest-benchmark")}
     return {
-        "machine_info": {
-            "node": "",
-            "system": platform.system(),
-            "python_version": platform.python_version(),
-            "cpu": {"brand_raw": machine.cpu_name()},
-            "gpu": torch.cuda.get_device_name() if on_gpu else None,
-            "cuda": torch.version.cuda if on_gpu else None,
-            "versions": versions,
-            "ceilings": ceilings,
-        },
+        "machine_info": about,
         "commit_info": {},
         "benchmarks": benchmarks,
         "datetime": datetime.now(UTC).isoformat(),
-        "version": versions["pytest-benchmark"],
+        "version": about["versions"]["pytest-benchmark"],
     }

@@ -19,7 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from palkernels.bench.cases import EPS, Case
 
-__all__ = ["OURS", "PEERS", "Peer", "peers_of"]
+__all__ = ["OURS", "PEERS", "Peer", "Run", "peers_of"]
 
 Run = Callable[[dict[str, Any]], list[Tensor]]
 OURS = "palkernels"
@@ -32,7 +32,8 @@ class Peer:
     key: str
     name: str
     prepare: Callable[[Case], Run]
-    ops: tuple[str, ...] = ("forward", "backward", "both", "decode")
+    has_gradients: bool = True
+    is_projection: bool = False  # of audio_kv, not of attention
     module: str | None = None  # that must be installed
     devices: tuple[str, ...] = ("cuda",)
 
@@ -161,19 +162,18 @@ PEERS = (
     Peer("flash-attn-2", "cat + flash-attn 2", _flash_attn("flash_attn"), module="flash_attn"),
     Peer("flash-attn-3", "cat + flash-attn 3", _flash_attn("flash_attn_interface"), module="flash_attn_interface"),
     Peer("flash-attn-4", "cat + flash-attn 4", _flash_attn("flash_attn.cute"), module="flash_attn.cute"),
-    Peer("flashinfer", "cat + FlashInfer", _flashinfer, ("forward", "decode"), module="flashinfer"),
+    Peer("flashinfer", "cat + FlashInfer", _flashinfer, has_gradients=False, module="flashinfer"),
     Peer("sdpa", "cat + SDPA (PyTorch's choice)", _sdpa(None), devices=("cpu",)),
-    Peer(
-        "eager", "RMSNorm, Linear, RoPE (eager)", _eager_projection, ("audio_kv", "audio_kv_layers"),
-        devices=("cuda", "cpu"),
-    ),
+    Peer("eager", "RMSNorm, Linear, RoPE (eager)", _eager_projection, is_projection=True, devices=("cuda", "cpu")),
 )  # fmt: skip
 
 
 def peers_of(case: Case, chosen: tuple[str, ...] | None = None) -> list[Peer]:
-    """Those that can do the operation on the case's device, installed or not."""
+    """Those of the operation's kind on the case's device, installed or not."""
     return [
         peer
         for peer in PEERS
-        if case.op in peer.ops and case.device.type in peer.devices and (chosen is None or peer.key in chosen)
+        if case.is_projection == peer.is_projection
+        and case.device.type in peer.devices
+        and (chosen is None or peer.key in chosen)
     ]

@@ -12,7 +12,7 @@ from palkernels.bench.errors import UserError
 from palkernels.bench.methods import METHODS, Method
 from palkernels.bench.presets import LlmPlan, plan_llm
 
-__all__ = ["Options", "Settings", "fit_time", "reductions", "settle"]
+__all__ = ["Options", "Settings", "fit_time", "parse_device", "parse_dtype", "reductions", "settle"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}  # PyTorch's names do too
@@ -88,7 +88,7 @@ def settle(options: Options) -> Settings:
         UserError: an option is not usable; the message names it.
     """
     _check(options)
-    device = _device(options.device)
+    device = parse_device(options.device)
     on_cpu = device.type == "cpu"
     dtype = options.dtype
     if dtype == "auto":
@@ -163,11 +163,16 @@ def _check(options: Options) -> None:
     names = options.methods
     if not names or not set(names) <= set(METHODS) or len(set(names)) < len(names):
         raise UserError(f"--methods must be distinct names out of {', '.join(METHODS)}, got {', '.join(names)!r}")
-    if options.dtype not in ("auto", *DTYPES):
-        raise UserError(f"--dtype must be one of auto, {', '.join(DTYPES)}, got {options.dtype!r}")
+    if options.dtype != "auto":
+        parse_dtype(options.dtype)
 
 
-def _device(name: str) -> torch.device:
+def parse_device(name: str) -> torch.device:
+    """`--device`.
+
+    Raises:
+        UserError: it is no device of this machine.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -179,3 +184,14 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device must exist on this machine, got {name!r} and {torch.cuda.device_count()} GPUs")
     return device
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """`--dtype`, where it is not auto.
+
+    Raises:
+        UserError: it is none of those that are measured.
+    """
+    if name not in DTYPES:
+        raise UserError(f"--dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palkernels.bench import machine
+
 __all__ = ["Ceilings", "beside", "ceilings", "host_seconds", "num_buffers", "samples"]
 
 Calls = list[Callable[[], object]]
@@ -35,7 +37,7 @@ def beside(device: torch.device) -> Iterator[None]:
     stream.wait_stream(torch.cuda.current_stream(device))  # whose results are read in here
     with torch.cuda.device(device), torch.cuda.stream(stream):
         yield
-        torch.cuda.synchronize(device)
+        machine.sync(device)
 
 
 def samples(calls: Calls, seconds: float, device: torch.device) -> list[float]:
@@ -60,7 +62,7 @@ def samples(calls: Calls, seconds: float, device: torch.device) -> list[float]:
 
 def _graph_samples(calls: Calls, seconds: float, device: torch.device) -> list[float]:
     stream = torch.cuda.current_stream(device)
-    torch.cuda.synchronize(device)
+    machine.sync(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
@@ -73,7 +75,7 @@ def _graph_samples(calls: Calls, seconds: float, device: torch.device) -> list[f
         for mark in marks:
             graph.replay()
             mark.record(stream)
-        torch.cuda.synchronize(device)
+        machine.sync(device)
         if time.perf_counter() >= warm:
             # The first mark follows the first replay, for which an idle GPU waits while the host launches it.
             found += [first.elapsed_time(last) * 1e-3 / len(calls) for first, last in pairwise(marks)]
@@ -90,14 +92,12 @@ def _event() -> Any:
 def host_seconds(call: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
     """What a call takes of the host's time when it launches kernels one by one; on a CPU, the call itself."""
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    machine.sync(device)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     spent = (time.perf_counter() - start) / repeats
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    machine.sync(device)
     return spent
 
 
@@ -124,7 +124,7 @@ def _fastest(call: Callable[[], object], seconds: float, device: torch.device) -
             first.record()
             call()
             last.record()
-            torch.cuda.synchronize(device)
+            machine.sync(device)
             best = min(best, first.elapsed_time(last) * 1e-3)
         else:
             start = time.perf_counter()

@@ -12,16 +12,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from palkernels.bench import microbench, peers, timing
+from palkernels.bench import machine, microbench, peers, timing
 from palkernels.bench.cases import OPS, model_cases, shape_case
+from palkernels.bench.cli import main
 from palkernels.bench.errors import UserError
 from palkernels.bench.microbench import Options
 
 CPU = torch.device("cpu")
 SHAPE = "1,4,2,9,20,16"
+SDPA = next(peer for peer in peers.PEERS if peer.key == "sdpa")
 
 
 def run(**options):
+    if options.get("once"):
+        options["seconds"] = None
     console = Console(width=140, record=True, file=io.StringIO())
     ok = microbench.run(Options(**{"device": "cpu", "seconds": 0.001, "shape": SHAPE} | options), console)
     return ok, console.export_text()
@@ -179,7 +183,7 @@ def test_pytest_benchmark_compares_the_file(document):
 
 
 def test_a_wrong_result_has_no_speed_and_fails_the_run(monkeypatch, tmp_path):
-    wrong = dataclasses.replace(peers.PEERS[-2], prepare=lambda case: lambda inputs: [inputs["query"] * 1.0])
+    wrong = dataclasses.replace(SDPA, prepare=lambda case: lambda inputs: [inputs["query"] * 1.0])
     monkeypatch.setattr(peers, "PEERS", (wrong,))
     path = tmp_path / "rows.json"
     ok, text = run(ops=("forward",), json=path)
@@ -194,10 +198,9 @@ def test_a_wrong_result_has_no_speed_and_fails_the_run(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("wrong", [float("nan"), 1e-3])
 def test_gradients_are_checked_too(monkeypatch, wrong):
-    sdpa = peers.PEERS[-2]
 
     def prepare(case):
-        run = sdpa.prepare(case)
+        run = SDPA.prepare(case)
 
         def spoiled(inputs):
             (out,) = run(inputs)
@@ -206,7 +209,7 @@ def test_gradients_are_checked_too(monkeypatch, wrong):
 
         return spoiled
 
-    monkeypatch.setattr(peers, "PEERS", (dataclasses.replace(sdpa, prepare=prepare),))
+    monkeypatch.setattr(peers, "PEERS", (dataclasses.replace(SDPA, prepare=prepare),))
     ok, text = run(ops=("backward",))
     assert not ok
     assert "wrong: error" in text
@@ -216,10 +219,55 @@ def test_a_peer_that_raises_has_a_row_with_the_reason(monkeypatch):
     def prepare(case):
         raise RuntimeError("no kernel for this shape")
 
-    monkeypatch.setattr(peers, "PEERS", (dataclasses.replace(peers.PEERS[-2], prepare=prepare),))
+    monkeypatch.setattr(peers, "PEERS", (dataclasses.replace(SDPA, prepare=prepare),))
     ok, text = run(ops=("forward",))
     assert ok
     assert "failed: no kernel for this shape" in text
+
+
+def test_a_peer_that_breaks_the_device_leaves_what_was_measured(monkeypatch, tmp_path):
+    """What comes after it does not run and says why; the file is there, and the run has failed."""
+
+    def prepare(case):
+        if case.op == "decode":
+            monkeypatch.setattr(machine, "sync", lambda device: failing())
+            failing()
+        return SDPA.prepare(case)
+
+    def failing():
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(peers, "PEERS", (dataclasses.replace(SDPA, name="culprit", prepare=prepare),))
+    path = tmp_path / "rows.json"
+    ok, text = run(ops=("forward", "decode", "both"), json=path)
+    assert not ok
+    status = [row["extra_info"]["status"] for row in json.loads(path.read_text())["benchmarks"]]
+    assert status[:3] == ["ok", "ok", "ok"]
+    assert status[3] == "broke the device: an illegal memory access was encountered"
+    assert status[4:] == ["not run: culprit broke the device"] * 2
+    assert "not run: culprit broke the device (both 20)" in text
+
+
+def test_a_peer_without_gradients_says_so(monkeypatch):
+    monkeypatch.setattr(peers, "PEERS", (dataclasses.replace(SDPA, has_gradients=False),))
+    ok, text = run(ops=("backward",))
+    assert ok
+    assert "computes no gradients" in text
+
+
+def test_the_exit_code_of_a_wrong_result(monkeypatch):
+    monkeypatch.setattr(microbench, "run", lambda options, console: False)
+    with pytest.raises(SystemExit) as exit:
+        main(["microbench", "--shape", SHAPE])
+    assert exit.value.code == 1
+
+
+def test_the_file_says_what_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(microbench, "_tiles", lambda given, device: contextlib.nullcontext())
+    path = tmp_path / "rows.json"
+    run(ops=("forward",), tiles=("forward=64,64,4,2",), json=path)
+    rows = json.loads(path.read_text())["benchmarks"]
+    assert [row["options"] for row in rows] == [{"tiles": ["forward=64,64,4,2"], "seconds": 0.001}] * 2
 
 
 def test_a_fault_of_this_library_is_not_hidden(monkeypatch):
@@ -259,7 +307,7 @@ def test_once_runs_and_times_nothing(monkeypatch):
     monkeypatch.setattr(timing, "ceilings", lambda *args: 1 / 0)
     ok, text = run(ops=("both",), once=True)
     assert ok
-    assert text == "both ran twice, the first time to warm up\n"
+    assert text == "both ran once, after once to warm up\n"
 
 
 @pytest.mark.parametrize(
@@ -273,10 +321,15 @@ def test_once_runs_and_times_nothing(monkeypatch):
         ({"peers": ("flash",)}, "--peers must be among sdpa-flash, .*, got 'flash'"),
         ({"shape": None, "models": ("gpt-2",)}, "--model must be among llama-3.2-1b, .*, got 'gpt-2'"),
         ({"models": ("llama-3.2-1b",)}, "--shape must not be given with --model"),
-        ({"dtype": "float8"}, "--dtype must be bfloat16, float16, float32, got 'float8'"),
-        ({"device": "tpu"}, "--device must be auto, cpu or cuda, got 'tpu'"),
+        ({"shape": None, "seconds": float("inf")}, "--seconds must be above 0 and at most 60, got inf"),
+        ({"dtype": "float8"}, "--dtype must be one of auto, bf16, .*, got 'float8'"),
+        ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:INDEX, got 'tpu'"),
+        ({"audio_tokens": (9,)}, "--shape must not be given with --audio-tokens"),
+        ({"once": True, "ops": ("both",), "peers": ("sdpa",)}, "--once must not be given with --peers"),
+        ({"peers": ("sdpa-flash",)}, "--peers must be among sdpa, eager for these operations on this device, got"),
+        ({"peers": ("eager",), "ops": ("forward",)}, "--peers must be among sdpa for these operations on this device"),
         ({"tiles": ("forward=64,64,4,2",)}, "--tile must be given with a GPU"),
-        ({"seconds": 0.0}, "--seconds must be positive, got 0.0"),
+        ({"seconds": 0.0}, "--seconds must be above 0 and at most 60, got 0.0"),
         ({"shape": None, "audio_tokens": (0,)}, "--audio-tokens must be positive, got 0"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
