@@ -654,7 +654,7 @@ def _audio_kv() -> list[Mutant]:
     return [
         mutant("no eps", STEPS, "square_sum / WIDTH + EPS", "square_sum / WIDTH", first="small"),
         mutant("sum for mean of squares", STEPS, "square_sum / WIDTH", "square_sum"),
-        mutant("no norm offset", STEPS, ".to(acc_type) + OFFSET", ".to(acc_type)"),
+        mutant("no norm offset", STEPS, "column_ok, 0.0) + OFFSET", "column_ok, 0.0)"),
         mutant("first row for all", STEPS, "place = tl.program_id(0).to(tl.int64) * WIDTH", "place = 0"),
         mutant(
             "columns beyond the row",
@@ -679,11 +679,11 @@ def _audio_kv() -> list[Mutant]:
             "half: tl.constexpr = (HEAD_DIM + 1) // 2",
             "half: tl.constexpr = HEAD_DIM // 2",
         ),
-        mutant("columns beyond the head", STEPS, "(pair < half) & (high < HEAD_DIM)", "pair < half"),
+        mutant("columns beyond the head", STEPS, "low_ok & (high < HEAD_DIM)[None, :]", "low_ok"),
         mutant(
             "a row's own cosines",
             STEPS,
-            "(row // num_tokens) * batch_stride + (row % num_tokens)",
+            "(row // num_tokens) * turn.batch + (row % num_tokens)",
             "(row % num_tokens)",
         ),
         mutant("turned the other way", STEPS, "lows * cos_low - highs * sin_low", "lows * cos_low + highs * sin_low"),
@@ -699,21 +699,19 @@ def _audio_kv() -> list[Mutant]:
             "lows * cos_low + highs * sin_high",
             "lows * cos_low + highs * sin_low",
         ),
-        mutant(
-            "keys beyond the last row", STEPS, "row_ok = row < num_rows", "row_ok = row < num_rows + BLOCK", count=2
-        ),
+        mutant("keys beyond the last row", STEPS, "row_ok = (row < num_rows)", "row_ok = (row < num_rows + BLOCK)"),
         mutant(
             "head norm over the lower half",
             STEPS,
             "tl.sum(lows * lows + highs * highs, axis=1)",
             "tl.sum(lows * lows, axis=1)",
         ),
-        mutant("head's gradient of the first head", STEPS, "+ head * dkeys_head", "+ 0 * head"),
+        mutant("head's gradient of the first head", STEPS, "+ head * dkeys.head", "+ 0 * head"),
         mutant(
             "upstream gradient's columns side by side",
             STEPS,
-            "low.to(tl.int64)[None, :] * dkeys_dim",
-            "low.to(tl.int64)[None, :]",
+            "low.to(tl.int64) * dkeys.dim",
+            "low.to(tl.int64)",
         ),
         mutant(
             "norm's weight summed by one program",
@@ -724,8 +722,8 @@ def _audio_kv() -> list[Mutant]:
         mutant(
             "gradient of keys as they left",
             PROJECTION,
-            "dkeys, raw, call.k_norm_weight",
-            "dkeys, dkeys.contiguous() if raw is not None else None, call.k_norm_weight",
+            "finish_gradient(dkeys, raw, call)",
+            "finish_gradient(dkeys, None if raw is None else dkeys.contiguous(), call)",
         ),
         mutant(
             "values by the keys' weight",
@@ -752,6 +750,8 @@ def _audio_kv() -> list[Mutant]:
             "setattr(tensor, _ATTRIBUTE, (recipe, which))",
             "setattr(tensor, _ATTRIBUTE, (recipe, which)); recipe.kept = (key, value)",
         ),
+        mutant("views of recipes pass", RECOMPUTE, "getattr(tensor._base, _ATTRIBUTE, None) is not None", "False"),
+        mutant("autocast's copies pass", RECOMPUTE, "getattr(computed, name) is not tensor", "False"),
         mutant("values for keys", RECOMPUTE, "return made[which]", "return made[1 - which]"),
         mutant("versions are not looked at", RECOMPUTE, "tensor._version != self.versions[name]", "False"),
         mutant(
