@@ -18,16 +18,12 @@ from transformers import PreTrainedModel
 
 from palkernels import unsupported_reasons
 from palkernels.checks import IMPLEMENTATIONS
-from palkernels.model.attention import (
-    ATTENTION_NAME,
-    REQUEST_KEYWORD,
-    STOCK_CONFIG,
-    AudioKV,
-    Request,
-)
+from palkernels.model.attention import ATTENTION_NAME, REQUEST_KEYWORD, STOCK_CONFIG, Request
 from palkernels.model.audio_state import AudioState
+from palkernels.model.generation import current, generate, keys_in
+from palkernels.model.layers import AudioKV, Rotary, Rotation, num_kv_heads
 from palkernels.model.plan import AudioLayout, Plan, check_places, padding
-from palkernels.model.support import check_layer, check_rope, find_decoder
+from palkernels.model.support import check_layer, check_reentrant, find_decoder, find_rotary
 
 HANDLE = "_palkernels_handle"
 
@@ -118,12 +114,11 @@ class LalHandle:
         self.config = config
         decoder = find_decoder(model)
         self.layers: list[nn.Module] = list(decoder.layers)
-        self.rotary: nn.Module = decoder.rotary_emb
+        self.rotary: Rotary = find_rotary(model, decoder)
         everything = tuple(range(len(self.layers)))
         self.selected: tuple[int, ...] = everything if config.layers == "all" else tuple(config.layers)  # type: ignore[arg-type]
         if not set(self.selected) <= set(everything):
             raise ValueError(f"layers must be from 0 to {len(everything) - 1}, got {self.selected}")
-        check_rope(model, decoder.config, config.rope)
         for index in self.selected:
             check_layer(model, self.layers[index], index, self.rotary)
 
@@ -136,10 +131,10 @@ class LalHandle:
             ours._attn_implementation = ATTENTION_NAME
             attention.config = ours
         # An instance may carry its own forward already (accelerate's hooks): it is called, and put back.
-        self._stock = {name: model.__dict__.get(name) for name in ("forward", "generate")}
+        self._stock = {patch.name: model.__dict__.get(patch.name) for patch in PATCHES}
         object.__setattr__(model, HANDLE, self)
-        object.__setattr__(model, "forward", AudioForward(model))
-        object.__setattr__(model, "generate", AudioGenerate(model))
+        for patch in PATCHES:
+            object.__setattr__(model, patch.name, patch(model))
 
     def detach(self) -> None:
         """Make the model a stock one again; a second call does nothing."""
@@ -168,10 +163,10 @@ class LalHandle:
         if index not in self.selected:
             return LayerReport(index, False, "stock", ())
         attention: Any = self.layers[index].self_attn
-        weight = attention.k_proj.weight
+        weight: Any = self.layers[index].input_layernorm.weight  # type: ignore[union-attr]
         heads = attention.config.num_attention_heads
-        query = torch.empty(1, heads, 1, attention.head_dim, dtype=weight.dtype, device=weight.device)
-        key = query[:, : heads // attention.num_key_value_groups]
+        query = torch.empty(1, heads, 1, attention.head_dim, dtype=self.model.dtype, device=weight.device)
+        key = query[:, : num_kv_heads(attention)]
         reasons = unsupported_reasons(query, key, key, key, key, impl="triton")
         impl = self.config.impl
         if impl == "auto":
@@ -185,10 +180,8 @@ class LalHandle:
         own = self._stock[name]
         return own if own is not None else functools.partial(getattr(type(self.model), name), self.model)
 
-    def forward(self, audio: "AudioState | Generation", arguments: dict[str, Any]) -> Any:
+    def forward(self, audio: AudioState, arguments: dict[str, Any]) -> Any:
         """One forward with audio; ``arguments`` by name."""
-        generation = audio if isinstance(audio, Generation) else None
-        state = audio.state if isinstance(audio, Generation) else audio
         inputs = arguments.get("input_ids")
         inputs = arguments.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
@@ -198,41 +191,56 @@ class LalHandle:
                 f"a forward with audio must be given texts (B, T), T >= 1, got shape {tuple(inputs.shape)}"
             )
         batch, num_queries = inputs.shape[:2]
-        self._check(state, arguments)
-        copies = 1 if generation is None else generation.copies(batch)
-        if batch != copies * state.batch_size:
-            raise ValueError(f"audio must describe the batch's {batch} text rows, got {state.batch_size}")
-
-        cache = arguments.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if generation is not None and generation.plan is not None and generation.plan.begun:
-            plan = generation.plan
-        else:
-            plan = self._plan(state, copies, arguments, batch, past, num_queries, inputs.device)
-            if generation is not None:
-                if plan.right_padded:
-                    raise ValueError("generate must be given a prompt without right padding: pad on the left")
-                generation.plan = plan
-        if arguments.get("attention_mask") is None:
+        past = keys_in(arguments.get("past_key_values"))
+        plan = self.plan(audio, 1, arguments, batch, past, num_queries, inputs.device)
+        arguments["position_ids"] = self.positions(plan, past, num_queries)
+        if arguments.get("attention_mask") is None and arguments.get("past_key_values") is None:
             # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
-            arguments["attention_mask"] = torch.ones(batch, past + num_queries, dtype=torch.long, device=inputs.device)
-        arguments["position_ids"] = self._positions(plan, past, num_queries)
+            arguments["attention_mask"] = torch.ones(batch, num_queries, dtype=torch.long, device=inputs.device)
+        rotations = self.rotations(audio, plan, past, num_queries)
+        return self.run(self.request(audio, plan, rotations, past + num_queries, None), arguments)
 
-        request = Request(
-            state,
-            plan.layout,
-            self.layers,
-            plan.rotation,
-            plan.text_start,
-            past + num_queries,
-            self.config.impl,
-            None if generation is None else generation.cached,
-        )
+    def run(self, request: Request, arguments: dict[str, Any]) -> Any:
+        """The stock forward, its layers given the request; every selected one must have taken the audio."""
+        request.consumed = set()
         outputs = self.stock("forward")(**arguments, **{REQUEST_KEYWORD: request})
         if request.consumed != set(self.selected):
             missed = sorted(set(self.selected) - request.consumed)
             raise RuntimeError(f"every selected layer must take the audio, but layers {missed} did not")
         return outputs
+
+    def request(
+        self,
+        state: AudioState,
+        plan: Plan,
+        rotations: tuple[Rotation | None, ...],
+        num_keys: int | Tensor,
+        cached: dict[int, AudioKV] | None,
+    ) -> Request:
+        return Request(state, plan, self.layers, rotations, num_keys, self.config.impl, cached)
+
+    def positions(self, plan: Plan, past: int | Tensor, num_queries: int) -> Tensor:
+        """RoPE positions of the text (B, T)."""
+        return plan.positions(past, num_queries, shifted=self.config.rope == "sequence")
+
+    def rotations(
+        self, state: AudioState, plan: Plan, past: int | Tensor, num_queries: int
+    ) -> tuple[Rotation | None, ...]:
+        """Per layer, cos and sin of the audio's positions, None where its keys are not rotated."""
+        if self.config.rope == "none" or not self.selected:
+            return (None,) * len(self.layers)
+        longest = self.positions(plan, past, num_queries).max()
+        if self.rotary.depends_on_length and not torch.compiler.is_compiling() and plan.begun:
+            reach = int((plan.length + plan.layout.text_lengths).max()) - 1
+            if int(longest) < reach:
+                raise ValueError(
+                    "audio must stand before the last token of the longest text, since the model's RoPE depends on the "
+                    f"longest position, got audio up to position {reach} and text up to {int(longest)}"
+                )
+        like = state.for_layer(self.selected[0])
+        assert like is not None  # the state was checked
+        found = self.rotary.of_layers(self.selected, like, plan.layout.positions, longest)
+        return tuple(found.get(kind) for kind in self.rotary.layer_types)
 
     def _check(self, state: AudioState, arguments: dict[str, Any]) -> None:
         if not isinstance(state, AudioState):
@@ -255,43 +263,39 @@ class LalHandle:
         if arguments.get("output_attentions") or getattr(self.model.config, "output_attentions", False):
             raise ValueError("output_attentions must be off with audio: the kernels do not form attention weights")
         if self.model.training:
+            check_reentrant(self.model, [self.layers[index] for index in self.selected])
             for index in self.selected:
                 if getattr(self.layers[index].self_attn, "attention_dropout", 0.0):
                     raise ValueError("attention_dropout must be 0 in training with audio: the kernels do not drop out")
 
-    def _plan(
+    def plan(
         self,
         state: AudioState,
         copies: int,
         arguments: dict[str, Any],
         batch: int,
-        past: int,
+        past: int | Tensor,
         num_queries: int,
         device: torch.device,
     ) -> Plan:
+        """Check what a forward was given, and work out what its mask and state mean."""
+        self._check(state, arguments)
+        if batch != copies * state.batch_size:
+            raise ValueError(f"audio must describe the batch's {batch} text rows, got {state.batch_size}")
         mask = arguments.get("attention_mask")
         start = torch.zeros(batch, dtype=torch.long, device=device)
-        length = torch.full_like(start, past + num_queries)
+        length = torch.zeros_like(start) + past + num_queries
         left_padded = right_padded = False
         if mask is not None:
-            if not isinstance(mask, Tensor) or mask.shape != (batch, past + num_queries):
-                got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-                raise ValueError(
-                    f"attention_mask must be 2-D with audio, (B, past + T) = {(batch, past + num_queries)}, got {got}"
-                )
+            mask = _text_mask(mask, batch, past, num_queries)
             start, length, left_padded, right_padded = padding(mask)
         no_text_follows = self.model.training or arguments.get("use_cache") is False
         if no_text_follows and copies == 1:  # generate has checked its prompt
             check_places(state, length)
 
-        rotated = self.config.rope == "sequence"
-        layout = AudioLayout.of(state, copies, rotated=rotated)
-        rotation = None
-        if rotated and self.selected:
-            like = state.for_layer(self.selected[0])
-            rotation = self.rotary(like, layout.positions)
+        layout = AudioLayout.of(state, copies, rotated=self.config.rope == "sequence")
         begun = mask is None or (not torch.compiler.is_compiling() and bool((length > 0).all()))
-        plan = Plan(layout, rotation, start, start if left_padded else None, right_padded, begun)
+        plan = Plan(layout, start, length, start if left_padded else None, right_padded, begun)
 
         given = arguments.get("position_ids")
         if given is not None and not torch.compiler.is_compiling():
@@ -306,27 +310,19 @@ class LalHandle:
                 )
         return plan
 
-    def _positions(self, plan: Plan, past: int, num_queries: int) -> Tensor:
-        """RoPE positions of the text (B, T)."""
-        own = plan.text_index(past, num_queries).clamp(min=0)
-        return own + plan.layout.shift(own) if self.config.rope == "sequence" else own
 
-
-class Generation:
-    """One generate call: the caller's state, and what is worked out once and kept until the call ends."""
-
-    def __init__(self, state: AudioState) -> None:
-        self.state = state
-        self.plan: Plan | None = None
-        self.cached: dict[int, AudioKV] = {}
-
-    def copies(self, batch: int) -> int:
-        """Text rows per row of the prompt: beams and returned sequences follow each other."""
-        if not self.state.batch_size or batch % self.state.batch_size:
-            raise ValueError(
-                f"audio must describe the prompt's rows, got {self.state.batch_size} for {batch} text rows"
-            )
-        return batch // self.state.batch_size
+def _text_mask(mask: object, batch: int, past: int | Tensor, num_queries: int) -> Tensor:
+    """The mask's columns up to the last query; it may be longer where the cache is preallocated."""
+    preallocated = isinstance(past, Tensor)
+    fits = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == batch
+    if fits and preallocated and torch.compiler.is_compiling():
+        return mask  # type: ignore[return-value]  # how many columns are in use is not known
+    total = int(past) + num_queries
+    if not fits or not (mask.shape[1] == total or (preallocated and mask.shape[1] > total)):  # type: ignore[attr-defined]
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must be 2-D with audio, (B, past + T) = {(batch, total)}, got {got}")
+    columns: Tensor = mask[:, :total]  # type: ignore[index]
+    return columns
 
 
 class _Patched:
@@ -334,14 +330,18 @@ class _Patched:
     its name alone, which a loaded model would look up in its class."""
 
     name: str
+    takes_audio = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        parameters = inspect.signature(getattr(type(model), self.name)).parameters.values()
+        self.positional = [x.name for x in parameters if x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
 
     @property
     def __signature__(self) -> inspect.Signature:
         """The class's own signature and ``audio``: transformers reads it."""
-        return _with_audio(inspect.signature(getattr(type(self.model), self.name)))
+        signature = inspect.signature(getattr(type(self.model), self.name))
+        return _with_audio(signature) if self.takes_audio else signature
 
     @property
     def handle(self) -> LalHandle:
@@ -350,8 +350,7 @@ class _Patched:
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name; raises as Python does where they do not fit."""
-        parameters = inspect.signature(getattr(type(self.model), self.name)).parameters.values()
-        names = [x.name for x in parameters if x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
+        names = self.positional
         twice = [name for name in names[: len(args)] if name in kwargs]
         if len(args) > len(names) or twice:
             got = f"{twice[0]} twice" if twice else f"{len(args)}"
@@ -364,9 +363,11 @@ class AudioForward(_Patched):
 
     name = "forward"
 
-    def __call__(self, *args: Any, audio: "AudioState | Generation | None" = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, audio: "AudioState | Request | None" = None, **kwargs: Any) -> Any:
         if audio is None:
             return self.handle.stock("forward")(*args, **kwargs)
+        if isinstance(audio, Request):
+            return self.handle.run(audio, self.by_name(args, kwargs))
         return self.handle.forward(audio, self.by_name(args, kwargs))
 
 
@@ -376,28 +377,24 @@ class AudioGenerate(_Patched):
     name = "generate"
 
     def __call__(self, *args: Any, audio: AudioState | None = None, **kwargs: Any) -> Any:
-        if audio is None:
-            return self.handle.stock("generate")(*args, **kwargs)
-        if not isinstance(audio, AudioState):
-            raise TypeError(f"audio must be an AudioState, got {type(audio).__name__}")
-        arguments = self.by_name(args, kwargs)
-        if arguments.get("assistant_model") is not None:
-            raise ValueError("assistant_model must be None with audio: assisted decoding is not supported yet")
-        prompts = (arguments.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-        prompt = next((prompt for prompt in prompts if prompt is not None), None)
-        if not isinstance(prompt, Tensor) or prompt.ndim < 2:
-            raise ValueError("generate must be given a prompt with audio: input_ids or inputs_embeds of (B, T, ...)")
-        rows, length = prompt.shape[:2]
-        if rows != audio.batch_size:
-            raise ValueError(f"audio must describe the prompt's {rows} rows, got {audio.batch_size}")
-        mask = arguments.get("attention_mask")
-        lengths = torch.full((rows,), length, device=audio.device)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            lengths = (mask != 0).sum(dim=1)
-        if bool((lengths == 0).any()):
-            raise ValueError("every row of a prompt with audio must hold a token, got a row of padding")
-        check_places(audio, lengths)
-        return self.handle.stock("generate")(**arguments, audio=Generation(audio))
+        return generate(self.handle, audio, self.by_name(args, kwargs))
+
+
+class AudioPrepare(_Patched):
+    """``prepare_inputs_for_generation`` of an attached model, which transformers calls before every forward."""
+
+    name = "prepare_inputs_for_generation"
+    takes_audio = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.handle.stock(self.name)(*args, **kwargs)
+        generation = current(self.model)
+        if generation is not None:
+            generation.prepare(arguments, kwargs.get("attention_mask"))
+        return arguments
+
+
+PATCHES = (AudioForward, AudioGenerate, AudioPrepare)
 
 
 def _with_audio(signature: inspect.Signature) -> inspect.Signature:

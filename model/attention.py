@@ -1,17 +1,18 @@
 """The attention function that an attached model's layers call, and what one forward carries to it."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from palkernels import lal_attention
 from palkernels.model.audio_state import AudioState
-from palkernels.model.plan import AudioLayout
+from palkernels.model.layers import AudioKV, Rotation, modeling_file, project_audio, rotate
+from palkernels.model.plan import Plan
 
 # "sdpa" or "flex_attention" within the name would trigger transformers' capability checks for those.
 ATTENTION_NAME = "palkernels_lal"
@@ -20,19 +21,16 @@ REQUEST_KEYWORD = "lal_request"
 # Keywords of transformers' attention functions that change what is seen; is_causal=True changes nothing.
 UNSUPPORTED_KEYWORDS = ("is_causal", "cu_seq_lens_q", "cu_seq_lens_k")
 
-AudioKV = tuple[Tensor, Tensor]
-
 
 @dataclass(eq=False)
 class Request:
     """One forward's audio, ready for every layer. Not a tensor, so that transformers hands it through untouched."""
 
     state: AudioState
-    layout: AudioLayout
+    plan: Plan
     layers: list[nn.Module]
-    rotation: tuple[Tensor, Tensor] | None  # cos, sin (P or 1, N, rotary dim); None: audio keys are not rotated
-    text_start: Tensor | None  # (B,)
-    num_keys: int  # text keys after this forward's are appended
+    rotations: tuple[Rotation | None, ...]  # per layer: cos, sin (P or 1, N, R); None: keys are not rotated
+    num_keys: int | Tensor  # text keys after this forward's are appended; a tensor where the cache counts on the device
     impl: str
     cached: dict[int, AudioKV] | None  # layer -> K, V, kept over one generate call; None: never kept
     consumed: set[int] = field(default_factory=set)
@@ -45,30 +43,19 @@ class Request:
         if states is None:
             raise ValueError(f"states must hold a tensor for layer {layer}, which takes audio, got None")
         key, value = project_audio(self.layers[layer], states)
-        if self.layout.source is not None:
-            key, value = key.index_select(0, self.layout.source), value.index_select(0, self.layout.source)
-        if self.rotation is not None:
-            key = rotate(self.layers[layer].self_attn, key, self.rotation)  # type: ignore[arg-type]
+        key, value = self.placed(layer, key, value)
         if self.cached is not None:
             self.cached[layer] = key, value
         return key, value
 
-
-def project_audio(layer: nn.Module, states: Tensor) -> AudioKV:
-    """The layer's own norm and projections on states (A, N, d): K, not rotated, and V, both (A, Hkv, N, D)."""
-    attention: Any = layer.self_attn
-    normed = layer.input_layernorm(states)  # type: ignore[operator]
-    heads = (-1, attention.head_dim)
-    key, value = (project(normed).unflatten(-1, heads) for project in (attention.k_proj, attention.v_proj))
-    if hasattr(attention, "k_norm"):
-        key = attention.k_norm(key)
-    return key.transpose(1, 2), value.transpose(1, 2)
-
-
-def rotate(attention: nn.Module, key: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE by the model's own function, which rotates queries and keys together: the queries are none here."""
-    rotated: tuple[Tensor, Tensor] = _module_of(attention).apply_rotary_pos_emb(key[:, :0], key, *rotation)
-    return rotated[1]
+    def placed(self, layer: int, key: Tensor, value: Tensor) -> AudioKV:
+        """From one row per audio row to one per distinct (audio row, place), keys rotated for their place."""
+        source, rotation = self.plan.layout.source, self.rotations[layer]
+        if source is not None:
+            key, value = key.index_select(0, source), value.index_select(0, source)
+        if rotation is not None:
+            key = rotate(self.layers[layer].self_attn, key, rotation)  # type: ignore[arg-type]
+        return key, value
 
 
 def lal_attention_forward(
@@ -104,19 +91,14 @@ def lal_attention_forward(
             raise ValueError(f"{name} must not be given with audio: the kernels are causal over whole rows")
     layer: int = module.layer_idx  # type: ignore[assignment]
     audio_key, audio_value = lal_request.audio_kv(layer)
-    layout, text_start = lal_request.layout, lal_request.text_start
-    visible_from = None
-    # A sliding-window cache has dropped its oldest keys: positions count from the first that is left.
-    dropped = lal_request.num_keys - key.shape[2]
-    if dropped < 0:
-        raise ValueError(
-            f"the cache must not be preallocated, got {key.shape[2]} keys for {lal_request.num_keys} tokens"
-        )
+    layout = lal_request.plan.layout
+    dropped, text_end = _place_of_keys(lal_request.num_keys, key)
+    text_start, visible_from = lal_request.plan.text_start, None
     if layout.insert_at is not None:
         visible_from = layout.insert_at - dropped
         if text_start is not None:
             visible_from = visible_from + text_start.unsqueeze(1)
-    if dropped and text_start is not None:
+    if text_start is not None:
         text_start = (text_start - dropped).clamp(min=0)
     out = lal_attention(
         query,
@@ -128,6 +110,7 @@ def lal_attention_forward(
         audio_index=layout.index,
         audio_visible_from=visible_from,
         text_start=text_start,
+        text_end=text_end,
         scale=scaling,
         softcap=softcap,
         window=sliding_window,
@@ -138,15 +121,21 @@ def lal_attention_forward(
     return out.transpose(1, 2), None
 
 
+def _place_of_keys(num_keys: int | Tensor, key: Tensor) -> tuple[int | Tensor, Tensor | None]:
+    """How many of the text's oldest keys a sliding-window cache has dropped, and where the others end (B,) in ``key``,
+    None at its end: positions count from the first key that is left, and a preallocated cache is longer than them."""
+    room = key.shape[2]
+    if isinstance(num_keys, Tensor):
+        return (num_keys - room).clamp(min=0), num_keys.clamp(max=room).expand(key.shape[0])
+    if num_keys >= room:
+        return num_keys - room, None
+    return 0, key.new_full((key.shape[0],), num_keys, dtype=torch.long)
+
+
 def _stock_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     name = getattr(module.config, STOCK_CONFIG)._attn_implementation
-    eager = _module_of(module).eager_attention_forward
+    eager = modeling_file(module).eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[no-any-return]
-
-
-def _module_of(attention: nn.Module) -> Any:
-    """The modeling file that defines this attention, which holds its RoPE and its eager attention."""
-    return sys.modules[type(attention).__module__]
 
 
 AttentionInterface.register(ATTENTION_NAME, lal_attention_forward)

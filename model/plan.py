@@ -38,7 +38,10 @@ class AudioLayout:
         source, positions = None, steps.unsqueeze(0)
         if insert_at is not None:
             positions = insert_at + steps
-            if index is not None and rotated:
+            if index is not None and rotated and torch.compiler.is_compiling():
+                source, index = index, None  # how many distinct pairs there are depends on the data
+                lengths = None if lengths is None else lengths[source]
+            elif index is not None and rotated:
                 pairs = torch.cat([index.unsqueeze(1), insert_at], dim=1)
                 pairs, index = torch.unique(pairs, dim=0, return_inverse=True)
                 source, positions = pairs[:, 0], pairs[:, 1:] + steps
@@ -68,15 +71,22 @@ class Plan:
     """What the mask and the audio state say about a batch; once every text has begun, the same for later steps."""
 
     layout: AudioLayout
-    rotation: tuple[Tensor, Tensor] | None
     start: Tensor  # (B,) first valid key
-    text_start: Tensor | None  # the same, None where no row is padded on the left
+    length: Tensor  # (B,) valid keys, of which those before ``start`` are none
+    text_start: Tensor | None  # ``start``, None where no row is padded on the left
     right_padded: bool
     begun: bool  # whether every row has a valid key (the first chunks of a prompt may be all padding)
 
-    def text_index(self, past: int, num_queries: int) -> Tensor:
+    def text_index(self, past: int | Tensor, num_queries: int) -> Tensor:
         """Each query's place in its row's own text (B, T), negative in left padding."""
-        return torch.arange(past, past + num_queries, device=self.start.device) - self.start.unsqueeze(1)
+        return torch.arange(num_queries, device=self.start.device) + past - self.start.unsqueeze(1)
+
+    def positions(self, past: int | Tensor, num_queries: int, *, shifted: bool) -> Tensor:
+        """RoPE positions of the text (B, T); ``shifted`` by the audio that stands before it."""
+        own = self.text_index(past, num_queries).clamp(min=0)
+        if self.right_padded:  # what is not a token must not be the longest position
+            own = torch.minimum(own, (self.length - 1).clamp(min=0).unsqueeze(1))
+        return own + self.layout.shift(own) if shifted else own
 
 
 def check_places(state: AudioState, length: Tensor) -> None:

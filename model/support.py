@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers import AttentionInterface, PreTrainedModel
 
-from palkernels.model.attention import REQUEST_KEYWORD, project_audio, rotate
+from palkernels.model.attention import REQUEST_KEYWORD
+from palkernels.model.layers import Rotary, project_audio, rotate
 
-# RoPE whose frequencies depend on the longest position seen: audio and text would have to be rotated together.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 PROBE_NAME = "palkernels_probe"
 # What an attention function may be given besides tensors and mask: ours honours these, or they change nothing.
 KNOWN_KEYWORDS = frozenset(
@@ -40,13 +39,22 @@ def find_decoder(model: PreTrainedModel) -> Any:
     return decoder
 
 
-def check_rope(model: PreTrainedModel, config: Any, rope: str) -> None:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kind = parameters.get("rope_type")
-    if rope == "sequence" and kind in LENGTH_DEPENDENT_ROPE:
-        raise refusal(model, f'its rope_type is {kind!r}, which rope="sequence" does not support: use rope="none"')
-    if "mrope_section" in parameters:
+def find_rotary(model: PreTrainedModel, decoder: Any) -> Rotary:
+    rotary = Rotary(decoder.rotary_emb, decoder.config, len(decoder.layers))
+    if rotary.several_dimensions:
         raise refusal(model, "its positions have several dimensions")
+    return rotary
+
+
+def check_reentrant(model: PreTrainedModel, layers: list[nn.Module]) -> None:
+    """Reentrant checkpointing would drop the gradients of the audio, which is no positional argument of a layer."""
+    for layer in layers:
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if getattr(layer, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient checkpointing must be non-reentrant with audio: "
+                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+            )
 
 
 class _Recorder:
@@ -78,11 +86,12 @@ def _probe_attention(
 AttentionInterface.register(PROBE_NAME, _probe_attention)
 
 
-def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: nn.Module) -> None:
+def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Rotary) -> None:
     """Run the layer once on random states. Refuse it unless its K and V are those that we compute for audio, and its
     attention is no more than scaled, capped, causal and windowed."""
     attention: Any = getattr(layer, "self_attn", None)
-    missing = [part for part in ("k_proj", "v_proj", "config", "head_dim") if not hasattr(attention, part)]
+    projections = () if hasattr(attention, "qkv_proj") else ("k_proj", "v_proj")
+    missing = [part for part in (*projections, "config", "head_dim") if not hasattr(attention, part)]
     missing += [] if hasattr(layer, "input_layernorm") else ["input_layernorm"]
     if missing:
         raise refusal(model, f"a layer has no {', no '.join(missing)}")
@@ -100,7 +109,7 @@ def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: nn
     attention.config._attn_implementation = PROBE_NAME
     try:
         with torch.no_grad():
-            rotation = rotary(states, positions)
+            rotation = rotary.of_layer(index, states, positions)
             layer.forward(
                 states,
                 attention_mask=mask,
@@ -133,12 +142,14 @@ def _difference(recorder: _Recorder, mask: Tensor, ours: tuple[Tensor, Tensor]) 
     for what, got, want in zip(("keys", "values"), ours, cached, strict=True):
         tolerance = CHECK_TOLERANCE.get(want.dtype, 1e-2) * float(want.abs().max() + 1)
         if got.shape != want.shape or float((got - want).abs().max()) > tolerance:
-            return f"its {what} differ from those of its k_proj, v_proj and rotary embedding"
+            return f"its {what} differ from those of its projections and rotary embedding"
     return None
 
 
 def _other_attention(call: dict[str, Any], config: Any, index: int) -> str | None:
     """What in the layer's attention is beyond our kernels."""
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention is not causal"
     extra = [name for name, given in call.items() if name not in KNOWN_KEYWORDS and given is not None]
     if extra:
         return f"its attention takes {', '.join(extra)}"

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from oracles import FAMILIES, build, oracle, rows_of
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from oracles import FAMILIES, LENGTH_DEPENDENT, build, oracle_logits, rows_of
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, StaticCache
 
 from palkernels.model import AudioState, LalConfig, attach
 
@@ -25,7 +25,7 @@ def batch(ids, side):
     """Padded ids and mask; ``side`` is "left", "right", or "none" for equal lengths."""
     longest = max(map(len, ids))
     if side == "none":
-        ids = [torch.cat([row, row])[:longest] for row in ids]
+        ids = [row.repeat(longest)[:longest] for row in ids]
     rows, masks = [], []
     for row in ids:
         gap = longest - len(row)
@@ -66,10 +66,10 @@ def audio_state(kind, dtype, layers=None, num_layers=3):
 KINDS = ("prefix", "lengths", "inserted", "two clips", "shared", "shared, inserted", "per layer")
 
 
-def oracle_logits(model, rope, ids, state, layers):
+def oracle_rows(model, rope, ids, state, layers):
     chosen = range(3) if layers == "all" else layers
     stock = copy.deepcopy(model)
-    return [oracle(stock, rope)(stock, row, chosen) for row in rows_of(ids, LENGTHS, state, 3)]
+    return [oracle_logits(stock, row, chosen, rope) for row in rows_of(ids, LENGTHS, state, 3)]
 
 
 def unpadded(logits, mask):
@@ -93,8 +93,50 @@ def test_logits(family, rope, kind):
         with torch.no_grad():
             got = unpadded(model(padded, attention_mask=mask, audio=state).logits, mask)
             handle.detach()
-            want = oracle_logits(model, rope, ids, state, layers)
+            want = oracle_rows(model, rope, ids, state, layers)
         assert largest_difference(got, want) <= 1e-5, (side, layers)
+
+
+@pytest.mark.parametrize("family", LENGTH_DEPENDENT)
+@pytest.mark.parametrize("rope", ["sequence", "none"])
+@torch.no_grad()
+def test_rope_that_depends_on_the_length(family, rope):
+    """Audio and text share the frequencies of the row's last position, on both sides of the change at 12."""
+    model = build(family)
+    stock = copy.deepcopy(model)
+    attach(model, LalConfig(rope=rope))
+    differ = set()
+    for tokens, insert_at in ((2, 0), (2, 3), (6, 0), (6, 3), (6, 8)):
+        ids = texts()[0].repeat(2)[:9][None]
+        state = AudioState(torch.randn(1, tokens, WIDTH), insert_at=torch.tensor([insert_at]))
+        want = oracle_logits(stock, rows_of(ids, (9,), state, 3)[0], range(3), rope)
+        assert float((model(ids, audio=state).logits[0] - want).abs().max()) <= 1e-5, (tokens, insert_at)
+        cos, _ = model.model.rotary_emb(want, torch.arange(9 + tokens)[None])
+        differ.add(cos[0, 1, :4].tolist().__repr__())
+    assert len(differ) >= 2  # the frequencies did change
+
+
+@pytest.mark.parametrize("family", LENGTH_DEPENDENT)
+def test_rope_that_depends_on_the_length_refuses_audio_behind_the_text(family):
+    model = build(family)
+    attach(model)
+    ids = texts()[0].repeat(2)[:9][None]
+    state = AudioState(torch.randn(1, 6, WIDTH), insert_at=torch.tensor([9]))
+    with pytest.raises(ValueError, match="audio must stand before the last token of the longest text"):
+        model.generate(ids, audio=state, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_generation_with_long_rope():
+    """From a prompt beyond the change on, cached keys and the oracle's have the same frequencies."""
+    model = build("phi3-longrope")
+    ids = texts()[0].repeat(2)[None]
+    state = AudioState(torch.randn(1, 6, WIDTH), insert_at=torch.tensor([2]))
+    row, stock = rows_of(ids, (14,), state, 3)[0], copy.deepcopy(model)
+    for _ in range(6):
+        row.ids = torch.cat([row.ids, oracle_logits(stock, row, range(3), "sequence")[-1].argmax().view(1)])
+    attach(model)
+    assert torch.equal(model.generate(ids, audio=state, max_new_tokens=6, do_sample=False)[0], row.ids)
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
@@ -106,7 +148,7 @@ def test_other_implementations(impl):
         handle = attach(model, LalConfig(impl=impl))
         got = unpadded(model(padded, attention_mask=mask, audio=state).logits, mask)
         handle.detach()
-        assert largest_difference(got, oracle_logits(model, "sequence", ids, state, "all")) <= 1e-5
+        assert largest_difference(got, oracle_rows(model, "sequence", ids, state, "all")) <= 1e-5
 
 
 GRADIENT_CASES = [
@@ -134,7 +176,7 @@ def test_gradients(family, rope, kind, impl):
             attach(model, LalConfig(rope=rope, impl=impl))
             logits = unpadded(model(padded, attention_mask=mask, audio=state).logits, mask)
         else:
-            logits = [oracle(model, rope)(model, row, range(3)) for row in rows_of(ids, LENGTHS, state, 3)]
+            logits = [oracle_logits(model, row, range(3), rope) for row in rows_of(ids, LENGTHS, state, 3)]
         loss = sum((row * weight).sum() for row, weight in zip(logits, weights, strict=True))
         loss.backward()
         named = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -153,7 +195,7 @@ def oracle_greedy(model, rope, ids, state, steps):
     stock = copy.deepcopy(model)
     for row in rows:
         for _ in range(steps):
-            logits = oracle(stock, rope)(stock, row, range(3))[-1]
+            logits = oracle_logits(stock, row, range(3), rope)[-1]
             row.ids = torch.cat([row.ids, logits.argmax().view(1)])
         chosen.append(row.ids[-steps:])
     return torch.stack(chosen)
@@ -197,9 +239,96 @@ def test_beam_search(family):
         row = rows_of(ids, LENGTHS, state, 3)[i // 2]
         new = sequence[-5:]
         row.ids = torch.cat([row.ids, new])
-        scores = oracle(model, "sequence")(copy.deepcopy(model), row, range(3)).log_softmax(-1)[-6:-1]
+        scores = oracle_logits(copy.deepcopy(model), row, range(3), "sequence").log_softmax(-1)[-6:-1]
         total = scores.gather(1, new[:, None]).sum() / 5
         assert float((cached.sequences_scores[i] - total).abs()) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["prefix", "two clips", "shared, inserted"])
+@torch.no_grad()
+def test_static_cache(family, kind):
+    """A preallocated cache, longer than the text, gives the tokens of one that grows, also past a window."""
+    model = build(family)
+    _, padded, mask = batch(texts(), "left")
+    attach(model)
+    options = {"attention_mask": mask, "audio": audio_state(kind, torch.float32), "max_new_tokens": 8}
+    want = model.generate(padded, **options, do_sample=False)
+    static = model.generate(padded, **options, do_sample=False, cache_implementation="static")
+    assert torch.equal(static, want)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@torch.no_grad()
+def test_beams_with_a_static_cache(family):
+    model = build(family)
+    _, padded, mask = batch(texts(), "left")
+    attach(model)
+    state = audio_state("shared, inserted", torch.float32)
+    options = {"attention_mask": mask, "audio": state, "num_beams": 3, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(
+        model.generate(padded, **options, cache_implementation="static"), model.generate(padded, **options)
+    )
+
+
+@torch.no_grad()
+def test_sampling_takes_the_audio():
+    """Sampled tokens are those that the oracle's probabilities and the same random numbers give."""
+    model = build("qwen3")
+    ids, padded, mask = batch(texts(), "left")
+    state = audio_state("inserted", torch.float32)
+    attach(model)
+    options = {"attention_mask": mask, "audio": state, "max_new_tokens": 3, "do_sample": True, "top_k": 0}
+    torch.manual_seed(3)
+    got = model.generate(padded, **options, num_return_sequences=2)[:, -3:]
+    model._palkernels_handle.detach()
+    rows = [copy.copy(row) for row in rows_of(ids, LENGTHS, state, 3) for _ in range(2)]
+    torch.manual_seed(3)
+    for _ in range(3):
+        logits = [oracle_logits(copy.deepcopy(model), row, range(3), "sequence")[-1] for row in rows]
+        for row, token in zip(rows, torch.multinomial(torch.stack(logits).softmax(-1), 1), strict=True):
+            row.ids = torch.cat([row.ids, token])
+    assert torch.equal(got, torch.stack([row.ids[-3:] for row in rows]))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma3"])
+@pytest.mark.parametrize("draft", ["assistant", "attached assistant", "prompt lookup"])
+@torch.no_grad()
+def test_assisted_generation(family, draft):
+    """A draft changes how often the model runs, not its tokens; an assistant sees the text only."""
+    model = build(family)
+    ids = torch.cat([texts()[0], texts()[0]])[None]
+    state = AudioState(torch.randn(1, TOKENS, WIDTH), insert_at=torch.tensor([3]))
+    attach(model)
+    want = model.generate(ids, audio=state, max_new_tokens=12, do_sample=False)
+    if draft == "prompt lookup":
+        options = {"prompt_lookup_num_tokens": 3}
+    else:
+        assistant = build(family, seed=0 if family == "llama" else 1)
+        if draft == "attached assistant":
+            attach(assistant)
+        options = {"assistant_model": assistant}
+    got = model.generate(ids, audio=state, max_new_tokens=12, do_sample=False, **options)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@torch.no_grad()
+def test_conversation_that_continues_a_cache(family, cache):
+    """The second turn brings a second clip; audio is told from the start, the cache holds the text only."""
+    model = build(family)
+    attach(model)
+    question, clip, second_clip = texts()[0][None], torch.randn(1, 4, WIDTH), torch.randn(1, 3, WIDTH)
+    kept = StaticCache(model.config, max_cache_len=40) if cache == "static" else DynamicCache(config=model.config)
+    options = {"max_new_tokens": 3, "do_sample": False, "past_key_values": kept}
+    first = model.generate(question, audio=AudioState(clip, insert_at=torch.tensor([1])), **options)
+    turn = torch.cat([first, texts()[1][None]], dim=1)
+    places = torch.tensor([[1, 1, 1, 1, *[first.shape[1] + 1] * 3]])
+    both = AudioState(torch.cat([clip, second_clip], dim=1), insert_at=places)
+    continued = model.generate(turn, audio=both, **options)
+    whole = model.generate(turn, audio=both, max_new_tokens=3, do_sample=False)
+    assert torch.equal(continued, whole)
 
 
 @torch.no_grad()
@@ -232,8 +361,16 @@ def test_a_state_can_be_used_again():
     assert torch.equal(model.generate(padded, audio=state, **options), first)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    # transformers 5.23 refuses to run Gemma2 on "sdpa"
+    [
+        (family, attention)
+        for family in FAMILIES
+        for attention in ("sdpa", "eager")
+        if (family, attention) != ("gemma2", "sdpa")
+    ],
+)
 @torch.no_grad()
 def test_without_audio_and_after_detach_bitwise_stock(family, attention):
     model = build(family)
@@ -429,6 +566,44 @@ def test_compiled_model_has_the_eager_gradients():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2-window", "gemma3", "phi3"])
+@pytest.mark.parametrize("kind", ["prefix", "shared, inserted"])
+@torch.no_grad()
+def test_compiled_forward_is_one_graph(family, kind):
+    model = build(family)
+    _, padded, mask = batch(texts(), "left")
+    state = audio_state(kind, torch.float32)
+    attach(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    want = model(padded, attention_mask=mask, audio=state, use_cache=False).logits
+    got = compiled(padded, attention_mask=mask, audio=state, use_cache=False).logits
+    torch.testing.assert_close(unpadded(got, mask), unpadded(want, mask))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@torch.no_grad()
+def test_compiled_static_decode_is_one_graph(family):
+    """Every step of generation, prefill included, in whole graphs; one graph serves all decoding steps."""
+    model = build(family)
+    _, padded, mask = batch(texts(), "left")
+    attach(model)
+    state = audio_state("shared, inserted", torch.float32)
+    options = {"attention_mask": mask, "audio": state, "max_new_tokens": 8, "do_sample": False}
+    want = model.generate(padded, **options)
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    model.forward = torch.compile(model.forward, backend=count, fullgraph=True)
+    got = model.generate(padded, **options, cache_implementation="static")
+    assert torch.equal(got, want)
+    assert len(graphs) <= (2 if family == "llama" else 5)
+
+
 def test_save_pretrained_saves_a_stock_model(tmp_path):
     model = build("llama")
     attach(model)
@@ -451,13 +626,6 @@ def tiny(model_type, **changes):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(SIZES | changes)))
 
 
-def dynamic_rope():
-    from oracles import SIZES
-
-    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
-    return LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=rope))
-
-
 def other_keys():
     """A layer that computes its keys otherwise than from k_proj of its input norm."""
     from transformers.models.llama.modeling_llama import LlamaAttention
@@ -477,7 +645,6 @@ def other_keys():
     [
         (gpt2, {}, "got GPT2LMHeadModel: its decoder has no layers"),
         (other_keys, {}, "got LlamaForCausalLM: its keys differ"),
-        (dynamic_rope, {}, "got LlamaForCausalLM: its rope_type is 'dynamic'"),
         (lambda: tiny("gpt_oss"), {}, "got GptOssForCausalLM: its attention takes s_aux"),
         (lambda: tiny("diffllama"), {}, "got DiffLlamaForCausalLM: a layer calls its attention function 2 times"),
         (lambda: tiny("doge"), {}, "got DogeForCausalLM: a layer changes its attention mask"),
@@ -489,7 +656,7 @@ def other_keys():
         (lambda: tiny("phi"), {}, "got PhiForCausalLM: a layer"),
         (lambda: build("llama"), {"layers": (0, 3)}, r"layers must be from 0 to 2, got \(0, 3\)"),
     ],
-    ids=["gpt2", "other keys", "dynamic rope", "sinks", "two calls", "own mask", "own window", "dense", "layers"],
+    ids=["gpt2", "other keys", "sinks", "two calls", "own mask", "own window", "dense", "layers"],
 )
 def test_refused_models(make, config, message):
     model = make()
@@ -511,7 +678,7 @@ def test_hooked_modules_are_honoured():
     handle = attach(model)
     got = unpadded(model(padded, attention_mask=mask, audio=state).logits, mask)
     handle.detach()
-    assert largest_difference(got, oracle_logits(model, "sequence", ids, state, "all")) <= 1e-5
+    assert largest_difference(got, oracle_rows(model, "sequence", ids, state, "all")) <= 1e-5
 
 
 def test_not_a_config():
@@ -651,10 +818,10 @@ class TestRefusedCalls:
         with pytest.raises(ValueError, match=r"position_ids must count.*got list"):
             model(padded, position_ids=[0], audio=self.state())
 
-    def test_assistant(self, model):
-        _, padded, mask = batch(texts(), "left")
-        with pytest.raises(ValueError, match="assistant_model must be None with audio"):
-            model.generate(padded, attention_mask=mask, audio=self.state(), assistant_model=build("llama"))
+    def test_early_exit(self, model):
+        _, padded, _ = batch(texts(), "none")
+        with pytest.raises(ValueError, match="assistant_early_exit must be None with audio"):
+            model.generate(padded[:1], audio=self.state(states=torch.zeros(1, 1, WIDTH)), assistant_early_exit=1)
 
     def test_a_prompt_of_padding(self, model):
         _, padded, mask = batch(texts(), "left")
@@ -670,16 +837,11 @@ class TestRefusedCalls:
         with pytest.raises(RuntimeError, match=r"layers \[1\] did not"):
             model(padded, audio=self.state())
 
-    def test_preallocated_cache(self, model):
-        _, padded, mask = batch(texts(), "left")
-        with pytest.raises(ValueError, match="attention_mask must be 2-D with audio"):
-            model.generate(
-                padded,
-                attention_mask=mask,
-                audio=self.state(),
-                max_new_tokens=2,
-                cache_implementation="static",
-            )
+    def test_reentrant_checkpointing(self, model):
+        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        _, padded, _ = batch(texts(), "none")
+        with pytest.raises(ValueError, match="gradient checkpointing must be non-reentrant with audio"):
+            model(padded, audio=self.state())
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from palkernels import reference
 from palkernels.model import AudioState
 
 SIZES = {
@@ -25,22 +24,48 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
 }  # fmt: skip
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONG_ROPE = {
+    "rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 12,
+    "short_factor": [1.0] * 6, "long_factor": [1.5, 2.0, 2.5, 3.0, 3.5, 4.0], "partial_rotary_factor": 0.75,
+}  # fmt: skip
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+STOCK_ATTENTION = {"gemma2": "eager"}  # transformers 5.17 lets it run on "sdpa", which drops its softcap
+# By name: the model type, and what its configuration has besides SIZES. Windows are smaller than the texts.
 FAMILIES = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "llama3-rope": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE, attention_bias=True)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
-    "qwen2-window": lambda: Qwen2ForCausalLM(
-        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    ),
+    "llama": ("llama", {}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE, "attention_bias": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN_ROPE}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 24}),
+    "mistral-window": ("mistral", {"sliding_window": 4}),
+    "gemma2": ("gemma2", {"head_dim": 16, "sliding_window": 4, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("gemma3_text", {"head_dim": 16, "sliding_window": 4, "layer_types": GEMMA3_LAYERS}),
+    "phi3": ("phi3", {"sliding_window": None, "rope_parameters": PARTIAL_ROPE}),
+    "phi3-window": ("phi3", {"sliding_window": 4}),
 }
+# Their frequencies change beyond 12 positions, for a whole batch at once: one text at a time equals the oracle.
+LENGTH_DEPENDENT = {
+    "llama-dynamic": ("llama", {"rope_parameters": DYNAMIC_ROPE, "max_position_embeddings": 12}),
+    "phi3-longrope": (
+        "phi3", {"sliding_window": None, "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 12},
+    ),
+}  # fmt: skip
 
 
 def build(family, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
-    model = FAMILIES[family]().to(dtype).eval()
+    model_type, changes = (FAMILIES | LENGTH_DEPENDENT)[family]
+    config = AutoConfig.for_model(model_type, **(SIZES | changes))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=STOCK_ATTENTION.get(model_type, "sdpa"))
+    model = model.to(dtype).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # initialised to zero, where a forgotten bias would not show
-            parameter.data.normal_(std=0.3)
+        if name.endswith("bias") or "norm" in name:  # constant at first, so that a forgotten one would not show
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
     return model
 
 
@@ -67,83 +92,65 @@ def rows_of(ids, lengths, state: AudioState, num_layers):
     return rows
 
 
-def in_sequence_logits(model, row: Row, layers):
-    """rope="sequence": the stock eager model on [text before; audio; text after], the audio rows put back before
-    every layer, and hidden from the text in layers that take no audio. Logits (T, V) at the text."""
+def oracle_logits(model, row: Row, layers, rope):
+    """The stock eager model on [text before; audio; text after], the audio rows put back before every layer. What a
+    query sees is written out per layer: audio where it is injected, text within the window. With rope="none" text has
+    its own positions, and the audio's cosines are 1, its sines 0. Logits (T, V) at the text."""
     model.set_attn_implementation("eager")
-    width = model.config.hidden_size
     n, text = row.insert_at.shape[0], row.ids.shape[0]
-    audio_at = row.insert_at + torch.arange(n)
     is_audio = torch.zeros(n + text, dtype=torch.bool)
-    is_audio[audio_at] = True
+    is_audio[row.insert_at + torch.arange(n)] = True
+    positions = torch.arange(n + text)
+    own = (~is_audio).cumsum(0) - 1  # each text token's place in the text
     embedded = model.get_input_embeddings()(row.ids)
-    hidden = torch.zeros(n + text, width, dtype=embedded.dtype)
-    hidden = hidden.masked_scatter(~is_audio[:, None], embedded)
+    hidden = torch.zeros(n + text, embedded.shape[-1], dtype=embedded.dtype).masked_scatter(
+        ~is_audio[:, None], embedded
+    )
+    if rope == "none":
+        positions = own.clamp(min=0)
 
-    def before_layer(index):
+    def before_layer(index, window):
+        seen = positions_seen(is_audio, own, window)
+        if index not in layers:
+            seen = seen & ~is_audio
+
         def hook(module, args, kwargs):
             states, *rest = args
             if row.states[index] is not None and n:
                 states = states.masked_scatter(is_audio[None, :, None], row.states[index])
-            if index not in layers:
-                mask = kwargs["attention_mask"]
-                lowest = torch.finfo(mask.dtype).min
-                kwargs = kwargs | {"attention_mask": mask.masked_fill(is_audio[None, None, None, :], lowest)}
+            mask = torch.zeros(1, 1, *seen.shape, dtype=states.dtype)
+            kwargs = kwargs | {"attention_mask": mask.masked_fill(~seen, torch.finfo(states.dtype).min)}
+            if rope == "none":
+                cos, sin = kwargs["position_embeddings"]
+                audio = is_audio[None, :, None]
+                kwargs["position_embeddings"] = cos.masked_fill(audio, 1.0), sin.masked_fill(audio, 0.0)
             return (states, *rest), kwargs
 
         return hook
 
     hooks = [
-        layer.register_forward_pre_hook(before_layer(i), with_kwargs=True) for i, layer in enumerate(model.model.layers)
+        layer.register_forward_pre_hook(before_layer(i, window_of(layer)), with_kwargs=True)
+        for i, layer in enumerate(model.model.layers)
     ]
     try:
         mask = torch.ones(1, n + text, dtype=torch.long)
-        return model(inputs_embeds=hidden[None], attention_mask=mask, use_cache=False).logits[0, ~is_audio]
+        out = model(inputs_embeds=hidden[None], attention_mask=mask, position_ids=positions[None], use_cache=False)
+        return out.logits[0, ~is_audio]
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def by_hand_logits(model, row: Row, layers, rope="none"):
-    """Every layer written out over the reference attention; a sliding window counts text only. Logits (T, V)."""
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    decoder = model.model
-    n, text = row.insert_at.shape[0], torch.arange(row.ids.shape[0])
-    shifted = text + (row.insert_at[None, :] <= text[:, None]).sum(1)
-    hidden = decoder.embed_tokens(row.ids)[None]
-    cos, sin = decoder.rotary_emb(hidden, (shifted if rope == "sequence" else text)[None])
-    audio_cos, audio_sin = decoder.rotary_emb(hidden, (row.insert_at + torch.arange(n))[None])
-    for index, layer in enumerate(decoder.layers):
-        attention = layer.self_attn
-
-        def heads(x, projection, dim=attention.head_dim):
-            return projection(x).unflatten(-1, (-1, dim)).transpose(1, 2)
-
-        x = layer.input_layernorm(hidden)
-        query, key = apply_rotary_pos_emb(heads(x, attention.q_proj), heads(x, attention.k_proj), cos, sin)
-        injected = index in layers
-        states = row.states[index] if injected else hidden.new_zeros(0, hidden.shape[-1])
-        audio = layer.input_layernorm(states)[None]
-        audio_key = heads(audio, attention.k_proj)
-        if rope == "sequence" and injected:
-            audio_key, _ = apply_rotary_pos_emb(audio_key, audio_key, audio_cos, audio_sin)
-        out = reference.lal_attention(
-            query,
-            key,
-            heads(x, attention.v_proj),
-            audio_key,
-            heads(audio, attention.v_proj),
-            audio_visible_from=row.insert_at[None, : audio.shape[1]],
-            window=getattr(attention, "sliding_window", None),
-        )
-        hidden = hidden + attention.o_proj(out.transpose(1, 2).flatten(2))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return model.lm_head(decoder.norm(hidden))[0]
+def window_of(layer):
+    attention = layer.self_attn
+    in_config = None if hasattr(attention.config, "layer_types") else getattr(attention.config, "sliding_window", None)
+    return getattr(attention, "sliding_window", in_config)
 
 
-def oracle(model, rope):
-    """In the stock sequence a window counts audio too; LAL's counts text only, so windows are written out."""
-    if rope == "none" or getattr(model.config, "use_sliding_window", False):
-        return lambda model, row, layers: by_hand_logits(model, row, layers, rope)
-    return in_sequence_logits
+def positions_seen(is_audio, own, window):
+    """(L, L): causal; audio sees itself too, so that no row is empty; a window counts text only."""
+    order = torch.arange(len(own))
+    seen = order[None, :] <= order[:, None]
+    if window is not None:
+        seen = seen & (is_audio[None, :] | (own[None, :] > own[:, None] - window))
+    return seen | torch.eye(len(own), dtype=torch.bool)

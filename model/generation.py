@@ -1,0 +1,106 @@
+"""``generate`` of an attached model: audio is projected once, and every step is prepared before the model runs."""
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from palkernels.model.audio_state import AudioState
+from palkernels.model.layers import AudioKV, Rotation
+from palkernels.model.plan import Plan, check_places
+
+if TYPE_CHECKING:
+    from palkernels.model.attach import LalHandle
+
+# The generate call under way in this thread. Not a keyword of generate's: transformers would hand it to an assistant.
+_CURRENT: ContextVar["Generation | None"] = ContextVar("palkernels_generation", default=None)
+
+
+class Generation:
+    """One generate call: the caller's state, and what is worked out once and kept until the call ends."""
+
+    def __init__(self, handle: "LalHandle", state: AudioState) -> None:
+        self.handle = handle
+        self.state = state
+        self.plan: Plan | None = None
+        self.rotations: tuple[Rotation | None, ...] = ()
+        self.cached: dict[int, AudioKV] = {}
+
+    def copies(self, batch: int) -> int:
+        """Text rows per row of the prompt: beams and returned sequences follow each other."""
+        if not self.state.batch_size or batch % self.state.batch_size:
+            raise ValueError(
+                f"audio must describe the prompt's rows, got {self.state.batch_size} for {batch} text rows"
+            )
+        return batch // self.state.batch_size
+
+    def prepare(self, arguments: dict[str, Any], mask: Tensor | None) -> None:
+        """Turn one forward's arguments into those with audio; ``mask`` (B, keys so far), before it was made 4-D."""
+        inputs = next(arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None)
+        batch, num_queries = inputs.shape[:2]
+        past = keys_in(arguments.get("past_key_values"))
+        if self.handle.rotary.depends_on_length and isinstance(past, int) and past == 0:
+            self.plan, self.cached = None, {}  # Phi-3 drops its cache where its frequencies change
+        if self.plan is None or not self.plan.begun:
+            handle, given = self.handle, {**arguments, "attention_mask": mask}
+            self.plan = handle.plan(self.state, self.copies(batch), given, batch, past, num_queries, inputs.device)
+            if self.plan.right_padded:
+                raise ValueError("generate must be given a prompt without right padding: pad on the left")
+            self.rotations = handle.rotations(self.state, self.plan, past, num_queries)
+        arguments["position_ids"] = self.handle.positions(self.plan, past, num_queries)
+        arguments["audio"] = self.handle.request(
+            self.state, self.plan, self.rotations, past + num_queries, self.cached if self.plan.begun else {}
+        )
+
+
+def keys_in(cache: Any) -> int | Tensor:
+    """Text keys in a cache; a tensor on the device where a compiled step must not depend on their number."""
+    if cache is None:
+        return 0
+    count: int | Tensor = cache.get_seq_length()
+    if getattr(cache, "is_compileable", False):
+        return torch.as_tensor(count) + 0  # not the cache's own counter, which moves on
+    return int(count)
+
+
+def current(model: PreTrainedModel) -> Generation | None:
+    """The generate call with audio that this model is in."""
+    generation = _CURRENT.get()
+    return generation if generation is not None and generation.handle.model is model else None
+
+
+def generate(handle: "LalHandle", audio: AudioState | None, arguments: dict[str, Any]) -> Any:
+    """The stock generate; ``arguments`` by name."""
+    generation = None
+    if audio is not None:
+        _check_prompt(audio, arguments)
+        generation = Generation(handle, audio)
+    token = _CURRENT.set(generation)  # None too: an assistant's own call sees the text only
+    try:
+        return handle.stock("generate")(**arguments)
+    finally:
+        _CURRENT.reset(token)
+
+
+def _check_prompt(audio: AudioState, arguments: dict[str, Any]) -> None:
+    if not isinstance(audio, AudioState):
+        raise TypeError(f"audio must be an AudioState, got {type(audio).__name__}")
+    config = arguments.get("generation_config")
+    if arguments.get("assistant_early_exit") or getattr(config, "assistant_early_exit", None):
+        raise ValueError("assistant_early_exit must be None with audio: its first layers would not see the audio")
+    prompts = (arguments.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    prompt = next((prompt for prompt in prompts if prompt is not None), None)
+    if not isinstance(prompt, Tensor) or prompt.ndim < 2:
+        raise ValueError("generate must be given a prompt with audio: input_ids or inputs_embeds of (B, T, ...)")
+    rows, length = prompt.shape[:2]
+    if rows != audio.batch_size:
+        raise ValueError(f"audio must describe the prompt's {rows} rows, got {audio.batch_size}")
+    mask = arguments.get("attention_mask")
+    lengths = torch.full((rows,), length, device=audio.device)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        lengths = (mask != 0).sum(dim=1)
+    if bool((lengths == 0).any()):
+        raise ValueError("every row of a prompt with audio must hold a token, got a row of padding")
+    check_places(audio, lengths)

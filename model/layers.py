@@ -1,0 +1,91 @@
+"""What a decoder layer makes of audio: its own norm, its own K and V projections, its own RoPE."""
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+AudioKV = tuple[Tensor, Tensor]
+Rotation = tuple[Tensor, Tensor]
+
+
+def project_audio(layer: nn.Module, states: Tensor) -> AudioKV:
+    """The layer's own norm and projections on states (A, N, d): K, not rotated, and V, both (A, Hkv, N, D).
+
+    Modules are called, not their weights read, so that adapters, quantisation, sharding and hooks act on audio too.
+    """
+    attention: Any = layer.self_attn
+    normed = layer.input_layernorm(states)  # type: ignore[operator]
+    if hasattr(attention, "qkv_proj"):
+        heads = attention.config.num_attention_heads * attention.head_dim
+        _, *projected = attention.qkv_proj(normed).split(
+            [heads, *[num_kv_heads(attention) * attention.head_dim] * 2], -1
+        )
+    else:
+        projected = [attention.k_proj(normed), attention.v_proj(normed)]
+    key, value = (part.unflatten(-1, (-1, attention.head_dim)) for part in projected)
+    if hasattr(attention, "k_norm"):
+        key = attention.k_norm(key)
+    return key.transpose(1, 2), value.transpose(1, 2)
+
+
+def num_kv_heads(attention: Any) -> int:
+    heads: int = attention.config.num_attention_heads // attention.num_key_value_groups
+    return heads
+
+
+def rotate(attention: nn.Module, key: Tensor, rotation: Rotation) -> Tensor:
+    """RoPE by the model's own function, which rotates queries and keys together: the queries are none here."""
+    rotated: tuple[Tensor, Tensor] = modeling_file(attention).apply_rotary_pos_emb(key[:, :0], key, *rotation)
+    return rotated[1]
+
+
+def modeling_file(attention: nn.Module) -> Any:
+    """The modeling file that defines this attention, which holds its RoPE and its eager attention."""
+    return sys.modules[attention_class(attention).__module__]
+
+
+def attention_class(attention: nn.Module) -> type:
+    """The attention's class in transformers: sharding and parametrisation derive a class of their own from it."""
+    found = (kind for kind in type(attention).__mro__ if kind.__module__.startswith("transformers"))
+    return next(found, type(attention))
+
+
+class Rotary:
+    """A model's rotary embedding, for audio positions. Some models have one set of frequencies per layer type."""
+
+    # RoPE whose frequencies depend on the longest position: audio and text must be given the same.
+    LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+    def __init__(self, module: nn.Module, config: Any, num_layers: int) -> None:
+        self.module = module
+        self.by_type = "layer_type" in inspect.signature(module.forward).parameters
+        types = getattr(config, "layer_types", None) if self.by_type else None
+        self.layer_types: tuple[str | None, ...] = tuple(types) if types else (None,) * num_layers
+        parameters = getattr(config, "rope_parameters", None) or {}
+        sets = list(parameters.values()) if self.by_type else [parameters]
+        self.depends_on_length = any((x or {}).get("rope_type") in self.LENGTH_DEPENDENT for x in sets)
+        self.several_dimensions = any("mrope_section" in (x or {}) for x in sets)
+
+    def of_layer(self, layer: int, like: Tensor, positions: Tensor) -> Rotation:
+        """cos and sin, each (P, N, R), at positions (P, N) for one layer, in the dtype of ``like``."""
+        kind = self.layer_types[layer]
+        rotation: Rotation = self.module(like, positions, kind) if kind is not None else self.module(like, positions)
+        return rotation
+
+    def of_layers(
+        self, layers: tuple[int, ...], like: Tensor, positions: Tensor, longest: Tensor
+    ) -> dict[str | None, Rotation]:
+        """The same for several layers, by their type; ``longest`` is the largest position in the text."""
+        if self.depends_on_length:
+            last = longest.expand(positions.shape[0], 1)
+            positions = torch.cat([torch.minimum(positions, longest), last], dim=1)
+        found = {}
+        for layer in layers:
+            kind = self.layer_types[layer]
+            if kind not in found:
+                cos, sin = self.of_layer(layer, like, positions)
+                found[kind] = (cos[:, :-1], sin[:, :-1]) if self.depends_on_length else (cos, sin)
+        return found
