@@ -9,5 +9,6 @@ except ModuleNotFoundError as error:
 
 from palkernels.model.attach import LalConfig, LalHandle, LalReport, attach
 from palkernels.model.audio_state import AudioState
+from palkernels.model.training import freeze_ffn
 
-__all__ = ["AudioState", "LalConfig", "LalHandle", "LalReport", "attach"]
+__all__ = ["AudioState", "LalConfig", "LalHandle", "LalReport", "attach", "freeze_ffn"]

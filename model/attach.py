@@ -8,8 +8,10 @@ the stock functions run.
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +22,11 @@ from palkernels import unsupported_reasons
 from palkernels.checks import IMPLEMENTATIONS
 from palkernels.model.attention import ATTENTION_NAME, REQUEST_KEYWORD, STOCK_CONFIG, Request
 from palkernels.model.audio_state import AudioState
+from palkernels.model.fused import alike, project_fused, why_not_plain
 from palkernels.model.generation import current, generate, keys_in
 from palkernels.model.layers import AudioKV, Rotary, Rotation, num_kv_heads
 from palkernels.model.plan import AudioLayout, Plan, check_places, padding
+from palkernels.model.saving import load, named_modules, save
 from palkernels.model.support import check_layer, check_reentrant, find_decoder, find_rotary
 
 HANDLE = "_palkernels_handle"
@@ -37,12 +41,16 @@ class LalConfig:
         rope: "sequence" gives audio keys the positions they would have if the audio stood in the text, and shifts
             the text behind it; "none" leaves audio keys as projected and text positions as they are. The paper does
             not say which it uses; the default follows its closest public relatives.
-        impl: the implementation of :func:`palkernels.lal_attention`.
+        impl: the implementation of :func:`palkernels.lal_attention` and :func:`palkernels.audio_kv`.
+        recompute_audio_kv: in training, keep no audio keys and values for the backward pass but project them again
+            there, through the same modules. Saves 2 x Hkv x D numbers per audio token and layer, and more where
+            adapters keep their own.
     """
 
     layers: str | Iterable[int] = "all"
     rope: str = "sequence"
     impl: str = "auto"
+    recompute_audio_kv: bool = False
 
     def __post_init__(self) -> None:
         if self.layers != "all":
@@ -56,6 +64,8 @@ class LalConfig:
             raise ValueError(f'rope must be "sequence" or "none", got {self.rope!r}')
         if self.impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {self.impl!r}")
+        if not isinstance(self.recompute_audio_kv, bool):
+            raise TypeError(f"recompute_audio_kv must be a bool, got {self.recompute_audio_kv!r}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,8 @@ class LayerReport:
     audio: bool  # whether the layer sees audio
     impl: str  # the implementation; "stock" where the layer sees no audio, "none" where it would raise
     why_not_triton: tuple[str, ...]  # empty where triton runs
+    audio_kv: str  # what projects audio at inference: "fused" (one audio_kv for all layers), "modules", or "none"
+    why_not_fused: str | None
 
 
 @dataclass(frozen=True)
@@ -77,39 +89,69 @@ class LalReport:
     layers: tuple[LayerReport, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.model}, rope={self.rope!r}", "layer  audio  implementation"]
-        lines += [f"{x.layer:5}  {'yes' if x.audio else 'no':5}  {x.impl}" for x in self.layers]
+        lines = [f"{self.model}, rope={self.rope!r}", "layer  audio  implementation  audio_kv"]
+        lines += [f"{x.layer:5}  {'yes' if x.audio else 'no':5}  {x.impl:14}  {x.audio_kv}" for x in self.layers]
         reasons = dict.fromkeys(reason for layer in self.layers for reason in layer.why_not_triton)
         lines += [f"triton does not run: {reason}" for reason in reasons]
+        unfused = dict.fromkeys(layer.why_not_fused for layer in self.layers if layer.why_not_fused)
+        lines += [f"audio_kv is not fused: {reason}" for reason in unfused]
         return "\n".join(lines)
 
 
-def attach(model: PreTrainedModel, config: LalConfig | None = None) -> "LalHandle":
+def attach(
+    model: PreTrainedModel,
+    config: "LalConfig | str | os.PathLike[str] | None" = None,
+    *,
+    connector: nn.Module | None = None,
+    projectors: Mapping[int, nn.Module] | None = None,
+) -> "LalHandle":
     """Let a causal LM take ``audio=AudioState(...)`` in ``forward`` and ``generate``.
 
     The model is changed in place and works as before without audio. Attaching again with the same config returns the
-    same handle.
+    same handle. A peft model is attached by its base model; adapters may be added before or after.
+
+    Args:
+        config: the settings, or a directory that :meth:`LalHandle.save` wrote.
+        connector: kept as ``handle.connector``: what turns an encoder's states (A, N, input size) into the model's
+            (A, N, d). From a directory, MlpConnector and Linear are built; another class must be given here, and takes
+            the saved weights.
+        projectors: kept as ``handle.projectors``: by layer, what turns the connector's output into that layer's states;
+            one for every layer that takes audio, or None where all share the connector's output.
 
     Raises:
         TypeError, ValueError: the model or the config is not supported; the message names the model and the reason.
     """
     config = LalConfig() if config is None else config
+    if not isinstance(model, PreTrainedModel) and callable(getattr(model, "get_base_model", None)):
+        model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    if isinstance(config, str | os.PathLike):
+        settings, connector, projectors = load(model, config, connector, projectors)
+        config = LalConfig(**settings)
     if not isinstance(config, LalConfig):
         raise TypeError(f"config must be a LalConfig, got {type(config).__name__}")
     attached = getattr(model, HANDLE, None)
     if attached is not None:
         if attached.config != config:
             raise ValueError(f"the model must be detached before another config is attached, got {config}")
+        if named_modules(connector, projectors):
+            raise ValueError("the model must be detached before a connector or projectors are attached")
         return attached  # type: ignore[no-any-return]
-    return LalHandle(model, config)
+    return LalHandle(model, config, connector, projectors)
 
 
 class LalHandle:
-    """An attached model. ``detach()`` makes it a stock model again, ``report()`` says what runs."""
+    """An attached model. ``detach()`` makes it a stock model again, ``report()`` says what runs, ``save()`` keeps the
+    settings, the connector and the projectors."""
 
-    def __init__(self, model: PreTrainedModel, config: LalConfig) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: LalConfig,
+        connector: nn.Module | None = None,
+        projectors: Mapping[int, nn.Module] | None = None,
+    ) -> None:
         self.model = model
         self.config = config
         decoder = find_decoder(model)
@@ -119,8 +161,13 @@ class LalHandle:
         self.selected: tuple[int, ...] = everything if config.layers == "all" else tuple(config.layers)  # type: ignore[arg-type]
         if not set(self.selected) <= set(everything):
             raise ValueError(f"layers must be from 0 to {len(everything) - 1}, got {self.selected}")
-        for index in self.selected:
-            check_layer(model, self.layers[index], index, self.rotary)
+        self.connector = connector
+        self.projectors = None if projectors is None else dict(projectors)
+        if self.projectors is not None and set(self.projectors) != set(self.selected):
+            raise ValueError(
+                f"projectors must be given for layers {list(self.selected)}, got {sorted(self.projectors)}"
+            )
+        self._offsets = {i: check_layer(model, self.layers[i], i, self.rotary) for i in self.selected}
 
         self._stock_configs: dict[int, Any] = {}
         for index in self.selected:
@@ -151,6 +198,26 @@ class LalHandle:
                 object.__setattr__(model, name, stock)
         object.__delattr__(model, HANDLE)
 
+    def state(
+        self,
+        encoded: Tensor,
+        lengths: Tensor | None = None,
+        index: Tensor | None = None,
+        insert_at: Tensor | None = None,
+    ) -> AudioState:
+        """The :class:`AudioState` of an encoder's states (A, N, input size): through the connector, if there is one,
+        and each layer's projector, if there are any. The other arguments are AudioState's."""
+        states = encoded if self.connector is None else self.connector(encoded)
+        if self.projectors is not None:
+            found = (self.projectors.get(index) for index in range(len(self.layers)))
+            states = [None if projector is None else projector(states) for projector in found]
+        return AudioState(states, lengths, index, insert_at)
+
+    def save(self, directory: "str | os.PathLike[str]") -> Path:
+        """Write settings, connector and projectors to ``directory/lal.safetensors``, for ``attach(model, directory)``.
+        The language model is not in it: ``model.save_pretrained`` saves that, as a stock model."""
+        return save(self, directory)
+
     def report(self) -> LalReport:
         """Per layer: whether it sees audio, which implementation runs, and why Triton does not."""
         return LalReport(
@@ -161,7 +228,7 @@ class LalHandle:
 
     def _report_layer(self, index: int) -> LayerReport:
         if index not in self.selected:
-            return LayerReport(index, False, "stock", ())
+            return LayerReport(index, False, "stock", (), "none", None)
         attention: Any = self.layers[index].self_attn
         weight: Any = self.layers[index].input_layernorm.weight  # type: ignore[union-attr]
         heads = attention.config.num_attention_heads
@@ -173,7 +240,44 @@ class LalHandle:
             impl = "triton" if query.is_cuda and not reasons else "sdpa"
         elif impl == "triton" and reasons:
             impl = "none"
-        return LayerReport(index, True, impl, tuple(reasons))
+        why_not_fused = self.why_not_fused()
+        audio_kv = "modules" if why_not_fused else "fused"
+        return LayerReport(index, True, impl, tuple(reasons), audio_kv, why_not_fused)
+
+    def why_not_fused(self) -> str | None:
+        """Why audio goes through each layer's modules at inference; None: one audio_kv takes all layers."""
+        layers = [self.layers[index] for index in self.selected]
+        for index, layer in zip(self.selected, layers, strict=True):
+            reason = why_not_plain(layer)
+            if reason is not None:
+                return f"layer {index}: {reason}"
+            if self._offsets[index] is None:
+                return f"layer {index}: audio_kv does not know its norm, its projections or its RoPE"
+        if not alike(layers) or len({self._offsets[index] for index in self.selected}) > 1:
+            return "the layers are not of one shape"
+        return None
+
+    def project_at_once(self, request: Request) -> dict[int, AudioKV]:
+        """All layers' K and V by one call where nothing speaks against it, else none: the layers then project."""
+        state = request.state
+        if (
+            not isinstance(state.states, Tensor)
+            or not self.selected
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(state.device.type)
+            or self.why_not_fused() is not None
+        ):
+            return {}
+        layers = [self.layers[index] for index in self.selected]
+        placed_later = request.plan.layout.source is not None  # a row of keys is rotated for each of its places
+        rotations = [None if placed_later else request.rotations[index] for index in self.selected]
+        offset = self._offsets[self.selected[0]]
+        assert offset is not None
+        found = project_fused(layers, state.states, offset, rotations, self.config.impl)
+        if placed_later:
+            found = [request.placed(index, *kv) for index, kv in zip(self.selected, found, strict=True)]
+        return dict(zip(self.selected, found, strict=True))
 
     def stock(self, name: str) -> Callable[..., Any]:
         """The model's forward or generate as it was before."""
@@ -198,7 +302,9 @@ class LalHandle:
             # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
             arguments["attention_mask"] = torch.ones(batch, num_queries, dtype=torch.long, device=inputs.device)
         rotations = self.rotations(audio, plan, past, num_queries)
-        return self.run(self.request(audio, plan, rotations, past + num_queries, None), arguments)
+        request = self.request(audio, plan, rotations, past + num_queries, None)
+        request.cached = self.project_at_once(request) or None
+        return self.run(request, arguments)
 
     def run(self, request: Request, arguments: dict[str, Any]) -> Any:
         """The stock forward, its layers given the request; every selected one must have taken the audio."""
@@ -217,7 +323,8 @@ class LalHandle:
         num_keys: int | Tensor,
         cached: dict[int, AudioKV] | None,
     ) -> Request:
-        return Request(state, plan, self.layers, rotations, num_keys, self.config.impl, cached)
+        config = self.config
+        return Request(state, plan, self.layers, rotations, num_keys, config.impl, config.recompute_audio_kv, cached)
 
     def positions(self, plan: Plan, past: int | Tensor, num_queries: int) -> Tensor:
         """RoPE positions of the text (B, T)."""

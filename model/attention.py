@@ -13,6 +13,7 @@ from palkernels import lal_attention
 from palkernels.model.audio_state import AudioState
 from palkernels.model.layers import AudioKV, Rotation, modeling_file, project_audio, rotate
 from palkernels.model.plan import Plan
+from palkernels.model.training import projecting_again
 
 # "sdpa" or "flex_attention" within the name would trigger transformers' capability checks for those.
 ATTENTION_NAME = "palkernels_lal"
@@ -32,6 +33,7 @@ class Request:
     rotations: tuple[Rotation | None, ...]  # per layer: cos, sin (P or 1, N, R); None: keys are not rotated
     num_keys: int | Tensor  # text keys after this forward's are appended; a tensor where the cache counts on the device
     impl: str
+    recompute: bool  # keep no K and V for the backward pass
     cached: dict[int, AudioKV] | None  # layer -> K, V, kept over one generate call; None: never kept
     consumed: set[int] = field(default_factory=set)
 
@@ -90,7 +92,6 @@ def lal_attention_forward(
         if given_keyword is not None and given_keyword is not True:
             raise ValueError(f"{name} must not be given with audio: the kernels are causal over whole rows")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    audio_key, audio_value = lal_request.audio_kv(layer)
     layout = lal_request.plan.layout
     dropped, text_end = _place_of_keys(lal_request.num_keys, key)
     text_start, visible_from = lal_request.plan.text_start, None
@@ -100,23 +101,32 @@ def lal_attention_forward(
             visible_from = visible_from + text_start.unsqueeze(1)
     if text_start is not None:
         text_start = (text_start - dropped).clamp(min=0)
-    out = lal_attention(
-        query,
-        key,
-        value,
-        audio_key,
-        audio_value,
-        audio_lengths=layout.lengths,
-        audio_index=layout.index,
-        audio_visible_from=visible_from,
-        text_start=text_start,
-        text_end=text_end,
-        scale=scaling,
-        softcap=softcap,
-        window=sliding_window,
-        impl=lal_request.impl,
-    )
-    assert isinstance(out, Tensor)
+
+    def attend() -> Tensor:
+        audio_key, audio_value = lal_request.audio_kv(layer)
+        out = lal_attention(
+            query,
+            key,
+            value,
+            audio_key,
+            audio_value,
+            audio_lengths=layout.lengths,
+            audio_index=layout.index,
+            audio_visible_from=visible_from,
+            text_start=text_start,
+            text_end=text_end,
+            scale=scaling,
+            softcap=softcap,
+            window=sliding_window,
+            impl=lal_request.impl,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    # A layer that is checkpointed as a whole keeps nothing anyway.
+    whole = getattr(lal_request.layers[layer], "gradient_checkpointing", False) and module.training
+    again = lal_request.recompute and torch.is_grad_enabled() and not whole
+    out = projecting_again(attend) if again else attend()
     lal_request.consumed.add(layer)
     return out.transpose(1, 2), None
 

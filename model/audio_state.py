@@ -87,6 +87,24 @@ class AudioState:
             raise ValueError(f"{name} must be on the states' device {self.device}, got {tensor.device}")
         object.__setattr__(self, name, tensor.to(torch.int64))
 
+    def to(
+        self,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> "AudioState":
+        """On another device, the states in another dtype; itself where nothing changes. accelerate and the Trainer
+        move what they feed a model by this."""
+        given = [self.states] if isinstance(self.states, Tensor) else list(self.states)
+        moved = [x if x is None else x.to(device=device, dtype=dtype, non_blocking=non_blocking) for x in given]
+        if all(new is old for new, old in zip(moved, given, strict=True)):
+            return self
+        fields = {
+            name: None if tensor is None else tensor.to(device=device, non_blocking=non_blocking)
+            for name, tensor in (("lengths", self.lengths), ("index", self.index), ("insert_at", self.insert_at))
+        }
+        return AudioState(moved[0] if isinstance(self.states, Tensor) else moved, **fields)  # type: ignore[arg-type]
+
     def for_layer(self, layer: int) -> Tensor | None:
         """The states (A, N, d) that one layer takes."""
         return self.states if isinstance(self.states, Tensor) else self.states[layer]

@@ -50,9 +50,11 @@ class Generation:
                 raise ValueError("generate must be given a prompt without right padding: pad on the left")
             self.rotations = handle.rotations(self.state, self.plan, past, num_queries)
         arguments["position_ids"] = self.handle.positions(self.plan, past, num_queries)
-        arguments["audio"] = self.handle.request(
-            self.state, self.plan, self.rotations, past + num_queries, self.cached if self.plan.begun else {}
-        )
+        kept = self.cached if self.plan.begun else {}
+        request = self.handle.request(self.state, self.plan, self.rotations, past + num_queries, kept)
+        if not kept:
+            kept.update(self.handle.project_at_once(request))
+        arguments["audio"] = request
 
 
 def keys_in(cache: Any) -> int | Tensor:

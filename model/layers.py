@@ -19,10 +19,7 @@ def project_audio(layer: nn.Module, states: Tensor) -> AudioKV:
     attention: Any = layer.self_attn
     normed = layer.input_layernorm(states)  # type: ignore[operator]
     if hasattr(attention, "qkv_proj"):
-        heads = attention.config.num_attention_heads * attention.head_dim
-        _, *projected = attention.qkv_proj(normed).split(
-            [heads, *[num_kv_heads(attention) * attention.head_dim] * 2], -1
-        )
+        _, *projected = attention.qkv_proj(normed).split(qkv_sizes(attention), -1)
     else:
         projected = [attention.k_proj(normed), attention.v_proj(normed)]
     key, value = (part.unflatten(-1, (-1, attention.head_dim)) for part in projected)
@@ -34,6 +31,12 @@ def project_audio(layer: nn.Module, states: Tensor) -> AudioKV:
 def num_kv_heads(attention: Any) -> int:
     heads: int = attention.config.num_attention_heads // attention.num_key_value_groups
     return heads
+
+
+def qkv_sizes(attention: Any) -> list[int]:
+    """Columns of q, k and v where one projection makes all three."""
+    heads = attention.config.num_attention_heads, *[num_kv_heads(attention)] * 2
+    return [count * attention.head_dim for count in heads]
 
 
 def rotate(attention: nn.Module, key: Tensor, rotation: Rotation) -> Tensor:

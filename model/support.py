@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers import AttentionInterface, PreTrainedModel
 
 from palkernels.model.attention import REQUEST_KEYWORD
+from palkernels.model.fused import find_offset
 from palkernels.model.layers import Rotary, project_audio, rotate
 
 PROBE_NAME = "palkernels_probe"
@@ -86,9 +87,10 @@ def _probe_attention(
 AttentionInterface.register(PROBE_NAME, _probe_attention)
 
 
-def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Rotary) -> None:
+def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Rotary) -> float | None:
     """Run the layer once on random states. Refuse it unless its K and V are those that we compute for audio, and its
-    attention is no more than scaled, capped, causal and windowed."""
+    attention is no more than scaled, capped, causal and windowed. Returns the norm offset with which the fused path
+    computes the same, None if it does not."""
     attention: Any = getattr(layer, "self_attn", None)
     projections = () if hasattr(attention, "qkv_proj") else ("k_proj", "v_proj")
     missing = [part for part in (*projections, "config", "head_dim") if not hasattr(attention, part)]
@@ -98,7 +100,7 @@ def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Ro
     embedding: Any = model.get_input_embeddings()
     weight = embedding.weight
     if weight.is_meta or is_fake(weight):
-        return
+        return None
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, 4, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
     positions = torch.arange(4, device=weight.device).unsqueeze(0)
@@ -120,6 +122,7 @@ def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Ro
             )
             key, value = project_audio(layer, states)
             key = rotate(attention, key, rotation)
+            offset = find_offset(layer, states, rotation, (key, value), CHECK_TOLERANCE.get(weight.dtype, 1e-2))
     except Exception as error:  # whatever a foreign layer raises means that it is not one of ours
         raise refusal(model, f"a layer cannot be run as Llama's is: {' '.join(str(error).split())}") from error
     finally:
@@ -128,6 +131,7 @@ def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Ro
     reason = _difference(recorder, mask, (key, value)) or _other_attention(recorder.calls[0], stock_config, index)
     if reason:
         raise refusal(model, reason)
+    return offset
 
 
 def _difference(recorder: _Recorder, mask: Tensor, ours: tuple[Tensor, Tensor]) -> str | None:

@@ -19,7 +19,8 @@ CODE = [
 
 
 @pytest.mark.parametrize(("page", "code"), CODE, ids=range(len(CODE)))
-def test_code_runs(page, code):
+def test_code_runs(page, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a page may save something
     exec(compile(code, page, "exec"), {})
 
 

@@ -9,7 +9,7 @@ import torch
 from oracles import FAMILIES, LENGTH_DEPENDENT, build, oracle_logits, rows_of
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, StaticCache
 
-from palkernels.model import AudioState, LalConfig, attach
+from palkernels.model import AudioState, LalConfig, attach, fused
 
 LENGTHS = (7, 4, 9)  # of the texts in a batch
 TOKENS = 6  # audio tokens per row
@@ -331,6 +331,54 @@ def test_conversation_that_continues_a_cache(family, cache):
     assert torch.equal(continued, whole)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rope", ["sequence", "none"])
+@torch.no_grad()
+def test_fused_projection_is_used_and_right(family, rope, monkeypatch):
+    """Every family's K and V come from one call for all layers, and equal the modules'."""
+    model = build(family)
+    handle = attach(model, LalConfig(rope=rope))
+    assert {layer.audio_kv for layer in handle.report().layers} == {"fused"}
+    calls = []
+    audio_kv = fused.audio_kv
+    monkeypatch.setattr(fused, "audio_kv", lambda *a, **k: calls.append(len(a[1])) or audio_kv(*a, **k))
+    _, padded, mask = batch(texts(), "left")
+    for kind in ("prefix", "shared, inserted"):
+        options = {"attention_mask": mask, "audio": audio_state(kind, torch.float32)}
+        fast = model(padded, **options).logits
+        with torch.enable_grad():
+            slow = model(padded, **options).logits.detach()
+        assert largest_difference(unpadded(fast, mask), unpadded(slow, mask)) <= 1e-5
+        model.generate(padded, **options, max_new_tokens=3, num_beams=2, do_sample=False)
+    assert calls == [3, 3, 3, 3]
+
+
+@torch.no_grad()
+def test_what_is_not_plain_goes_through_modules():
+    model = build("llama")
+    attention = [layer.self_attn for layer in model.model.layers]
+    handle = attach(model)
+    for change, undo, reason in (
+        (lambda: attention[1].k_proj.register_forward_hook(print), lambda made: made.remove(), "k_proj has hooks"),
+        (
+            lambda: setattr(attention[2], "v_proj", torch.nn.Sequential(attention[2].v_proj)),
+            lambda made: setattr(attention[2], "v_proj", attention[2].v_proj[0]),
+            "v_proj is a Sequential, not a plain Linear",
+        ),
+        (
+            lambda: setattr(attention[0].k_proj, "forward", attention[0].k_proj.forward),
+            lambda made: delattr(attention[0].k_proj, "forward"),
+            "k_proj has a forward of its own",
+        ),
+    ):
+        made = change()
+        report = handle.report()
+        assert {layer.audio_kv for layer in report.layers} == {"modules"}
+        assert reason in str(report)
+        undo(made)
+        assert {layer.audio_kv for layer in handle.report().layers} == {"fused"}
+
+
 @torch.no_grad()
 def test_audio_is_projected_once_per_generate():
     model = build("llama")
@@ -494,10 +542,10 @@ def test_report_names_layers_and_reasons():
     assert [layer.impl for layer in report.layers] == ["stock", "sdpa", "sdpa"]
     assert str(report).splitlines() == [
         "LlamaForCausalLM, rope='sequence'",
-        "layer  audio  implementation",
-        "    0  no     stock",
-        "    1  yes    sdpa",
-        "    2  yes    sdpa",
+        "layer  audio  implementation  audio_kv",
+        "    0  no     stock           none",
+        "    1  yes    sdpa            fused",
+        "    2  yes    sdpa            fused",
     ]
     handle.detach()
     model.train()

@@ -1,0 +1,211 @@
+"""Training with audio: memory, adapters, sharding, other people's loops. Gradients against plain training."""
+
+import copy
+
+import pytest
+import torch
+from oracles import FAMILIES, build
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from palkernels.model import AudioState, LalConfig, attach, freeze_ffn
+
+WIDTH = 64
+TOKENS = 6
+
+
+def inputs(dtype=torch.float64, rows=4):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 101, (rows, 8), generator=generator)
+    states = torch.randn(rows, TOKENS, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    return ids, states, torch.tensor([2, 0, 3, 1])[:rows]
+
+
+def gradients(model):
+    ids, states, insert_at = inputs()
+    states.requires_grad_()
+    model(ids, labels=ids, audio=AudioState(states, insert_at=insert_at)).loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {**found, "states": states.grad}
+
+
+def same(got, want):
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], msg=name)
+
+
+@pytest.mark.parametrize(
+    ("family", "impl"),
+    [*((family, "sdpa") for family in FAMILIES), ("gemma2", "reference"), ("llama", "triton"), ("gemma2", "triton")],
+)
+def test_recomputed_projections_give_the_same_gradients(family, impl):
+    found = []
+    for recompute in (False, True):
+        model = build(family, torch.float64).train()
+        attach(model, LalConfig(recompute_audio_kv=recompute, impl=impl))
+        found.append(gradients(model))
+    same(*found)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputing_keeps_no_projection(recompute):
+    """After the forward pass, what v_proj made of the audio is alive, or gone; it is made once more, or not."""
+    model = build("llama").train()
+    attach(model, LalConfig(recompute_audio_kv=recompute))
+    made = []
+
+    def note(module, args, out):
+        if out.shape[1] == TOKENS:
+            made.append(StorageWeakRef(out.untyped_storage()))
+
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(note)
+    ids, states, _ = inputs(torch.float32)
+    loss = model(ids, labels=ids, audio=AudioState(states)).loss
+    assert [ref.expired() for ref in made] == [recompute] * 3
+    loss.backward()
+    assert len(made) == (6 if recompute else 3)
+
+
+def test_a_checkpointed_layer_projects_once_more_only():
+    model = build("llama").train()
+    attach(model, LalConfig(recompute_audio_kv=True))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls = []
+    model.model.layers[0].self_attn.v_proj.register_forward_hook(
+        lambda module, args, out: calls.append(1) if out.shape[1] == TOKENS else None
+    )
+    ids, states, _ = inputs(torch.float32)
+    model(ids, labels=ids, audio=AudioState(states)).loss.backward()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("attached", ["before", "after"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_lora(family, attached, recompute):
+    """Adapters act on audio: tokens and gradients are those of the model that has them merged into its weights."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["qkv_proj", "o_proj"] if family == "phi3" else ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = build(family, torch.float64)
+    config = LalConfig(recompute_audio_kv=recompute)
+    if attached == "before":
+        attach(model, config)
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+    handle = attach(adapted, config)
+    assert "not a plain Linear" in str(handle.report())
+    ids, states, insert_at = inputs()
+    state = AudioState(states, insert_at=insert_at)
+    adapted.train()(input_ids=ids, labels=ids, audio=state).loss.backward()
+    downs = {name: module for name, module in adapted.named_modules() if name.endswith(".lora_A.default")}
+    ours = {name.removesuffix(".lora_A.default"): module.weight.grad.clone() for name, module in downs.items()}
+    ups = {name: adapted.get_submodule(f"{name}.lora_B.default").weight.detach().clone() for name in ours}
+    assert len(ours) == 3 * len(targets)
+    options = {"input_ids": ids, "audio": state, "max_new_tokens": 3, "do_sample": False}
+    tokens = adapted.eval().generate(**options)
+
+    handle.detach()
+    merged = adapted.merge_and_unload()
+    attach(merged)
+    assert torch.equal(merged.generate(**options), tokens)
+    merged.requires_grad_(True).train()
+    merged(ids, labels=ids, audio=state).loss.backward()
+    for name, gradient in ours.items():  # W + 2 B A, so dA = 2 B^T dW
+        weight = merged.get_submodule(name.removeprefix("base_model.model.")).weight
+        torch.testing.assert_close(gradient, 2.0 * ups[name].T @ weight.grad)
+
+
+def test_frozen_ffn():
+    model = build("llama").train()
+    attach(model)
+    frozen = freeze_ffn(model)
+    ffn = [parameter for name, parameter in model.named_parameters() if ".mlp." in name]
+    assert frozen == sum(parameter.numel() for parameter in ffn) > 0
+    before = copy.deepcopy(model.state_dict())
+    ids, states, _ = inputs(torch.float32)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model(ids, labels=ids, audio=AudioState(states)).loss.backward()
+    optimizer.step()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (".mlp." in name), name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_autocast(recompute):
+    """float32 weights under bfloat16 autocast: near float32, and every gradient there and float32."""
+    model = build("llama").train()
+    attach(model, LalConfig(recompute_audio_kv=recompute))
+    ids, states, insert_at = inputs(torch.float32)
+    exact = model(ids, labels=ids, audio=AudioState(states, insert_at=insert_at)).loss
+    states.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids, audio=AudioState(states, insert_at=insert_at)).loss
+    loss.backward()
+    assert abs(float(loss.detach() - exact.detach())) < 0.05
+    assert states.grad.dtype == torch.float32
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.eval().generate(ids, audio=AudioState(states.detach()), max_new_tokens=2, do_sample=False)
+
+
+def test_a_state_moves():
+    _, states, insert_at = inputs(torch.float32)
+    state = AudioState([states, None, states], lengths=torch.tensor([1, 2, 3, 4]), insert_at=insert_at)
+    assert state.to("cpu") is state
+    moved = state.to("meta", non_blocking=True)
+    assert {x.device.type for x in (moved.states[0], moved.states[2], moved.lengths, moved.insert_at)} == {"meta"}
+    assert moved.states[1] is None
+    assert state.to(dtype=torch.float64).states[0].dtype == torch.float64
+
+
+def test_trainer(tmp_path):
+    """transformers' Trainer as it is; its first loss is the model's own."""
+    from transformers import Trainer, TrainingArguments
+
+    model = build("llama")
+    attach(model)
+    ids, states, insert_at = inputs(torch.float32)
+    rows = [{"input_ids": ids[i], "states": states[i], "insert_at": insert_at[i]} for i in range(4)]
+
+    def collate(rows):
+        ids, states, places = (torch.stack([row[name] for row in rows]) for name in rows[0])
+        return {"input_ids": ids, "labels": ids, "audio": AudioState(states, insert_at=places)}
+
+    with torch.no_grad():
+        want = model(ids, labels=ids, audio=AudioState(states, insert_at=insert_at)).loss
+    options = TrainingArguments(
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        learning_rate=1e-2,
+        remove_unused_columns=False,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, options, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    assert abs(losses[0] - float(want)) < 1e-3
+    assert losses[2] < losses[0]
+
+
+def test_fsdp2_on_two_processes(tmp_path):
+    """fully_shard on two CPU processes: loss and gradients of one process with the whole batch."""
+    from sharded import run
+
+    torch.multiprocessing.spawn(run, (2, str(tmp_path)), nprocs=2)
+    model = build("llama", torch.float64).train()
+    attach(model)
+    want = gradients(model)
+    ids, states, insert_at = inputs()
+    with torch.no_grad():
+        loss = model(ids, labels=ids, audio=AudioState(states, insert_at=insert_at)).loss
+    found = torch.load(tmp_path / "found.pt")
+    torch.testing.assert_close(found.pop("loss"), loss)
+    found["states"] = found["states"] / 2  # each process took the mean over its half of the rows
+    same(found, want)

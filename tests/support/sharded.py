@@ -1,0 +1,46 @@
+"""One of two processes that train an attached model sharded by FSDP2."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from oracles import build
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from palkernels.model import AudioState, attach
+
+
+def run(rank, world, folder):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    mesh = dist.init_device_mesh("cpu", (world,))
+    model = build("llama", torch.float64).train()
+    attach(model)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 101, (4, 8), generator=generator)
+    states = torch.randn(4, 6, 64, generator=generator, dtype=torch.float64)
+    half = slice(2 * rank, 2 * rank + 2)
+    mine = states[half].clone().requires_grad_()
+    state = AudioState(mine, insert_at=torch.tensor([2, 0, 3, 1])[half])
+    loss = model(ids[half], labels=ids[half], audio=state).loss
+    loss.backward()
+
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter.grad, DTensor), name
+        found[name] = parameter.grad.full_tensor()
+    parts = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(parts, mine.grad)
+    found["states"] = torch.cat(parts)
+    found["loss"] = loss.detach()
+    dist.all_reduce(found["loss"])
+    found["loss"] /= world
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+    dist.destroy_process_group()
