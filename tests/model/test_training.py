@@ -8,6 +8,7 @@ from oracles import FAMILIES, build
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from palkernels.model import AudioState, LalConfig, attach, freeze_ffn
+from palkernels.model.connectors import MlpConnector
 
 WIDTH = 64
 TOKENS = 6
@@ -209,3 +210,69 @@ def test_fsdp2_on_two_processes(tmp_path):
     torch.testing.assert_close(found.pop("loss"), loss)
     found["states"] = found["states"] / 2  # each process took the mean over its half of the rows
     same(found, want)
+
+
+@pytest.mark.parametrize(("dtype", "gap"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_a_hundred_steps(dtype, gap):
+    """A small model and its connector, trained with the fused path and with the definition: losses stay together.
+    bfloat16 is autocast over float32 weights."""
+    losses = {}
+    for impl in ("sdpa", "reference"):
+        model = build("llama").train()
+        for parameter in model.parameters():
+            parameter.data.mul_(0.2 if parameter.ndim == 2 else 1.0)  # 0.02, as models are usually initialised
+        torch.manual_seed(2)
+        handle = attach(model, LalConfig(impl=impl), connector=MlpConnector(10, WIDTH))
+        parameters = [*model.parameters(), *handle.connector.parameters()]
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        generator = torch.Generator().manual_seed(4)
+        ids = torch.randint(1, 101, (4, 8), generator=generator)
+        encoded = torch.randn(4, TOKENS, 10, generator=generator)
+        losses[impl] = []
+        for _ in range(100):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                state = handle.state(encoded, insert_at=torch.tensor([2, 0, 3, 1]))
+                loss = model(ids, labels=ids, audio=state).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[impl].append(float(loss.detach()))
+    gaps = [abs(a - b) for a, b in zip(*losses.values(), strict=True)]
+    assert losses["sdpa"][-1] < 0.1 * losses["sdpa"][0]
+    assert gaps[-1] <= gap
+    assert dtype != torch.float32 or max(gaps) <= gap  # in bfloat16 the steep part may be passed a step apart
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights(bits):
+    """bitsandbytes' layers project the audio by their own forward: near the model with their weights as floats."""
+    import bitsandbytes
+    from bitsandbytes.functional import dequantize_4bit
+
+    model, floats = build("llama"), build("llama")
+    for layer, plain in zip(model.model.layers, floats.model.layers, strict=True):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            weight = getattr(plain.self_attn, name).weight
+            sizes = weight.shape[1], weight.shape[0]
+            if bits == 8:
+                new = bitsandbytes.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+                new.load_state_dict({"weight": weight.detach()})
+                new = new.to("cpu")
+            else:
+                new = bitsandbytes.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+                new.weight = bitsandbytes.nn.Params4bit(weight.detach().clone(), requires_grad=False, quant_type="nf4")
+                new = new.to("cpu")
+                weight.data = dequantize_4bit(new.weight.data, new.weight.quant_state).view_as(weight)
+            setattr(layer.self_attn, name, new)
+    handle = attach(model)
+    attach(floats)
+    kind = "Linear8bitLt" if bits == 8 else "Linear4bit"
+    assert f"k_proj is a {kind}, not a plain Linear" in str(handle.report())
+    ids, states, insert_at = inputs(torch.float32)
+    state = AudioState(states.requires_grad_(), insert_at=insert_at)
+    got, want = (x(ids, audio=state).logits for x in (model, floats))
+    assert float((got - want).detach().abs().max()) <= (
+        0.2 if bits == 8 else 1e-4
+    )  # 8 bits round what they multiply, too
+    got.square().mean().backward()
+    assert states.grad.abs().max() > 0
