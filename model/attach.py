@@ -130,7 +130,7 @@ def attach(
         settings, connector, projectors = load(model, config, connector, projectors)
         config = LalConfig(**settings)
     if not isinstance(config, LalConfig):
-        raise TypeError(f"config must be a LalConfig, got {type(config).__name__}")
+        raise TypeError(f"config must be a LalConfig or a directory, got {type(config).__name__}")
     attached = getattr(model, HANDLE, None)
     if attached is not None:
         if attached.config != config:

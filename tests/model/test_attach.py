@@ -730,7 +730,9 @@ def test_hooked_modules_are_honoured():
 
 
 def test_not_a_config():
-    with pytest.raises(TypeError, match="config must be a LalConfig, got str"):
+    with pytest.raises(TypeError, match="config must be a LalConfig or a directory, got dict"):
+        attach(build("llama"), {"layers": "all"})
+    with pytest.raises(ValueError, match=r"all/lal.safetensors must be a file that handle.save wrote"):
         attach(build("llama"), "all")
 
 
