@@ -251,7 +251,9 @@ def normalise_gradient_launch(dnormalised: Tensor, layer: Projection, drows: Ten
     rows = layer.rows.contiguous()
     num_rows = rows.shape[0]
     arguments = (dnormalised.contiguous(), rows, _contiguous(layer.norm_weight), drows, sums, num_rows)
-    constants = _row_constants(layer) | {"ROWS": ROWS_PER_PROGRAM}
+    # Left to itself ptxas spills float32 on Ampere, for the sake of more programs.
+    limit = 128 if layer.states.dtype == torch.float32 else None
+    constants = _row_constants(layer) | {"ROWS": ROWS_PER_PROGRAM, "maxnreg": limit}
     return Launch(normalise_gradient_kernel, triton.cdiv(num_rows, ROWS_PER_PROGRAM), arguments, constants, rows.device)
 
 
