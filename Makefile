@@ -2,6 +2,7 @@
 # make test      lint, types and tests, on the installed wheel
 # make mutants   seeded faults in the kernels, which the tests must catch, into tests/mutants.json
 # make aot       every tile in every dtype, compiled for sm_80, sm_90 and sm_100 (make test: bfloat16, the first two)
+# make compat    the model layer's tests with the oldest transformers that is supported
 # make clean     remove everything that these made
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
@@ -12,7 +13,7 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find palkernels model bench 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: figure1 test lint aot mutants clean
+.PHONY: figure1 test lint aot mutants compat clean
 
 figure1: .venv/installed
 	$(BIN)/palkernels figure1
@@ -30,6 +31,14 @@ lint: .venv/installed
 
 mutants: .venv/installed
 	$(BIN)/python scripts/mutants.py
+
+compat: .venv/compat
+	PYTHONPATH=.venv/compat OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile tests/model
+
+.venv/compat: .venv/installed
+	rm -rf $@ $@.part
+	PIP_CONSTRAINT= $(BIN)/pip install --quiet --target $@.part 'transformers==5.17.*' 'numpy<2.4'
+	mv $@.part $@
 
 # The wheel with its pinned dependencies; a changed source reinstalls the wheel alone.
 .venv/installed: constraints.txt $(SOURCES)

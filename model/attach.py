@@ -76,8 +76,15 @@ class LayerReport:
     audio: bool  # whether the layer sees audio
     impl: str  # the implementation; "stock" where the layer sees no audio, "none" where it would raise
     why_not_triton: tuple[str, ...]  # empty where triton runs
-    audio_kv: str  # what projects audio at inference: "fused" (one audio_kv for all layers), "modules", or "none"
-    why_not_fused: str | None
+    why_not_fused: str | None  # None where audio_kv can project the audio at inference
+
+    @property
+    def audio_kv(self) -> str:
+        """What projects audio at inference: "fused" (audio_kv; under autocast or torch.compile the modules), "modules"
+        (the layer's own), or "none" where the layer sees no audio."""
+        if not self.audio:
+            return "none"
+        return "modules" if self.why_not_fused else "fused"
 
 
 @dataclass(frozen=True)
@@ -126,9 +133,10 @@ def attach(
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    saved = None
     if isinstance(config, str | os.PathLike):
-        settings, connector, projectors = load(model, config, connector, projectors)
-        config = LalConfig(**settings)
+        saved = load(model, config, connector, projectors)
+        config, connector, projectors = LalConfig(**saved.config), saved.connector, saved.projectors
     if not isinstance(config, LalConfig):
         raise TypeError(f"config must be a LalConfig or a directory, got {type(config).__name__}")
     attached = getattr(model, HANDLE, None)
@@ -138,7 +146,10 @@ def attach(
         if named_modules(connector, projectors):
             raise ValueError("the model must be detached before a connector or projectors are attached")
         return attached  # type: ignore[no-any-return]
-    return LalHandle(model, config, connector, projectors)
+    handle = LalHandle(model, config, connector, projectors)
+    if saved is not None:
+        saved.fill()  # only now that nothing is refused any more: modules that were given take the saved weights
+    return handle
 
 
 class LalHandle:
@@ -209,7 +220,7 @@ class LalHandle:
         and each layer's projector, if there are any. The other arguments are AudioState's."""
         states = encoded if self.connector is None else self.connector(encoded)
         if self.projectors is not None:
-            found = (self.projectors.get(index) for index in range(len(self.layers)))
+            found = (self.projectors.get(layer) for layer in range(len(self.layers)))
             states = [None if projector is None else projector(states) for projector in found]
         return AudioState(states, lengths, index, insert_at)
 
@@ -219,16 +230,14 @@ class LalHandle:
         return save(self, directory)
 
     def report(self) -> LalReport:
-        """Per layer: whether it sees audio, which implementation runs, and why Triton does not."""
-        return LalReport(
-            type(self.model).__name__,
-            self.config.rope,
-            tuple(self._report_layer(index) for index in range(len(self.layers))),
-        )
+        """Per layer: whether it sees audio, what attends and why not Triton, what projects and why not audio_kv."""
+        why_not_fused = self.why_not_fused()
+        layers = tuple(self._report_layer(index, why_not_fused) for index in range(len(self.layers)))
+        return LalReport(type(self.model).__name__, self.config.rope, layers)
 
-    def _report_layer(self, index: int) -> LayerReport:
+    def _report_layer(self, index: int, why_not_fused: str | None) -> LayerReport:
         if index not in self.selected:
-            return LayerReport(index, False, "stock", (), "none", None)
+            return LayerReport(index, False, "stock", (), None)
         attention: Any = self.layers[index].self_attn
         weight: Any = self.layers[index].input_layernorm.weight  # type: ignore[union-attr]
         heads = attention.config.num_attention_heads
@@ -240,12 +249,10 @@ class LalHandle:
             impl = "triton" if query.is_cuda and not reasons else "sdpa"
         elif impl == "triton" and reasons:
             impl = "none"
-        why_not_fused = self.why_not_fused()
-        audio_kv = "modules" if why_not_fused else "fused"
-        return LayerReport(index, True, impl, tuple(reasons), audio_kv, why_not_fused)
+        return LayerReport(index, True, impl, tuple(reasons), why_not_fused)
 
     def why_not_fused(self) -> str | None:
-        """Why audio goes through each layer's modules at inference; None: one audio_kv takes all layers."""
+        """Why audio goes through each layer's modules at inference; None: audio_kv takes it."""
         layers = [self.layers[index] for index in self.selected]
         for index, layer in zip(self.selected, layers, strict=True):
             reason = why_not_plain(layer)
@@ -258,11 +265,11 @@ class LalHandle:
         return None
 
     def project_at_once(self, request: Request) -> dict[int, AudioKV]:
-        """All layers' K and V by one call where nothing speaks against it, else none: the layers then project."""
+        """Every layer's K and V by audio_kv where nothing speaks against it, else none: the layers then project. One
+        call where layers share their states, one for each where they do not."""
         state = request.state
         if (
-            not isinstance(state.states, Tensor)
-            or not self.selected
+            not self.selected
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch.is_autocast_enabled(state.device.type)
@@ -274,7 +281,14 @@ class LalHandle:
         rotations = [None if placed_later else request.rotations[index] for index in self.selected]
         offset = self._offsets[self.selected[0]]
         assert offset is not None
-        found = project_fused(layers, state.states, offset, rotations, self.config.impl)
+        if isinstance(state.states, Tensor):
+            found = project_fused(layers, state.states, offset, rotations, self.config.impl)
+        else:
+            found = []
+            for index, layer, rotation in zip(self.selected, layers, rotations, strict=True):
+                states = state.for_layer(index)
+                assert states is not None  # the state was checked
+                found += project_fused([layer], states, offset, [rotation], self.config.impl)
         if placed_later:
             found = [request.placed(index, *kv) for index, kv in zip(self.selected, found, strict=True)]
         return dict(zip(self.selected, found, strict=True))
@@ -295,7 +309,7 @@ class LalHandle:
                 f"a forward with audio must be given texts (B, T), T >= 1, got shape {tuple(inputs.shape)}"
             )
         batch, num_queries = inputs.shape[:2]
-        past = keys_in(arguments.get("past_key_values"))
+        past = keys_in(arguments.get("past_key_values"), inputs.device)
         plan = self.plan(audio, 1, arguments, batch, past, num_queries, inputs.device)
         arguments["position_ids"] = self.positions(plan, past, num_queries)
         if arguments.get("attention_mask") is None and arguments.get("past_key_values") is None:

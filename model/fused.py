@@ -77,8 +77,8 @@ def alike(layers: list[nn.Module]) -> bool:
     def kind(layer: Any) -> tuple[Any, ...]:
         attention = layer.self_attn
         key, value, bias, _ = _key_and_value(attention)
-        norm = norm_eps(attention.k_norm) if hasattr(attention, "k_norm") else None
-        return attention.head_dim, key.shape, value.shape, bias is None, norm_eps(layer.input_layernorm), norm
+        normed = hasattr(attention, "k_norm")
+        return attention.head_dim, key.shape, value.shape, bias is None, norm_eps(layer.input_layernorm), normed
 
     return len({kind(layer) for layer in layers}) <= 1
 
@@ -87,15 +87,22 @@ def find_offset(layer: nn.Module, states: Tensor, rotation: Rotation, want: Audi
     """The norm offset with which the fused path gives what the layer's modules give; None: with none."""
     if why_not_plain(layer) is not None:
         return None
+    attention: Any = layer.self_attn
     for offset in NORM_OFFSETS:
         try:
+            if hasattr(attention, "k_norm") and norm_eps(attention.k_norm) != norm_eps(layer.input_layernorm):
+                return None  # audio_kv has one for both
             ((key, value),) = project_fused([layer], states, offset, [rotation], "sdpa")
         except (AttributeError, TypeError, ValueError):  # a norm or a RoPE of another form
             return None
-        pairs = zip((key, value), want, strict=True)
-        if all(float((a - b).abs().max()) <= tolerance * float(b.abs().max() + 1) for a, b in pairs):
+        if all(close(got, wanted, tolerance) for got, wanted in zip((key, value), want, strict=True)):
             return offset
     return None
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> bool:
+    """Within ``tolerance`` of the largest value, or of 1 where that is smaller."""
+    return got.shape == want.shape and float((got - want).abs().max()) <= tolerance * float(want.abs().max() + 1)
 
 
 def _key_and_value(attention: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

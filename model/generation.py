@@ -40,7 +40,7 @@ class Generation:
         """Turn one forward's arguments into those with audio; ``mask`` (B, keys so far), before it was made 4-D."""
         inputs = next(arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None)
         batch, num_queries = inputs.shape[:2]
-        past = keys_in(arguments.get("past_key_values"))
+        past = keys_in(arguments.get("past_key_values"), inputs.device)
         if self.handle.rotary.depends_on_length and isinstance(past, int) and past == 0:
             self.plan, self.cached = None, {}  # Phi-3 drops its cache where its frequencies change
         if self.plan is None or not self.plan.begun:
@@ -57,13 +57,13 @@ class Generation:
         arguments["audio"] = request
 
 
-def keys_in(cache: Any) -> int | Tensor:
-    """Text keys in a cache; a tensor on the device where a compiled step must not depend on their number."""
+def keys_in(cache: Any, device: torch.device) -> int | Tensor:
+    """Text keys in a cache; a tensor on ``device`` where a compiled step must not depend on their number."""
     if cache is None:
         return 0
     count: int | Tensor = cache.get_seq_length()
     if getattr(cache, "is_compileable", False):
-        return torch.as_tensor(count) + 0  # not the cache's own counter, which moves on
+        return torch.as_tensor(count, device=device) + 0  # not the cache's own counter, which moves on
     return int(count)
 
 

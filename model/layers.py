@@ -46,14 +46,10 @@ def rotate(attention: nn.Module, key: Tensor, rotation: Rotation) -> Tensor:
 
 
 def modeling_file(attention: nn.Module) -> Any:
-    """The modeling file that defines this attention, which holds its RoPE and its eager attention."""
-    return sys.modules[attention_class(attention).__module__]
-
-
-def attention_class(attention: nn.Module) -> type:
-    """The attention's class in transformers: sharding and parametrisation derive a class of their own from it."""
+    """The modeling file that defines this attention, which holds its RoPE and its eager attention. Sharding and
+    parametrisation derive a class of their own from the attention's, elsewhere."""
     found = (kind for kind in type(attention).__mro__ if kind.__module__.startswith("transformers"))
-    return next(found, type(attention))
+    return sys.modules[next(found, type(attention)).__module__]
 
 
 class Rotary:
@@ -64,11 +60,11 @@ class Rotary:
 
     def __init__(self, module: nn.Module, config: Any, num_layers: int) -> None:
         self.module = module
-        self.by_type = "layer_type" in inspect.signature(module.forward).parameters
-        types = getattr(config, "layer_types", None) if self.by_type else None
+        by_type = "layer_type" in inspect.signature(module.forward).parameters
+        types = getattr(config, "layer_types", None) if by_type else None
         self.layer_types: tuple[str | None, ...] = tuple(types) if types else (None,) * num_layers
         parameters = getattr(config, "rope_parameters", None) or {}
-        sets = list(parameters.values()) if self.by_type else [parameters]
+        sets = list(parameters.values()) if by_type else [parameters]
         self.depends_on_length = any((x or {}).get("rope_type") in self.LENGTH_DEPENDENT for x in sets)
         self.several_dimensions = any("mrope_section" in (x or {}) for x in sets)
 

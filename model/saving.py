@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,14 +72,27 @@ def save(handle: "LalHandle", directory: str | os.PathLike[str]) -> Path:
     return folder / FILE_NAME
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What :func:`load` found: settings, and modules that do not hold the saved weights before :meth:`fill`."""
+
+    config: dict[str, Any]  # LalConfig's arguments
+    connector: nn.Module | None
+    projectors: dict[int, nn.Module] | None
+    states: dict[str, dict[str, Tensor]]  # by the module's name
+
+    def fill(self) -> None:
+        for name, module in named_modules(self.connector, self.projectors).items():
+            module.load_state_dict(self.states[name])
+
+
 def load(
     model: PreTrainedModel,
     directory: str | os.PathLike[str],
     connector: nn.Module | None,
     projectors: Mapping[int, nn.Module] | None,
-) -> tuple[dict[str, Any], nn.Module | None, dict[int, nn.Module] | None]:
-    """Settings of the config, connector and projectors of a file that :func:`save` wrote; modules that it cannot build
-    must be given, and take its weights.
+) -> Saved:
+    """Read a file that :func:`save` wrote; modules that it cannot build must be given.
 
     Raises:
         ValueError: no such file, another model, or modules that do not fit.
@@ -94,24 +107,20 @@ def load(
     unknown = sorted(set(given) - set(settings["modules"]))
     if unknown:
         raise ValueError(f"modules must be in {path}, got {', '.join(unknown)}")
-    states = {
-        name: {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
-        for name in settings["modules"]
-    }
-    built = {}
+    modules: dict[str, Any] = {}
+    states: dict[str, dict[str, Tensor]] = {}
     for name, description in settings["modules"].items():
-        built[name] = given.get(name) or _build(path, name, description)
-        shapes = {key: tuple(x.shape) for key, x in built[name].state_dict().items()}
+        states[name] = {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
+        modules[name] = given.get(name)
+        if modules[name] is None:
+            dtype = next(iter(states[name].values())).dtype
+            modules[name] = _build(path, name, description).to(device=model.device, dtype=dtype)
+        shapes = {key: tuple(x.shape) for key, x in modules[name].state_dict().items()}
         saved = {key: tuple(x.shape) for key, x in states[name].items()}
         if shapes != saved:
             raise ValueError(f"{name} must have the tensors saved in {path}, {saved}, got {shapes}")
-    for name, module in built.items():  # only now, when all fit
-        if name not in given:
-            like = next(iter(states[name].values()))
-            module.to(device=model.device, dtype=like.dtype)
-        module.load_state_dict(states[name])
-    layers = {int(name.rpartition(".")[2]): module for name, module in built.items() if name != CONNECTOR}
-    return settings["config"], built.get(CONNECTOR), layers or None
+    found = {int(name.rpartition(".")[2]): module for name, module in modules.items() if name != CONNECTOR}
+    return Saved(settings["config"], modules.get(CONNECTOR), found or None, states)
 
 
 def named_modules(connector: nn.Module | None, projectors: Mapping[int, nn.Module] | None) -> dict[str, nn.Module]:

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers import AttentionInterface, PreTrainedModel
 
 from palkernels.model.attention import REQUEST_KEYWORD
-from palkernels.model.fused import find_offset
+from palkernels.model.fused import close, find_offset
 from palkernels.model.layers import Rotary, project_audio, rotate
 
 PROBE_NAME = "palkernels_probe"
@@ -122,7 +122,6 @@ def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Ro
             )
             key, value = project_audio(layer, states)
             key = rotate(attention, key, rotation)
-            offset = find_offset(layer, states, rotation, (key, value), CHECK_TOLERANCE.get(weight.dtype, 1e-2))
     except Exception as error:  # whatever a foreign layer raises means that it is not one of ours
         raise refusal(model, f"a layer cannot be run as Llama's is: {' '.join(str(error).split())}") from error
     finally:
@@ -131,7 +130,8 @@ def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Ro
     reason = _difference(recorder, mask, (key, value)) or _other_attention(recorder.calls[0], stock_config, index)
     if reason:
         raise refusal(model, reason)
-    return offset
+    with torch.no_grad():
+        return find_offset(layer, states, rotation, (key, value), CHECK_TOLERANCE.get(weight.dtype, 1e-2))
 
 
 def _difference(recorder: _Recorder, mask: Tensor, ours: tuple[Tensor, Tensor]) -> str | None:
@@ -144,8 +144,7 @@ def _difference(recorder: _Recorder, mask: Tensor, ours: tuple[Tensor, Tensor]) 
     if call["attention_mask"] is not mask:
         return "a layer changes its attention mask"
     for what, got, want in zip(("keys", "values"), ours, cached, strict=True):
-        tolerance = CHECK_TOLERANCE.get(want.dtype, 1e-2) * float(want.abs().max() + 1)
-        if got.shape != want.shape or float((got - want).abs().max()) > tolerance:
+        if not close(got, want, CHECK_TOLERANCE.get(want.dtype, 1e-2)):
             return f"its {what} differ from those of its projections and rotary embedding"
     return None
 

@@ -10,6 +10,7 @@ from oracles import FAMILIES, LENGTH_DEPENDENT, build, oracle_logits, rows_of
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, StaticCache
 
 from palkernels.model import AudioState, LalConfig, attach, fused
+from palkernels.model.generation import keys_in
 
 LENGTHS = (7, 4, 9)  # of the texts in a batch
 TOKENS = 6  # audio tokens per row
@@ -35,7 +36,7 @@ def batch(ids, side):
     return ids, torch.stack(rows), torch.stack(masks)
 
 
-def audio_state(kind, dtype, layers=None, num_layers=3):
+def audio_state(kind, dtype, layers="all", num_layers=3):
     """One state for each way audio can be given."""
     generator = torch.Generator().manual_seed(5)
 
@@ -152,9 +153,7 @@ def test_other_implementations(impl):
 
 
 GRADIENT_CASES = [
-    *itertools.product(
-        ["llama", "qwen2"], ["sequence", "none"], ["inserted", "shared, inserted", "per layer"], ["sdpa"]
-    ),
+    *itertools.product(FAMILIES, ["sequence", "none"], ["inserted", "shared, inserted", "per layer"], ["sdpa"]),
     ("llama", "sequence", "shared, inserted", "triton"),
     ("qwen2", "none", "per layer", "triton"),
 ]
@@ -183,7 +182,7 @@ def test_gradients(family, rope, kind, impl):
         results.append({**named, **{f"states {i}": leaf.grad for i, leaf in enumerate(leaves)}})
     got, want = results
     assert got.keys() == want.keys()
-    assert any(".k_proj." in name for name in got)
+    assert any(".k_proj." in name or ".qkv_proj." in name for name in got)
     for name, gradient in want.items():
         assert gradient.abs().max() > 0, name
         assert float((got[name] - gradient).abs().max()) <= 1e-6 * max(1.0, float(gradient.abs().max())), name
@@ -244,31 +243,57 @@ def test_beam_search(family):
         assert float((cached.sequences_scores[i] - total).abs()) <= 1e-5
 
 
+def attached(family, kind):
+    """An attached model and a left-padded batch for it, by name."""
+    model = build(family)
+    attach(model)
+    _, padded, mask = batch(texts(), "left")
+    return model, {"input_ids": padded, "attention_mask": mask, "audio": audio_state(kind, torch.float32)}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["prefix", "two clips", "shared, inserted"])
 @torch.no_grad()
 def test_static_cache(family, kind):
     """A preallocated cache, longer than the text, gives the tokens of one that grows, also past a window."""
-    model = build(family)
-    _, padded, mask = batch(texts(), "left")
-    attach(model)
-    options = {"attention_mask": mask, "audio": audio_state(kind, torch.float32), "max_new_tokens": 8}
-    want = model.generate(padded, **options, do_sample=False)
-    static = model.generate(padded, **options, do_sample=False, cache_implementation="static")
+    model, given = attached(family, kind)
+    want = model.generate(**given, max_new_tokens=8, do_sample=False)
+    static = model.generate(**given, max_new_tokens=8, do_sample=False, cache_implementation="static")
     assert torch.equal(static, want)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @torch.no_grad()
 def test_beams_with_a_static_cache(family):
-    model = build(family)
-    _, padded, mask = batch(texts(), "left")
-    attach(model)
-    state = audio_state("shared, inserted", torch.float32)
-    options = {"attention_mask": mask, "audio": state, "num_beams": 3, "max_new_tokens": 5, "do_sample": False}
-    assert torch.equal(
-        model.generate(padded, **options, cache_implementation="static"), model.generate(padded, **options)
-    )
+    model, given = attached(family, "shared, inserted")
+    options = given | {"num_beams": 3, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(**options, cache_implementation="static"), model.generate(**options))
+
+
+def test_a_static_cache_counts_on_the_models_device():
+    """An empty one counts in Python: its count must not end up on the CPU beside a model elsewhere."""
+    cache = StaticCache(build("llama").config, max_cache_len=8)
+    assert keys_in(cache, torch.device("meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["prefix", "shared, inserted"])
+@torch.no_grad()
+def test_static_decoding_by_hand(compiled, kind):
+    """A loop over forward with a preallocated cache and one mask for all steps, in whole graphs or without: the logits
+    of one forward."""
+    model, given = attached("llama", kind)
+    padded, mask, state = given.values()
+    whole = model(**given, use_cache=False).logits
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    cache = StaticCache(model.config, max_cache_len=12)
+    full = torch.cat([mask, torch.ones(3, 3, dtype=torch.long)], dim=1)
+    parts = [model(padded[:, :5], attention_mask=full, audio=state, past_key_values=cache).logits]
+    for t in range(5, padded.shape[1]):
+        out = step(padded[:, t : t + 1], attention_mask=full, audio=state, past_key_values=cache)
+        parts.append(out.logits)
+    assert largest_difference(unpadded(torch.cat(parts, 1), mask), unpadded(whole, mask)) <= 1e-5
 
 
 @torch.no_grad()
@@ -335,7 +360,7 @@ def test_conversation_that_continues_a_cache(family, cache):
 @pytest.mark.parametrize("rope", ["sequence", "none"])
 @torch.no_grad()
 def test_fused_projection_is_used_and_right(family, rope, monkeypatch):
-    """Every family's K and V come from one call for all layers, and equal the modules'."""
+    """K and V come from audio_kv, all layers at once where they share states, and equal the modules'."""
     model = build(family)
     handle = attach(model, LalConfig(rope=rope))
     assert {layer.audio_kv for layer in handle.report().layers} == {"fused"}
@@ -343,14 +368,14 @@ def test_fused_projection_is_used_and_right(family, rope, monkeypatch):
     audio_kv = fused.audio_kv
     monkeypatch.setattr(fused, "audio_kv", lambda *a, **k: calls.append(len(a[1])) or audio_kv(*a, **k))
     _, padded, mask = batch(texts(), "left")
-    for kind in ("prefix", "shared, inserted"):
+    for kind in ("prefix", "shared, inserted", "per layer"):
         options = {"attention_mask": mask, "audio": audio_state(kind, torch.float32)}
         fast = model(padded, **options).logits
         with torch.enable_grad():
             slow = model(padded, **options).logits.detach()
         assert largest_difference(unpadded(fast, mask), unpadded(slow, mask)) <= 1e-5
         model.generate(padded, **options, max_new_tokens=3, num_beams=2, do_sample=False)
-    assert calls == [3, 3, 3, 3]
+    assert calls == [3, 3, 3, 3, *[1] * 6]  # twice for each kind; one call for each layer where states differ
 
 
 @torch.no_grad()
@@ -618,14 +643,11 @@ def test_compiled_model_has_the_eager_gradients():
 @pytest.mark.parametrize("kind", ["prefix", "shared, inserted"])
 @torch.no_grad()
 def test_compiled_forward_is_one_graph(family, kind):
-    model = build(family)
-    _, padded, mask = batch(texts(), "left")
-    state = audio_state(kind, torch.float32)
-    attach(model)
+    model, given = attached(family, kind)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    want = model(padded, attention_mask=mask, audio=state, use_cache=False).logits
-    got = compiled(padded, attention_mask=mask, audio=state, use_cache=False).logits
+    got, want = (run(**given, use_cache=False).logits for run in (compiled, model))
+    mask = given["attention_mask"]
     torch.testing.assert_close(unpadded(got, mask), unpadded(want, mask))
 
 
@@ -633,12 +655,9 @@ def test_compiled_forward_is_one_graph(family, kind):
 @torch.no_grad()
 def test_compiled_static_decode_is_one_graph(family):
     """Every step of generation, prefill included, in whole graphs; one graph serves all decoding steps."""
-    model = build(family)
-    _, padded, mask = batch(texts(), "left")
-    attach(model)
-    state = audio_state("shared, inserted", torch.float32)
-    options = {"attention_mask": mask, "audio": state, "max_new_tokens": 8, "do_sample": False}
-    want = model.generate(padded, **options)
+    model, given = attached(family, "shared, inserted")
+    options = given | {"max_new_tokens": 8, "do_sample": False}
+    want = model.generate(**options)
     torch._dynamo.reset()
     graphs = []
 
@@ -647,7 +666,7 @@ def test_compiled_static_decode_is_one_graph(family):
         return graph.forward
 
     model.forward = torch.compile(model.forward, backend=count, fullgraph=True)
-    got = model.generate(padded, **options, cache_implementation="static")
+    got = model.generate(**options, cache_implementation="static")
     assert torch.equal(got, want)
     assert len(graphs) <= (2 if family == "llama" else 5)
 

@@ -98,6 +98,18 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_what_is_refused_leaves_the_modules_that_were_given_alone(tmp_path):
+    handle = attach(build("llama"), connector=parts()[0])
+    handle.save(tmp_path)
+    model, (connector, _) = build("llama"), parts(seed=1)
+    before = {name: tensor.clone() for name, tensor in connector.state_dict().items()}
+    attach(model)
+    with pytest.raises(ValueError, match="must be detached before a connector or projectors are attached"):
+        attach(model, tmp_path, connector=connector)
+    for name, tensor in connector.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
 def test_projectors_for_every_layer():
     _, projectors = parts()
     with pytest.raises(ValueError, match=r"projectors must be given for layers \[0, 1, 2\], got \[0, 2\]"):
