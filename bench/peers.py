@@ -153,6 +153,37 @@ def _eager_projection(case: Case) -> Run:
     return run
 
 
+def _layer_modules(case: Case) -> Run:
+    """What an attached model runs where audio_kv may not: the modules of Llama's decoder layers, layer by layer."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    from palkernels.model.layers import project_audio, rotate
+
+    config = LlamaConfig(
+        hidden_size=case.width, intermediate_size=1, num_attention_heads=case.heads, num_key_value_heads=case.kv_heads,
+        head_dim=case.head_dim, rms_norm_eps=EPS, attn_implementation="eager",
+    )  # fmt: skip
+    with torch.device("meta"):
+        layers = [LlamaDecoderLayer(config, index) for index in range(case.layers)]
+
+    def run(inputs: dict[str, Any]) -> list[Tensor]:
+        weights = zip(*(inputs[x] for x in ("norm_weight", "k_weight", "v_weight")), strict=True)
+        rotation = inputs["cos"].unsqueeze(0), inputs["sin"].unsqueeze(0)
+        keys, values = [], []
+        for layer, (norm, k_weight, v_weight) in zip(layers, weights, strict=True):
+            attention: Any = layer.self_attn
+            modules = (layer.input_layernorm, norm), (attention.k_proj, k_weight), (attention.v_proj, v_weight)
+            for module, weight in modules:
+                module.weight = torch.nn.Parameter(weight, requires_grad=False)
+            key, value = project_audio(layer, inputs["states"])
+            keys.append(rotate(attention, key, rotation))
+            values.append(value)
+        return [*keys, *values]
+
+    return run
+
+
 PEERS = (
     Peer("sdpa-flash", "cat + SDPA (flash)", _sdpa(SDPBackend.FLASH_ATTENTION)),
     Peer("sdpa-cudnn", "cat + SDPA (cuDNN)", _sdpa(SDPBackend.CUDNN_ATTENTION)),
@@ -165,6 +196,10 @@ PEERS = (
     Peer("flashinfer", "cat + FlashInfer", _flashinfer, has_gradients=False, module="flashinfer"),
     Peer("sdpa", "cat + SDPA (PyTorch's choice)", _sdpa(None), devices=("cpu",)),
     Peer("eager", "RMSNorm, Linear, RoPE (eager)", _eager_projection, is_projection=True, devices=("cuda", "cpu")),
+    Peer(
+        "modules", "Llama's modules (transformers)", _layer_modules, is_projection=True, devices=("cuda", "cpu"),
+        module="transformers",
+    ),
 )  # fmt: skip
 
 

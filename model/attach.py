@@ -22,7 +22,7 @@ from palkernels import unsupported_reasons
 from palkernels.checks import IMPLEMENTATIONS
 from palkernels.model.attention import ATTENTION_NAME, REQUEST_KEYWORD, STOCK_CONFIG, Request
 from palkernels.model.audio_state import AudioState
-from palkernels.model.fused import alike, project_fused, why_not_plain
+from palkernels.model.fused import alike, why_not_plain
 from palkernels.model.generation import current, generate, keys_in
 from palkernels.model.layers import AudioKV, Rotary, Rotation, num_kv_heads
 from palkernels.model.plan import AudioLayout, Plan, check_places, padding
@@ -76,12 +76,12 @@ class LayerReport:
     audio: bool  # whether the layer sees audio
     impl: str  # the implementation; "stock" where the layer sees no audio, "none" where it would raise
     why_not_triton: tuple[str, ...]  # empty where triton runs
-    why_not_fused: str | None  # None where audio_kv can project the audio at inference
+    why_not_fused: str | None  # None where audio_kv can project the audio
 
     @property
     def audio_kv(self) -> str:
-        """What projects audio at inference: "fused" (audio_kv; under autocast or torch.compile the modules), "modules"
-        (the layer's own), or "none" where the layer sees no audio."""
+        """What projects audio: "fused" (audio_kv; under autocast or torch.compile the modules), "modules" (the layer's
+        own), or "none" where the layer sees no audio."""
         if not self.audio:
             return "none"
         return "modules" if self.why_not_fused else "fused"
@@ -252,7 +252,7 @@ class LalHandle:
         return LayerReport(index, True, impl, tuple(reasons), why_not_fused)
 
     def why_not_fused(self) -> str | None:
-        """Why audio goes through each layer's modules at inference; None: audio_kv takes it."""
+        """Why audio goes through each layer's modules; None: audio_kv takes it."""
         layers = [self.layers[index] for index in self.selected]
         for index, layer in zip(self.selected, layers, strict=True):
             reason = why_not_plain(layer)
@@ -264,34 +264,25 @@ class LalHandle:
             return "the layers are not of one shape"
         return None
 
-    def project_at_once(self, request: Request) -> dict[int, AudioKV]:
-        """Every layer's K and V by audio_kv where nothing speaks against it, else none: the layers then project. One
-        call where layers share their states, one for each where they do not."""
-        state = request.state
+    def norm_offset(self, state: AudioState) -> float | None:
+        """That of the layers' norms where audio_kv may take their weights now, else None."""
         if (
             not self.selected
-            or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch.is_autocast_enabled(state.device.type)
             or self.why_not_fused() is not None
         ):
+            return None
+        return self._offsets[self.selected[0]]
+
+    def project_at_once(self, request: Request) -> dict[int, AudioKV]:
+        """Every layer's K and V before the first layer runs, if that is possible and pays: without gradients, in which
+        each layer's are made where they are used. One call where layers share their states."""
+        if request.norm_offset is None or torch.is_grad_enabled():
             return {}
-        layers = [self.layers[index] for index in self.selected]
-        placed_later = request.plan.layout.source is not None  # a row of keys is rotated for each of its places
-        rotations = [None if placed_later else request.rotations[index] for index in self.selected]
-        offset = self._offsets[self.selected[0]]
-        assert offset is not None
-        if isinstance(state.states, Tensor):
-            found = project_fused(layers, state.states, offset, rotations, self.config.impl)
-        else:
-            found = []
-            for index, layer, rotation in zip(self.selected, layers, rotations, strict=True):
-                states = state.for_layer(index)
-                assert states is not None  # the state was checked
-                found += project_fused([layer], states, offset, [rotation], self.config.impl)
-        if placed_later:
-            found = [request.placed(index, *kv) for index, kv in zip(self.selected, found, strict=True)]
-        return dict(zip(self.selected, found, strict=True))
+        if isinstance(request.state.states, Tensor):
+            return request.project_fused(self.selected)
+        return {index: request.project_fused([index])[index] for index in self.selected}
 
     def stock(self, name: str) -> Callable[..., Any]:
         """The model's forward or generate as it was before."""
@@ -337,8 +328,9 @@ class LalHandle:
         num_keys: int | Tensor,
         cached: dict[int, AudioKV] | None,
     ) -> Request:
-        config = self.config
-        return Request(state, plan, self.layers, rotations, num_keys, config.impl, config.recompute_audio_kv, cached)
+        impl, recompute = self.config.impl, self.config.recompute_audio_kv
+        offset = None if cached else self.norm_offset(state)  # what is kept needs no projection
+        return Request(state, plan, self.layers, rotations, num_keys, impl, recompute, offset, cached)
 
     def positions(self, plan: Plan, past: int | Tensor, num_queries: int) -> Tensor:
         """RoPE positions of the text (B, T)."""

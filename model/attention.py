@@ -1,6 +1,6 @@
 """The attention function that an attached model's layers call, and what one forward carries to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from palkernels import lal_attention
 from palkernels.model.audio_state import AudioState
+from palkernels.model.fused import project_fused
 from palkernels.model.layers import AudioKV, Rotation, modeling_file, project_audio, rotate
 from palkernels.model.plan import Plan
 from palkernels.model.training import projecting_again
@@ -34,21 +35,40 @@ class Request:
     num_keys: int | Tensor  # text keys after this forward's are appended; a tensor where the cache counts on the device
     impl: str
     recompute: bool  # keep no K and V for the backward pass
+    norm_offset: float | None  # of the layers' norms where audio_kv takes their weights; None: their modules are called
     cached: dict[int, AudioKV] | None  # layer -> K, V, kept over one generate call; None: never kept
     consumed: set[int] = field(default_factory=set)
 
     def audio_kv(self, layer: int) -> AudioKV:
-        """K and V (P, Hkv, N, D) of the audio in one layer, through the layer's own modules."""
+        """K and V (P, Hkv, N, D) of the audio in one layer."""
         if self.cached is not None and layer in self.cached:
             return self.cached[layer]
+        if self.norm_offset is None:
+            found = self.placed(layer, *project_audio(self.layers[layer], self.states_of(layer)))
+        else:
+            found = self.project_fused([layer])[layer]
+        if self.cached is not None:
+            self.cached[layer] = found
+        return found
+
+    def states_of(self, layer: int) -> Tensor:
+        """The states (A, N, d) that one layer takes."""
         states = self.state.for_layer(layer)
         if states is None:
             raise ValueError(f"states must hold a tensor for layer {layer}, which takes audio, got None")
-        key, value = project_audio(self.layers[layer], states)
-        key, value = self.placed(layer, key, value)
-        if self.cached is not None:
-            self.cached[layer] = key, value
-        return key, value
+        return states
+
+    def project_fused(self, layers: Sequence[int]) -> dict[int, AudioKV]:
+        """K and V of plain layers that share their states, by one audio_kv. It keeps its arguments alone for the
+        backward pass, where the modules keep several times as much as K and V."""
+        assert self.norm_offset is not None
+        placed_later = self.plan.layout.source is not None  # a row of keys is rotated for each of its places
+        rotations = [None if placed_later else self.rotations[layer] for layer in layers]
+        modules = [self.layers[layer] for layer in layers]
+        found = project_fused(modules, self.states_of(layers[0]), self.norm_offset, rotations, self.impl)
+        if placed_later:
+            found = [self.placed(layer, *kv) for layer, kv in zip(layers, found, strict=True)]
+        return dict(zip(layers, found, strict=True))
 
     def placed(self, layer: int, key: Tensor, value: Tensor) -> AudioKV:
         """From one row per audio row to one per distinct (audio row, place), keys rotated for their place."""

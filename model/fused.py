@@ -1,4 +1,5 @@
-"""The fast path: all layers' audio keys and values from one :func:`palkernels.audio_kv`, where layers are plain enough.
+"""The fast path: audio keys and values by :func:`palkernels.audio_kv`, where layers are plain enough; at inference those
+of all layers at once.
 
 It reads weights, and so passes by whatever a module does besides: adapters, quantisation, sharding, hooks.
 """

@@ -68,6 +68,28 @@ def test_recomputing_keeps_no_projection(recompute):
     assert len(made) == (6 if recompute else 3)
 
 
+def test_plain_layers_keep_keys_and_values_alone():
+    """What audio adds to a training step's memory: K and V of each layer, and the states once, for all of them."""
+    model = build("llama").train()
+    attach(model)
+    ids, _, _ = inputs(torch.float32)
+    states = torch.randn(4, 500, WIDTH, requires_grad=True)
+    kept = {}
+
+    def keep(tensor):
+        if 500 in tensor.shape:
+            kept[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(ids, labels=ids, audio=AudioState(states)).loss
+    keys_and_values = 3 * 2 * 4 * 500 * 2 * 16 * 4  # layers, K and V, rows, tokens, heads, head dim, bytes
+    rotation = 2 * 500 * 16 * 4
+    assert sum(kept.values()) == keys_and_values + states.nbytes + rotation
+    loss.backward()
+    assert states.grad.abs().max() > 0
+
+
 def test_a_checkpointed_layer_projects_once_more_only():
     model = build("llama").train()
     attach(model, LalConfig(recompute_audio_kv=True))
