@@ -7,6 +7,7 @@ It reads weights, and so passes by whatever a module does besides: adapters, qua
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from palkernels import audio_kv
 from palkernels.model.layers import AudioKV, Rotation, num_kv_heads, qkv_sizes
@@ -32,7 +33,7 @@ def why_not_plain(layer: nn.Module) -> str | None:
         if "forward" in module.__dict__:
             return f"{name} has a forward of its own"
         for parameter in module.parameters():
-            if type(parameter) is not nn.Parameter or parameter.is_meta:
+            if not (type(parameter) is nn.Parameter or is_fake(parameter)) or parameter.is_meta:
                 kind = "on the meta device" if parameter.is_meta else f"a {type(parameter).__name__}"
                 return f"{name} has weights that are {kind}"
         if getattr(module, "weight", None) is None:

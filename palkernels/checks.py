@@ -313,7 +313,9 @@ def triton_reasons(call: Call) -> list[str]:
 
 
 def device_reasons(tensor: Tensor) -> list[str]:
-    """Why no Triton kernel runs where a tensor is, or on its dtype."""
+    """Why no Triton kernel runs where a tensor is, or on its dtype; on a fake tensor none has to."""
+    if is_fake(tensor) and not torch.compiler.is_compiling():
+        return []
     reasons = []
     if not HAS_TRITON:
         reasons.append("triton must be installed")
