@@ -39,7 +39,7 @@ from palkernels.bench import estimate, machine, plot, results
 from palkernels.bench.clip import bundled_clip
 from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.memory import AllocationTracker, MemoryReport
-from palkernels.bench.methods import METHODS, Batch, Method
+from palkernels.bench.methods import LEARNING_RATE, METHODS, MODES, Batch, Method, make_adamw
 from palkernels.bench.settings import Options, Settings, fit_time, reductions, settle
 from palkernels.model.audio_files import load_audio
 from palkernels.model.connectors import MlpConnector
@@ -48,7 +48,6 @@ from palkernels.model.encoders import WhisperAudioEncoder
 __all__ = ["FILES", "Options", "run"]
 
 FILES = ("figure1.json", "figure1.csv", "figure1.png")
-LEARNING_RATE = 1e-5  # small: what is learnt does not matter, only that weights stay finite
 
 
 def run(options: Options, console: Console) -> Path:
@@ -179,7 +178,7 @@ def _expected_seconds(bench: Bench, rates: estimate.Rates) -> dict[tuple[str, in
     settings = bench.settings
     size = sum(p.nbytes for p in bench.parameters)
     expected = {}
-    for mode in results.MODES:
+    for mode in MODES:
         for count in settings.audio_tokens:
             total = 0.0
             for method in settings.methods:
@@ -203,16 +202,6 @@ def _point_line(mode: str, count: int, rows: list[results.Row]) -> str:
         p50 = row["samples_per_second"]["p50"]
         parts.append(f"{METHODS[row['method']].label} {row['status'] if p50 is None else f'{p50:.3g} samples/s'}")
     return f"{mode}, {count} audio tokens: {', '.join(parts)}"
-
-
-def _make_optimizer(bench: Bench) -> None:
-    """AdamW with its states already there, as in every step of a training but the first."""
-    optimizer = torch.optim.AdamW(bench.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    for parameter in bench.parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    bench.optimizer = optimizer
 
 
 @dataclass
@@ -282,7 +271,7 @@ def _take_turn(bench: Bench, method: Method, mode: str, batch: Batch, series: _S
 
     try:
         if mode == "train" and bench.optimizer is None:
-            _make_optimizer(bench)
+            bench.optimizer = make_adamw(bench.parameters)
         with method.ready(bench.model) as series.impl:
             if memory_pass:
                 series.memory = _measure_memory(bench, batch, work)

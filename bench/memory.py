@@ -22,8 +22,9 @@ The autograd engine adds to a gradient in place if nobody else holds it and it i
 dispatch mode is active, as one is here. The tracker undoes that: such a sum takes over the bytes of its first
 operand if that is released right after it.
 
-Memory that never becomes a storage (scratch inside a kernel, oneDNN's packed weights) is not seen. Tracking
-costs time, so nothing that is timed runs under it.
+`breakdown()` says what the memory at the peak consists of. Memory that never becomes a storage (scratch inside a
+kernel, oneDNN's packed weights) is not seen, unless `scratch` is told of it. Tracking costs time, so nothing that is
+timed runs under it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -38,6 +40,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 _SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+ACTIVATIONS, TEMPORARIES = "activations", "temporaries"
+# Of the memory that an operation, with its arguments, made a tensor in; None: it has no name of its own.
+Name = Callable[[Any, tuple[Any, ...], torch.Tensor], str | None]
+Scratch = Callable[[Any, tuple[Any, ...]], int]  # of an operation and its arguments
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,24 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     with AllocationTracker(static=model.parameters()) as tracker:
         loss = step()
     report = tracker.report(static=[p.grad for p in model.parameters()])
+
+    `name` is asked once for each new block of memory, for `breakdown`. `scratch` is asked for the bytes that an operation
+    takes for itself and gives back, which no dispatch shows.
     """
 
-    def __init__(self, static: Iterable[torch.Tensor] = (), device: str | None = None) -> None:
+    def __init__(
+        self,
+        static: Iterable[torch.Tensor] = (),
+        device: str | None = None,
+        name: Name | None = None,
+        scratch: Scratch | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
+        self._name = name
+        self._scratch = scratch
+        self._names: dict[int, str] = {}  # by block, what `name` said
+        self._marks: list[int] = []  # how many events there were at each
         self.current_bytes = 0
         self._sizes: list[int] = []  # by block: its size now
         self._made_in: dict[int, int | None] = {}  # by block: the backward node at work when it was made
@@ -81,18 +100,55 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def report(self, static: Iterable[torch.Tensor] = ()) -> MemoryReport:
         """The peaks so far, with the tensors in `static` (alive now) added to the static part."""
-        known = self._static | {self._live[key][0] for key in map(_key, static) if key in self._live}
-        # Sums are in the order of execution, so one pass from the last to the first also finds the parts of
-        # parts.
-        for result, operand in reversed(self._sums):
-            if result in known:
-                known.add(operand)
+        known = self._blocks(static) | {block: "" for block in self._static}
+        self._add_contributions(known)
         live = above = peak = peak_above = 0
         for event in _in_place_sums(self._events):
             live += event.delta
             above += 0 if event.block in known else event.delta
             peak, peak_above = max(peak, live), max(peak_above, above)
         return MemoryReport(peak, peak_above, live)
+
+    def mark(self) -> None:
+        """Begin another segment of the block, for `breakdown`."""
+        self._marks.append(len(self._events))
+
+    def breakdown(
+        self,
+        parts: Mapping[str, Iterable[torch.Tensor]],
+        segments: tuple[int, int] | None = None,
+        kept_at: int | None = None,
+    ) -> dict[str, int]:
+        """Bytes by name at the moment of the peak, or of that within some segments, the first and the last included.
+
+        `parts` are tensors alive now, contributions to them included; what is in none of them has `name`'s name. Of the
+        rest, what is alive at mark number `kept_at` is activations (a mark between forward and backward pass), all else
+        temporaries.
+        """
+        names: dict[int, str] = {}
+        for part, tensors in parts.items():
+            names |= self._blocks(tensors, part)
+        self._add_contributions(names)
+        events = _in_place_sums(self._events)
+        totals = list(accumulate((event.delta for event in events), initial=0))
+        bounds = [0, *self._marks, len(events)]
+        begin, end = (0, len(events)) if segments is None else (bounds[segments[0]], bounds[segments[1] + 1])
+        at_peak = _live(events[: max(range(begin, end + 1), key=totals.__getitem__)])
+        kept = {} if kept_at is None else _live(events[: self._marks[kept_at]])
+        found: dict[str, int] = {}
+        for block, size in at_peak.items():
+            name = names.get(block) or self._names.get(block) or (ACTIVATIONS if block in kept else TEMPORARIES)
+            found[name] = found.get(name, 0) + size
+        return found
+
+    def _blocks(self, tensors: Iterable[torch.Tensor], name: str = "") -> dict[int, str]:
+        return {self._live[key][0]: name for key in map(_key, tensors) if key in self._live}
+
+    def _add_contributions(self, known: dict[int, str]) -> None:
+        # Sums are in the order of execution, so one pass from the last to the first also finds the parts of parts.
+        for result, operand in reversed(self._sums):
+            if result in known:
+                known.setdefault(operand, known[result])
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -112,8 +168,18 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 replaces = operands[0]
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
+                known = len(self._sizes)
                 result = self._block(tensor, counted=True, replaces=replaces)
+                name = self._name(func, args, tensor) if self._name is not None and result >= known else None
+                if name is not None:
+                    self._names[result] = name
                 self._sums += [(result, operand) for operand in operands if operand != result]
+        taken = 0 if self._scratch is None else self._scratch(func, args)
+        if taken:
+            block = len(self._sizes)
+            self._sizes.append(0)
+            self._change(block, taken)
+            self._change(block, -taken)
         for tensor in inputs:
             self._block(tensor, counted=False)  # an in-place operation may have resized it
         return out
@@ -160,6 +226,14 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _key(tensor: torch.Tensor) -> int:
     return id(tensor.untyped_storage())
+
+
+def _live(events: list[_Event]) -> dict[int, int]:
+    """By block, the size that it has after the events; 0 is left out."""
+    sizes: dict[int, int] = {}
+    for event in events:
+        sizes[event.block] = sizes.get(event.block, 0) + event.delta
+    return {block: size for block, size in sizes.items() if size}
 
 
 def _in_place_sums(events: list[_Event]) -> list[_Event]:

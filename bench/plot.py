@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from palkernels.bench.errors import UserError, one_line
-from palkernels.bench.results import BASELINE, GIB, MODES, Row, baseline_of, percent, reduction, speed_up, write_all
+from palkernels.bench.methods import MODES
+from palkernels.bench.results import BASELINE, GIB, Row, baseline_of, percent, reduction, speed_up, write_all
 
 __all__ = ["draw", "render"]
 

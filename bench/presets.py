@@ -105,7 +105,8 @@ class LlmPlan:
             with no_init_weights():  # transformers' own takes half a minute for 400M parameters on two cores
                 model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
             model.tie_weights()
-            model.to(device)
+            if device.type != "cpu":
+                model.to(device)
             _randomise(model, seed)
             weights = f"random (seed {seed})"
         # A run generates a fixed number of tokens, so no token may end it.

@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
+import json
+import math
 import os
+import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from palkernels.bench.errors import UserError, one_line
+from palkernels.bench.methods import METHODS, Method
 
 __all__ = [
-    "baseline_of",
-    "csv_text",
-    "percent",
-    "reduction",
-    "speed_up",
-    "summary_table",
-    "writable_folder",
-    "write_all",
-]
+    "add_errors", "baseline_of", "csv_text", "exponents", "percent", "read", "recorded", "reduction", "serving_row",
+    "simulation_table", "speed_up", "summary_table", "writable_folder", "write_all",
+]  # fmt: skip
 
 Row = dict[str, Any]
 BASELINE = "plits"
-MODES = ("train", "infer")
 GIB = 2**30
+POINT = ("mode", "audio_tokens", "text_tokens", "batch_size", "dtype", "device")  # what two methods are compared at
 
 
-def baseline_of(row: Row, rows: list[Row]) -> Row | None:
-    """The baseline's row at the same point, if both rows have figures."""
-    same = ("mode", "audio_tokens", "text_tokens", "batch_size", "dtype")
+def baseline_of(row: Row, rows: list[Row], method: str = BASELINE) -> Row | None:
+    """A method's row at the same point, if both rows have figures; only a simulated row names its device."""
     for other in rows:
-        if other["method"] == BASELINE and all(other[key] == row[key] for key in same):
+        if other["method"] == method and all(other.get(key) == row.get(key) for key in POINT):
             return other if other is not row and row["status"] == other["status"] == "ok" else None
     return None
 
@@ -56,6 +55,93 @@ def reduction(row: Row, base: Row | None, key: str) -> float | None:
 def percent(share: float | None) -> str:
     """A reduction as it is written in tables and plots: -60.0 %; "" if there is none."""
     return "" if share is None else f"{round(-100 * share, 1) + 0.0:+.1f} %"  # + 0.0: no "-0.0"
+
+
+def recorded(options: Any) -> dict[str, Any]:
+    """A command's options as results keep them, all but the folder they go to."""
+    given = dataclasses.asdict(options)
+    return {key: str(value) if isinstance(value, Path) else value for key, value in given.items() if key != "out"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A document that figure1 or simulate wrote.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document["meta"], dict) or not all("method" in row for row in document["rows"]):
+            raise ValueError("no rows with methods")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        wanted = "the results of palkernels figure1 or simulate"
+        raise UserError(f"{str(path)!r} must hold {wanted}, got: {one_line(error)}") from error
+    return document
+
+
+def add_errors(rows: list[Row], measured: dict[str, Any]) -> None:
+    """To each simulated row whose point was measured on its device: by how much the prediction is off, 0.05 where it is
+    5 % too high. A time that is a lower bound gives a throughput that is too high."""
+    device = measured["meta"]["device_name"]
+    for row in rows:
+        for other in measured["rows"]:
+            same = [key for key in (*POINT[:-1], "method") if other[key] != row[key]]
+            if device == row["device"] and not same and other["status"] == "ok":
+                memory = row["peak_memory_bytes"] / other["peak_memory_bytes"] - 1
+                rate = row["samples_per_second"]["p50"] / other["samples_per_second"]["p50"] - 1
+                row["error_against_measured"] = {"peak_memory_bytes": memory, "samples_per_second": rate}
+
+
+def serving_row(
+    method: Method, config: Any, dtype: torch.dtype, clips: int, questions: int, sizes: dict[str, int], new_tokens: int,
+    first_token_seconds: float, other_tokens_seconds: float,
+) -> Row:  # fmt: skip
+    """`questions` about `clips`, answered in one batch, from the times up to the first token and for the others."""
+    audio, text = sizes["audio_tokens"], sizes["text_tokens"]
+    heads = config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+    decoded = questions * (new_tokens - 1)
+    return {
+        "method": method.name,
+        "clips": clips,
+        "questions": questions,
+        "audio_tokens": audio,
+        "text_tokens": text,
+        "new_tokens": new_tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "first_token_seconds": first_token_seconds,
+        "tokens_per_second": decoded / other_tokens_seconds if decoded else None,
+        "kv_bytes_per_clip": per_token * method.cached_tokens(clips, questions, audio, text + new_tokens) // clips,
+        "status": "ok",
+    }
+
+
+def exponents(rows: list[Row]) -> list[Row]:
+    """Of the rows of a sweep over lengths: for each that varies, mode, method and quantity, the p in growth ~ length ** p.
+
+    Growth is what a quantity has beyond its value at the shortest length, which leaves out what does not depend on it;
+    lengths are counted from there too. The slope is fitted to the longer half, in logarithms. None: it does not grow.
+    """
+    found = []
+    quantities: dict[str, Callable[[Row], float]] = {
+        "seconds": lambda row: row["batch_size"] / row["samples_per_second"]["p50"],
+        "peak_above_static_bytes": lambda row: row["peak_above_static_bytes"],
+        "attention_flops": lambda row: row["attention_flops"],
+    }
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["varies"], row["mode"], row["method"], row["device"]), []).append(row)
+    for (varies, mode, method, device), group in groups.items():
+        for quantity, value in quantities.items():
+            first, *longer = ((row[varies], value(row)) for row in sorted(group, key=lambda row: row[varies]))
+            growth = [(n - first[0], y - first[1]) for n, y in longer[len(longer) // 2 :]]
+            slope = None
+            if len(growth) > 1 and all(y > 0 for _, y in growth):
+                slope = statistics.linear_regression(*zip(*((math.log(n), math.log(y)) for n, y in growth))).slope
+            about = {"varies": varies, "mode": mode, "method": method, "device": device}
+            found.append({**about, "quantity": quantity, "exponent": slope})
+    return found
 
 
 def csv_text(rows: list[Row], encoder_weights: str) -> str:
@@ -112,6 +198,39 @@ def summary_table(rows: list[Row], labels: dict[str, str], encoder_weights: str)
             percent(reduction(row, base, "peak_memory_bytes")),
             f"{row['peak_above_static_bytes'] / GIB:.3f}",
             percent(reduction(row, base, "peak_above_static_bytes")),
+        )
+    return table
+
+
+def simulation_table(rows: list[Row]) -> Table:
+    """What was simulated, with reductions and speed-ups against the baseline at the same point."""
+    devices = list(dict.fromkeys(row["device"] for row in rows))
+    table = Table(title="Simulated. Memory in GiB; reductions and speed-ups against PLITS at the same point")
+    for heading in ("mode", "audio\ntokens", "text\ntokens", "method"):
+        table.add_column(heading, justify="left" if heading in ("mode", "method") else "right")
+    for heading in ("peak\nmemory", "change"):
+        table.add_column(heading, justify="right")
+    for device in devices:
+        table.add_column(f"{device}\nsamples/s, speed-up", justify="right")
+    previous = None
+    for row in (row for row in rows if row["device"] == devices[0]):
+        point = (row["mode"], row["audio_tokens"], row["text_tokens"])
+        if previous not in (None, point):
+            table.add_section()
+        previous = point
+        rates = []
+        for other in rows:
+            if other["method"] == row["method"] and all(other[key] == row[key] for key in POINT[:-1]):
+                faster = speed_up(other, baseline_of(other, rows))
+                rates.append(f"{other['samples_per_second']['p50']:.3g}" + (f"  {faster:.2f}x" if faster else " " * 7))
+        table.add_row(
+            row["mode"],
+            str(row["audio_tokens"]),
+            str(row["text_tokens"]),
+            METHODS[row["method"]].label,
+            f"{row['peak_memory_bytes'] / GIB:.3f}",
+            percent(reduction(row, baseline_of(row, rows), "peak_memory_bytes")),
+            *rates,
         )
     return table
 

@@ -12,7 +12,10 @@ from palkernels.bench.errors import UserError
 from palkernels.bench.methods import METHODS, Method
 from palkernels.bench.presets import LlmPlan, plan_llm
 
-__all__ = ["Options", "Settings", "fit_time", "parse_device", "parse_dtype", "reductions", "settle"]
+__all__ = [
+    "Options", "Settings", "check_counts", "check_length", "check_methods", "check_text_tokens", "dtype_name", "fit_time",
+    "parse_device", "parse_dtype", "reductions", "settle",
+]  # fmt: skip
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}  # PyTorch's names do too
@@ -78,7 +81,7 @@ class Settings:
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return dtype_name(self.dtype)
 
 
 def settle(options: Options) -> Settings:
@@ -112,10 +115,7 @@ def settle(options: Options) -> Settings:
         repeats={mode: options.repeats or number for mode, number in defaults.repeats.items()},
         seed=options.seed,
     )
-    longest = max(options.audio_tokens) + options.text_tokens + settings.new_tokens
-    most = getattr(llm.config, "max_position_embeddings", None)
-    if most is not None and longest > most:
-        raise UserError(f"audio, text and new tokens together must be at most {most} for {llm.name}, got {longest}")
+    check_length(llm, max(options.audio_tokens) + options.text_tokens + settings.new_tokens)
     return settings
 
 
@@ -150,21 +150,63 @@ def reductions(options: Options, settings: Settings) -> str:
 def _check(options: Options) -> None:
     for name in ("layers", "text_tokens", "train_batch", "infer_batch", "new_tokens", "repeats"):
         value = getattr(options, name)
-        if value is not None and not 1 <= value <= MOST:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1 and at most {MOST}, got {value}")
-    if options.text_tokens < 2:
-        raise UserError(f"--text-tokens must be at least 2 for a next token to be predicted, got {options.text_tokens}")
+        if value is not None:
+            check_counts(name, (value,))
+    check_counts("audio_tokens", options.audio_tokens)
+    check_text_tokens((options.text_tokens,))
+    check_methods(options.methods)
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed must be from 0 to 2**63 - 1, got {options.seed}")
-    counts = options.audio_tokens
-    if not counts or min(counts) < 1 or max(counts) > MOST or len(set(counts)) < len(counts):
-        got = ", ".join(map(str, counts))
-        raise UserError(f"--audio-tokens must be distinct counts of at least 1 and at most {MOST}, got {got}")
-    names = options.methods
-    if not names or not set(names) <= set(METHODS) or len(set(names)) < len(names):
-        raise UserError(f"--methods must be distinct names out of {', '.join(METHODS)}, got {', '.join(names)!r}")
     if options.dtype != "auto":
         parse_dtype(options.dtype)
+
+
+def check_counts(name: str, counts: tuple[int, ...]) -> None:
+    """`--NAME`.
+
+    Raises:
+        UserError: they are not distinct, or out of bounds.
+    """
+    if not counts or min(counts) < 1 or max(counts) > MOST or len(set(counts)) < len(counts):
+        got = ", ".join(map(str, counts))
+        what = "" if len(counts) == 1 else "distinct counts of "
+        raise UserError(f"--{name.replace('_', '-')} must be {what}at least 1 and at most {MOST}, got {got}")
+
+
+def check_text_tokens(counts: tuple[int, ...]) -> None:
+    """`--text-tokens`.
+
+    Raises:
+        UserError: they are not distinct, out of bounds or too few.
+    """
+    check_counts("text_tokens", counts)
+    if min(counts) < 2:
+        raise UserError(f"--text-tokens must be at least 2 for a next token to be predicted, got {min(counts)}")
+
+
+def check_methods(names: tuple[str, ...]) -> None:
+    """`--methods`.
+
+    Raises:
+        UserError: they are not distinct, or unknown.
+    """
+    if not names or not set(names) <= set(METHODS) or len(set(names)) < len(names):
+        raise UserError(f"--methods must be distinct names out of {', '.join(METHODS)}, got {', '.join(names)!r}")
+
+
+def check_length(llm: LlmPlan, longest: int) -> None:
+    """Audio, text and new tokens of a row together.
+
+    Raises:
+        UserError: they are more than the model has positions.
+    """
+    most = getattr(llm.config, "max_position_embeddings", None)
+    if most is not None and longest > most:
+        raise UserError(f"audio, text and new tokens together must be at most {most} for {llm.name}, got {longest}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def parse_device(name: str) -> torch.device:

@@ -1,0 +1,47 @@
+"""Models of any size on any machine: floating-point tensors have shapes and no values.
+
+Under :class:`Shapes` the real code of a model runs, operation by operation. What is integer or boolean is computed as
+ever (token ids, lengths, masks, whether generation has ended), so whatever the code asks of them has its true answer.
+What is floating is a fake tensor of PyTorch's: it takes no memory and no time. Integers made from floating tensors,
+such as the most probable tokens, are zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+__all__ = ["Shapes"]
+
+
+class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Context manager; models and inputs must be made inside. Tensors may be used in it again later."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.equal.default and isinstance(args[0], FakeTensor):
+            return True  # for code that asks whether it may save work on ones or zeros
+        if any(isinstance(x, FakeTensor) for x in tree_iter((args, kwargs))):
+            with self._fake:
+                out = func(*args, **kwargs)
+            return tree_map_only(FakeTensor, _with_values_if_integer, out)
+        return tree_map_only(Tensor, self._without_values_if_floating, func(*args, **kwargs))
+
+    def _without_values_if_floating(self, tensor: Tensor) -> Tensor:
+        return self._fake.from_tensor(tensor) if tensor.is_floating_point() else tensor
+
+
+def _with_values_if_integer(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_floating_point() else torch.zeros(tensor.shape, dtype=tensor.dtype)
