@@ -50,12 +50,16 @@ def _root(
     pass
 
 
+PRESETS = "llama-3.2-1b, llama-3.2-3b, qwen2.5-1.5b, or a directory with a config.json."
+METHODS = (
+    "Any of plits, plits-tuned, plits-pooled, lal-eager, lal, lal-recompute, lal-checkpoint and lal-fused-loss, or all."
+)
+
+
 @app.command()
 def figure1(
     audio: Annotated[Path | None, typer.Option(help="WAV, FLAC, OGG or MP3 file.  [default: the bundled clip]")] = None,
-    model: Annotated[
-        str, typer.Option(help="llama-3.2-1b, llama-3.2-3b, qwen2.5-1.5b, or a directory with a config.json.")
-    ] = "llama-3.2-1b",
+    model: Annotated[str, typer.Option(help=PRESETS)] = "llama-3.2-1b",
     layers: Annotated[int | None, typer.Option(help="Layers of the model.  [default: all; 2 on a CPU]")] = None,
     audio_tokens: Annotated[str, typer.Option(help="Numbers of audio tokens.")] = "128,512,1500",
     text_tokens: Annotated[int, typer.Option(help="Text tokens of each sample.")] = 128,
@@ -66,48 +70,118 @@ def figure1(
         int | None, typer.Option(help="Samples generated together.  [default: 12; 2 on a CPU]")
     ] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate.  [default: 32; 8 on a CPU]")] = None,
-    methods: Annotated[str, typer.Option(help="What to compare.")] = "plits,lal",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    methods: Annotated[str | None, typer.Option(help=f"{METHODS}  [default: all; plits,lal on a CPU]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:INDEX.  [default: auto]")] = None,
     dtype: Annotated[
-        str, typer.Option(help="auto, bf16, fp16 or fp32; auto is bf16, or fp32 on a CPU without bf16.")
-    ] = "auto",
+        str | None,
+        typer.Option(help="auto, bf16, fp16 or fp32; auto is bf16, or fp32 on a CPU without bf16.  [default: auto]"),
+    ] = None,
     repeats: Annotated[
         int | None,
         typer.Option(help="Timed passes of each point.  [default: 10; on a CPU at most 2 in training, 5 in inference]"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for figure1.json, .csv and .png.")] = Path("figure1-out"),
-    seed: Annotated[int, typer.Option(help="Seed of all random weights and of the text.")] = 0,
+    serving: Annotated[
+        bool | None,
+        typer.Option(
+            "--serving/--no-serving",
+            help="Measure questions about shared clips, too.  [default: on a GPU]",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for figure1.json, .csv, .png and .html.")] = Path("figure1-out"),
+    seed: Annotated[int | None, typer.Option(help="Seed of all random weights and of the text.  [default: 0]")] = None,
     encoder_checkpoint: Annotated[
         Path | None, typer.Option(help="Directory of a Whisper checkpoint.  [default: random weights]")
     ] = None,
-    encoder_size: Annotated[str, typer.Option(help="Whisper size of a random encoder.")] = "tiny",
+    encoder_size: Annotated[str | None, typer.Option(help="Whisper size of a random encoder.  [default: tiny]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Simulate a GPU instead, as the command simulate does.")
+    ] = False,
 ) -> None:
     """Reproduce Figure 1: memory and throughput of PLITS and LAL against audio tokens."""
-    counts = _counts("--audio-tokens", audio_tokens)
+    counts, names = _counts("--audio-tokens", audio_tokens), None if methods is None else _methods(methods)
+    common: dict[str, Any] = {"model": model, "layers": layers, "audio_tokens": counts, "out": out}
+    sizes: dict[str, Any] = {
+        "methods": names,
+        "train_batch": train_batch,
+        "infer_batch": infer_batch,
+        "new_tokens": new_tokens,
+    }
+    measuring: dict[str, Any] = {
+        "audio": audio, "device": device, "dtype": dtype, "repeats": repeats, "seed": seed,
+        "encoder_checkpoint": encoder_checkpoint, "encoder_size": encoder_size,
+    }  # fmt: skip
+    given = {key: value for key, value in (sizes | measuring).items() if value is not None}
+    if simulate:
+        stray = [key for key in (*measuring, "resume") if key in given or (key == "resume" and resume)]
+        if stray:
+            raise UserError(f"--{stray[0].replace('_', '-')} must not be given with --simulate")
+        switches = {} if serving is None else {"serving": serving}
+        _simulate(**common, **given, **switches, text_tokens=(text_tokens,))
+        return
 
     from palkernels.bench.figure1 import run
     from palkernels.bench.settings import Options
 
-    options = Options(
-        audio=audio,
+    options = Options(**common, **given, text_tokens=text_tokens, serving=serving, resume=resume)
+    picture = run(options, _console())
+    typer.echo(f"Plot: {picture}")
+    typer.echo(f"Report: {picture.with_suffix('.html')}")
+
+
+@app.command()
+def simulate(
+    model: Annotated[str, typer.Option(help=PRESETS)] = "llama-3.2-1b",
+    layers: Annotated[int | None, typer.Option(help="Layers of the model.  [default: all]")] = None,
+    methods: Annotated[str, typer.Option(help=METHODS)] = "all",
+    audio_tokens: Annotated[str, typer.Option(help="Numbers of audio tokens.")] = "512,1024,1500,3000",
+    text_tokens: Annotated[str, typer.Option(help="Numbers of text tokens.")] = "128",
+    train_batch: Annotated[int, typer.Option(help="Samples of a training step.")] = 8,
+    infer_batch: Annotated[int, typer.Option(help="Samples generated together.")] = 12,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
+    optimizer: Annotated[str, typer.Option(help="none or adamw.")] = "none",
+    lengths: Annotated[bool, typer.Option(help="The cost against audio tokens, text tokens and batch, too.")] = True,
+    serving: Annotated[bool, typer.Option(help="Questions about shared clips, too.")] = True,
+    measured: Annotated[
+        Path | None, typer.Option(help="A figure1.json of one of the GPUs, to compare the predictions with.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for simulate.json, .csv, .png and .html.")] = Path("simulate-out"),
+) -> None:
+    """Predict Figure 1 at full size on an A100 and an H200: peak memory, and time by a roofline. Needs no GPU.
+
+    Training is in bfloat16, inference in float16.
+    """
+    _simulate(
         model=model,
         layers=layers,
-        audio_tokens=counts,
-        text_tokens=text_tokens,
+        methods=_methods(methods),
+        audio_tokens=_counts("--audio-tokens", audio_tokens),
+        text_tokens=_counts("--text-tokens", text_tokens),
         train_batch=train_batch,
         infer_batch=infer_batch,
         new_tokens=new_tokens,
-        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
-        device=device,
-        dtype=dtype,
-        repeats=repeats,
+        optimizer=optimizer,
+        lengths=lengths,
+        serving=serving,
+        measured=measured,
         out=out,
-        seed=seed,
-        encoder_checkpoint=encoder_checkpoint,
-        encoder_size=encoder_size,
     )
-    picture = run(options, _console())
-    typer.echo(f"Plot: {picture}")
+
+
+def _simulate(**given: Any) -> None:
+    from palkernels.bench.simulate import Options, run
+
+    typer.echo(f"Report: {run(Options(**given), _console())}")
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if names != ("all",):
+        return names
+    from palkernels.bench.methods import METHODS
+
+    return tuple(METHODS)
 
 
 @app.command()

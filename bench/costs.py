@@ -1,7 +1,7 @@
 """FLOPs and bytes of a block of PyTorch code, operation by operation, and the least time that a GPU needs for them.
 
-An operation reads its inputs and writes its outputs once; it takes the longer of its arithmetic and its traffic. Nothing
-is fused that PyTorch does not fuse. Views cost nothing, nor does what is integer alone.
+An operation reads its inputs and writes its outputs once; it takes the longer of its arithmetic and its traffic.
+Nothing is fused that PyTorch does not fuse. Views cost nothing, nor does what is integer alone.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class CostCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind = "attention" if func._schema.name.partition("::")[2].startswith(ATTENTION) else "other"
         costs = self.segments[-1]
         costs.update({f"{kind}_flops": flops, "bytes": traffic, "kernels": 1})
-        costs.update({name: gpu.seconds(flops, traffic) for name, gpu in GPUS.items()})  # type: ignore[misc]
+        costs.update({name: gpu.seconds(flops, traffic) for name, gpu in GPUS.items()})
         return out
 
 

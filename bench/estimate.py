@@ -60,20 +60,20 @@ def calibrate(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def train_seconds(
-    config: Any, rates: Rates, audio_in_sequence: bool, audio: int, text: int, rows: int, parameter_bytes: int
+    config: Any, rates: Rates, in_sequence: int, audio: int, text: int, rows: int, parameter_bytes: int, logits: int
 ) -> float:
-    """One training step: a forward, a backward of twice its work, and AdamW."""
-    tokens = text + (audio if audio_in_sequence else 0)
-    head = 2 * config.hidden_size * config.vocab_size * tokens
-    flops = 3 * rows * (_layers_flops(config, audio_in_sequence, audio, text) + head)
-    traffic = _ADAMW_PASSES * parameter_bytes + _LOGITS_PASSES * rows * tokens * config.vocab_size * 4
+    """One training step: a forward, a backward of twice its work, and AdamW. `in_sequence` of the audio tokens pass
+    whole layers; `logits` tokens of a row get logits."""
+    head = 2 * config.hidden_size * config.vocab_size * logits
+    flops = 3 * rows * (_layers_flops(config, in_sequence, audio, text) + head)
+    traffic = _ADAMW_PASSES * parameter_bytes + _LOGITS_PASSES * rows * logits * config.vocab_size * 4
     return float(flops / rates.flops + traffic / rates.bytes)
 
 
 def infer_seconds(
     config: Any,
     rates: Rates,
-    audio_in_sequence: bool,
+    in_sequence: int,
     audio: int,
     text: int,
     rows: int,
@@ -81,18 +81,18 @@ def infer_seconds(
     new_tokens: int,
 ) -> float:
     """A prefill, whose last position alone gets logits, and `new_tokens` readings of all the weights."""
-    flops = rows * _layers_flops(config, audio_in_sequence, audio, text)
+    flops = rows * _layers_flops(config, in_sequence, audio, text)
     return flops / rates.flops + new_tokens * parameter_bytes / rates.bytes
 
 
-def _layers_flops(config: Any, audio_in_sequence: bool, audio: int, text: int) -> float:
+def _layers_flops(config: Any, in_sequence: int, audio: int, text: int) -> float:
     """Forward FLOPs of all layers for one row."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_projections = 4 * config.hidden_size * kv_heads * head_dim
     others = 4 * config.hidden_size * heads * head_dim + 6 * config.hidden_size * config.intermediate_size
-    tokens = text + (audio if audio_in_sequence else 0)
-    keys_seen = tokens**2 / 2 if audio_in_sequence else text * audio + text**2 / 2
-    layer = others * tokens + kv_projections * (text + audio) + 4 * heads * head_dim * keys_seen
+    tokens = text + in_sequence
+    keys_seen = tokens**2 / 2 if in_sequence else text * audio + text**2 / 2
+    layer = others * tokens + kv_projections * (text + (in_sequence or audio)) + 4 * heads * head_dim * keys_seen
     return float(config.num_hidden_layers * layer)

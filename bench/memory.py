@@ -71,8 +71,8 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         loss = step()
     report = tracker.report(static=[p.grad for p in model.parameters()])
 
-    `name` is asked once for each new block of memory, for `breakdown`. `scratch` is asked for the bytes that an operation
-    takes for itself and gives back, which no dispatch shows.
+    `name` is asked once for each new block of memory, for `breakdown`. `scratch` is asked for the bytes that an
+    operation takes for itself and gives back, which no dispatch shows.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def report(self, static: Iterable[torch.Tensor] = ()) -> MemoryReport:
         """The peaks so far, with the tensors in `static` (alive now) added to the static part."""
-        known = self._blocks(static) | {block: "" for block in self._static}
+        known = self._blocks(static) | dict.fromkeys(self._static, "")
         self._add_contributions(known)
         live = above = peak = peak_above = 0
         for event in _in_place_sums(self._events):

@@ -63,9 +63,8 @@ class Method(ABC):
     about: ClassVar[str]  # one line for readers of a report
     modes: ClassVar[tuple[str, ...]] = MODES
 
-    @property
-    def missing(self) -> str | None:
-        """A package that must be installed and is not."""
+    def why_not(self, device: torch.device) -> str | None:
+        """Why it cannot run on a device, in a few words; None: it can."""
         return None
 
     @abstractmethod
@@ -107,7 +106,9 @@ class Plits(Method):
 
     def loss(self, model: Any, connector: nn.Module, batch: Batch) -> Tensor:
         inputs_embeds = self.embeds(model, connector, batch)
-        audio_labels = batch.labels.new_full((len(batch.labels), inputs_embeds.shape[1] - batch.labels.shape[1]), IGNORED)
+        audio_labels = batch.labels.new_full(
+            (len(batch.labels), inputs_embeds.shape[1] - batch.labels.shape[1]), IGNORED
+        )
         labels = torch.cat([audio_labels, batch.labels], dim=1)
         loss: Tensor = model(inputs_embeds=inputs_embeds, labels=labels, use_cache=False).loss
         return loss
@@ -297,9 +298,10 @@ class LalFusedLoss(Lal):
     about = "lal with Liger-Kernel's fused linear cross-entropy"
     modes = ("train",)
 
-    @property
-    def missing(self) -> str | None:
-        return None if find_spec("liger_kernel") is not None else "liger-kernel"
+    def why_not(self, device: torch.device) -> str | None:
+        if find_spec("liger_kernel") is None:
+            return "liger-kernel is not installed"
+        return None if device.type == "cuda" else "needs a GPU"
 
     def loss(self, model: Any, connector: nn.Module, batch: Batch) -> Tensor:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
@@ -345,6 +347,6 @@ def _ones(rows: int, tokens: int, device: torch.device) -> Tensor:
 def _decoding(prompt: Tensor, new_tokens: int) -> dict[str, Any]:
     # pad_token_id is never used, and silences a warning about its absence. Without a mask, generate would take the
     # random text's tokens of that number for padding.
-    mask = _ones(*prompt.shape[:2], prompt.device)
+    mask = _ones(prompt.shape[0], prompt.shape[1], prompt.device)
     settings = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
     return {"attention_mask": mask, **settings}

@@ -94,7 +94,7 @@ def add_errors(rows: list[Row], measured: dict[str, Any]) -> None:
 
 def serving_row(
     method: Method, config: Any, dtype: torch.dtype, clips: int, questions: int, sizes: dict[str, int], new_tokens: int,
-    first_token_seconds: float, other_tokens_seconds: float,
+    first_token_seconds: float | None, other_tokens_seconds: float | None,
 ) -> Row:  # fmt: skip
     """`questions` about `clips`, answered in one batch, from the times up to the first token and for the others."""
     audio, text = sizes["audio_tokens"], sizes["text_tokens"]
@@ -111,14 +111,14 @@ def serving_row(
         "new_tokens": new_tokens,
         "dtype": str(dtype).removeprefix("torch."),
         "first_token_seconds": first_token_seconds,
-        "tokens_per_second": decoded / other_tokens_seconds if decoded else None,
+        "tokens_per_second": decoded / other_tokens_seconds if decoded and other_tokens_seconds else None,
         "kv_bytes_per_clip": per_token * method.cached_tokens(clips, questions, audio, text + new_tokens) // clips,
         "status": "ok",
     }
 
 
 def exponents(rows: list[Row]) -> list[Row]:
-    """Of the rows of a sweep over lengths: for each that varies, mode, method and quantity, the p in growth ~ length ** p.
+    """Of a sweep over lengths: for each length that varies, mode, method and quantity, the p in growth ~ length ** p.
 
     Growth is what a quantity has beyond its value at the shortest length, which leaves out what does not depend on it;
     lengths are counted from there too. The slope is fitted to the longer half, in logarithms. None: it does not grow.
@@ -138,7 +138,8 @@ def exponents(rows: list[Row]) -> list[Row]:
             growth = [(n - first[0], y - first[1]) for n, y in longer[len(longer) // 2 :]]
             slope = None
             if len(growth) > 1 and all(y > 0 for _, y in growth):
-                slope = statistics.linear_regression(*zip(*((math.log(n), math.log(y)) for n, y in growth))).slope
+                lengths, values = ([math.log(x) for x in column] for column in zip(*growth, strict=True))
+                slope = statistics.linear_regression(lengths, values).slope
             about = {"varies": varies, "mode": mode, "method": method, "device": device}
             found.append({**about, "quantity": quantity, "exponent": slope})
     return found

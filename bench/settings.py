@@ -13,8 +13,8 @@ from palkernels.bench.methods import METHODS, Method
 from palkernels.bench.presets import LlmPlan, plan_llm
 
 __all__ = [
-    "Options", "Settings", "check_counts", "check_length", "check_methods", "check_text_tokens", "dtype_name", "fit_time",
-    "parse_device", "parse_dtype", "reductions", "settle",
+    "Options", "Settings", "check_counts", "check_length", "check_methods", "check_text_tokens", "dtype_name",
+    "fit_time", "parse_device", "parse_dtype", "reductions", "settle",
 ]  # fmt: skip
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -33,7 +33,7 @@ class Options:
     train_batch: int | None = None
     infer_batch: int | None = None
     new_tokens: int | None = None
-    methods: tuple[str, ...] = ("plits", "lal")
+    methods: tuple[str, ...] | None = None
     device: str = "auto"
     dtype: str = "auto"
     repeats: int | None = None
@@ -41,6 +41,8 @@ class Options:
     seed: int = 0
     encoder_checkpoint: Path | None = None
     encoder_size: str = "tiny"
+    serving: bool | None = None
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,14 @@ class Defaults:
     batch: dict[str, int]
     new_tokens: int
     repeats: dict[str, int]
+    methods: tuple[str, ...]
 
 
-GPU_DEFAULTS = Defaults({"train": 8, "infer": 12}, 32, {"train": 10, "infer": 10})
+GPU_DEFAULTS = Defaults({"train": 8, "infer": 12}, 32, {"train": 10, "infer": 10}, tuple(METHODS))
 # On a CPU the widths and the vocabulary stay true, and depth, batches and repeats shrink to fit a few minutes. The
 # batch is 2: at 1 the gradients of the tied embedding, which every method has, weigh more than all that PLITS adds at
 # 512 audio tokens, and the total peaks are equal. In float32, with those gradients twice as large, they still are.
-CPU_DEFAULTS = Defaults({"train": 2, "infer": 2}, 8, {"train": 2, "infer": 5})
+CPU_DEFAULTS = Defaults({"train": 2, "infer": 2}, 8, {"train": 2, "infer": 5}, ("plits", "lal"))
 CPU_LAYERS = 2
 MOST = 10**9  # of any count on the command line
 # On slow processors the repeats shrink too, if the run would take longer than this.
@@ -78,6 +81,7 @@ class Settings:
     dtype: torch.dtype
     repeats: dict[str, int]  # by mode
     seed: int
+    serving: bool
 
     @property
     def dtype_name(self) -> str:
@@ -109,11 +113,12 @@ def settle(options: Options) -> Settings:
             "infer": options.infer_batch or defaults.batch["infer"],
         },
         new_tokens=options.new_tokens or defaults.new_tokens,
-        methods=tuple(METHODS[name] for name in options.methods),
+        methods=tuple(METHODS[name] for name in options.methods or defaults.methods),
         device=device,
         dtype=DTYPES[dtype],
         repeats={mode: options.repeats or number for mode, number in defaults.repeats.items()},
         seed=options.seed,
+        serving=not on_cpu if options.serving is None else options.serving,
     )
     check_length(llm, max(options.audio_tokens) + options.text_tokens + settings.new_tokens)
     return settings
@@ -154,7 +159,8 @@ def _check(options: Options) -> None:
             check_counts(name, (value,))
     check_counts("audio_tokens", options.audio_tokens)
     check_text_tokens((options.text_tokens,))
-    check_methods(options.methods)
+    if options.methods is not None:
+        check_methods(options.methods)
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed must be from 0 to 2**63 - 1, got {options.seed}")
     if options.dtype != "auto":

@@ -1,9 +1,9 @@
 """`palkernels simulate`: what Figure 1 costs at full size on a GPU, found out without one.
 
-The real code of model and method runs on tensors that have shapes and no values (`shapes`). Peak memory is that of all
-its allocations (`memory`), time the least that a GPU needs for its FLOPs and bytes (`costs`). All LLM weights train; the
-encoder is left out. This library's functions take their Triton path. Nothing is said of the host, which in eager
-generation is often the slower one.
+The real code of model and method runs on tensors that have shapes and no values (`shapes`). Peak memory is that of
+all its allocations (`memory`), time the least that a GPU needs for its FLOPs and bytes (`costs`). All LLM weights
+train; the encoder is left out. This library's functions take their Triton path. Nothing is said of the host, which in
+eager generation is often the slower one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from palkernels.bench import machine, report, results
 from palkernels.bench.costs import GPUS, CostCounter, Costs, Gpu, scratch_bytes
 from palkernels.bench.errors import UserError, one_line
+from palkernels.bench.measure import COMPARED, SERVING
 from palkernels.bench.memory import AllocationTracker
 from palkernels.bench.methods import DEFAULT_METHODS, LEVERS, METHODS, MODES, Batch, Method, make_adamw
 from palkernels.bench.presets import LlmPlan, plan_llm
@@ -49,8 +50,6 @@ LENGTHS = {
     "batch_size": (1, 2, 4, 8, 16),
 }
 AT = {"audio_tokens": 1500, "text_tokens": 128, "batch_size": 8}
-COMPARED = ("plits", "lal")  # against length, and in serving
-SERVING = ((1, 1), (1, 8), (1, 32), (12, 12))  # clips, and questions about them
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,9 @@ def _check(options: Options) -> LlmPlan:
     check_text_tokens(options.text_tokens)
     check_methods(options.methods)
     for name in options.methods:
-        if METHODS[name].missing:
-            raise UserError(f"--methods must be installed, got {name} without {METHODS[name].missing}")
+        reason = METHODS[name].why_not(torch.device("cuda"))
+        if reason:
+            raise UserError(f"--methods must be able to run, got {name}: {reason}")
     if options.optimizer not in OPTIMIZERS:
         raise UserError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {options.optimizer!r}")
     llm = plan_llm(options.model, options.layers)
@@ -322,9 +322,9 @@ class World:
         first_token = before + prefill
         costs = first_token + sum(steps, Costs())
         if len(steps) == 2:
-            last = _extrapolated(*steps, new_tokens - 2)
+            last = _extrapolated(steps[0], steps[1], new_tokens - 2)
             costs = first_token + _scaled(steps[0] + last, (new_tokens - 1) / 2)
-            peaks[1:] = [_extrapolated(*peaks[1:], new_tokens - 2)]
+            peaks[1:] = [_extrapolated(peaks[1], peaks[2], new_tokens - 2)]
         breakdown = {name: round(size) for name, size in max(peaks, key=Costs.total).items()}
         peak = sum(breakdown.values())
         return Simulation(peak, peak - breakdown["parameters"], breakdown, impl, costs, first_token)
@@ -377,7 +377,7 @@ def _no_launches() -> Iterator[None]:
 
 
 def _scaled(costs: Costs, factor: float) -> Costs:
-    return Costs({name: value * factor for name, value in costs.items()})  # type: ignore[misc]
+    return Costs({name: value * factor for name, value in costs.items()})
 
 
 def _extrapolated(first: Costs, second: Costs, steps: int) -> Costs:

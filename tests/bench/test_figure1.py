@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,11 @@ import soundfile
 import torch
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
-from palkernels.bench import figure1, machine
+from palkernels.bench import machine, measure
 from palkernels.bench.cli import main
-from palkernels.bench.methods import Batch, Lal, Method, Plits
+from palkernels.bench.methods import DEFAULT_METHODS, METHODS, Batch, Lal, Method, Plits
 
-FILES = ["figure1.csv", "figure1.json", "figure1.png"]
+FILES = ["figure1.csv", "figure1.html", "figure1.json", "figure1.png"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict
     return json.loads((out / "figure1.json").read_text()), out, done.stdout
 
 
-def test_writes_three_files_and_nothing_else(measured: tuple[dict[str, Any], Path, str]) -> None:
+def test_writes_four_files_and_nothing_else(measured: tuple[dict[str, Any], Path, str]) -> None:
     document, out, _ = measured
     assert sorted(path.name for path in out.iterdir()) == FILES
     assert (out / "figure1.png").read_bytes().startswith(b"\x89PNG")
@@ -122,7 +123,8 @@ def test_meta_says_what_was_measured(measured: tuple[dict[str, Any], Path, str],
     meta = measured[0]["meta"]
     assert meta["device"] == "cpu"
     assert meta["processor"] == meta["device_name"] == machine.cpu_name()
-    assert set(meta["versions"]) == {"palkernels", "torch", "triton", "transformers", "python"}
+    assert set(meta["versions"]) == {"palkernels", "torch", "triton", "transformers", "liger-kernel", "python"}
+    assert meta["complete"] is True
     assert (meta["model"], meta["layers"], meta["full_layers"]) == (str(tiny), 2, 3)
     assert meta["llm_weights"] == meta["encoder_weights"] == "random (seed 0)"
     assert (meta["encoder"], meta["audio_file"], meta["seed"]) == ("whisper-tiny", "bundled clip", 0)
@@ -143,7 +145,7 @@ def test_says_what_is_to_come_and_where_the_plot_is(measured: tuple[dict[str, An
     assert "Whisper tiny, encoder weights random (seed 0)" in printed
     assert "speed-up" in printed
     assert "change" in printed
-    assert lines[-1] == f"Plot: {out / 'figure1.png'}"
+    assert lines[-2:] == [f"Plot: {out / 'figure1.png'}", f"Report: {out / 'figure1.html'}"]
 
 
 def test_methods_take_turns(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +234,7 @@ main({arguments!r})
 
 def test_equal_seeds_do_equal_work(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
-    step, infer = figure1._train_step, figure1._infer
+    step, infer = measure._train_step, measure._infer
 
     def train_step(*arguments: Any) -> torch.Tensor:
         seen.append((loss := step(*arguments)).item())
@@ -242,8 +244,8 @@ def test_equal_seeds_do_equal_work(tiny: Path, tmp_path: Path, monkeypatch: pyte
         seen.extend((tokens := infer(*arguments)).flatten().tolist())
         return tokens
 
-    monkeypatch.setattr(figure1, "_train_step", train_step)
-    monkeypatch.setattr(figure1, "_infer", generated)
+    monkeypatch.setattr(measure, "_train_step", train_step)
+    monkeypatch.setattr(measure, "_infer", generated)
     runs = []
     for seed in (0, 0, 1):
         seen.clear()
@@ -316,6 +318,8 @@ def mistakes(tmp_path: Path, tiny: Path) -> dict[str, list[object]]:
         "a file above the folder": ["--out", tmp_path / "file" / "out"],
         "no place for a folder": ["--out", "/proc/none/out"],
         "a folder as file": ["--out", tmp_path / "blocked"],
+        "nothing to resume": ["--resume"],
+        "a measurement's option in a simulation": ["--simulate", "--device", "cpu", "--dtype", "fp32"],
         "unknown option": ["--no-such-option"],
     }
 
@@ -336,8 +340,8 @@ def test_results_of_an_earlier_run_survive_a_mistake(tiny: Path, tmp_path: Path)
     for name in FILES:
         (tmp_path / name).write_text("earlier")
     assert run(*small(tiny, tmp_path), "--encoder-size", "huge") == 2
-    assert [(tmp_path / name).read_text() for name in FILES] == ["earlier"] * 3
-    assert len(list(tmp_path.iterdir())) == 3
+    assert [(tmp_path / name).read_text() for name in FILES] == ["earlier"] * 4
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
@@ -385,6 +389,70 @@ def test_a_signal_leaves_nothing(number: signal.Signals, code: int, message: str
     assert process.returncode == code
     assert error == f"error: {message}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_is_valid_and_goes_on(number: signal.Signals, code: int, tiny: Path, tmp_path: Path) -> None:
+    """What was measured before the signal is written, and `--resume` measures the rest alone."""
+    out = tmp_path / "out"
+    arguments = [*map(str, small(tiny, out)), "--audio-tokens", "16,32,64,128,256"]
+    command = [sys.executable, "-c", f"from palkernels.bench.cli import main; main({arguments!r})"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while not (line := process.stdout.readline()).startswith("train, 32 audio tokens"):
+        assert line, process.communicate()
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    first = json.loads((out / "figure1.json").read_text())
+    assert first["meta"]["complete"] is False
+    assert 4 <= len(first["rows"]) < 20
+
+    assert run(*arguments, "--resume") == 0
+    second = json.loads((out / "figure1.json").read_text())
+    assert second["meta"]["complete"] is True
+    assert second["meta"]["date"] == first["meta"]["date"]
+    assert len(second["rows"]) == 20
+    assert second["rows"][: len(first["rows"])] == first["rows"]
+
+
+def test_resume_needs_the_same_conditions(
+    measured: tuple[dict[str, Any], Path, str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = measured
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    assert run(*small(tiny, copy), "--resume", "--seed", 1) == 2
+    assert "--resume must be given what the run in --out was given, got seed 0 and now 1" in capsys.readouterr().err
+    before = json.loads((copy / "figure1.json").read_text())
+    assert run(*small(tiny, copy), "--resume") == 0  # nothing is left to do
+    assert json.loads((copy / "figure1.json").read_text()) == before
+
+
+def test_all_methods_and_serving(tiny: Path, tmp_path: Path) -> None:
+    """Levers have no inference; what cannot run here is a row that says why; serving has the two that it compares."""
+    out = tmp_path / "out"
+    arguments = ["--methods", "all", "--serving", "--audio-tokens", 16, "--repeats", 1, "--layers", 1]
+    assert run(*small(tiny, out), *arguments) == 0
+    document = json.loads((out / "figure1.json").read_text())
+    rows = {(row["mode"], row["method"]): row for row in document["rows"]}
+    assert {method for mode, method in rows if mode == "train"} == set(METHODS)
+    assert {method for mode, method in rows if mode == "infer"} == set(DEFAULT_METHODS)
+    assert rows["train", "lal-fused-loss"]["status"] == "needs a GPU"
+    assert {row["status"] for key, row in rows.items() if key != ("train", "lal-fused-loss")} == {"ok"}
+    serving = document["serving"]
+    assert [(row["clips"], row["questions"], row["method"]) for row in serving] == [
+        (clips, questions, method) for clips, questions in measure.SERVING for method in ("plits", "lal")
+    ]
+    per_token = 2 * 1 * 2 * 16 * 4  # K and V, layers, heads, head dim, bytes
+    cached = {(row["clips"], row["questions"], row["method"]): row["kv_bytes_per_clip"] // per_token for row in serving}
+    assert cached[1, 8, "plits"] == 8 * (16 + 16 + 2)
+    assert cached[1, 8, "lal"] == 16 + 8 * (16 + 2)
+    assert cached[12, 12, "plits"] == cached[12, 12, "lal"] == 16 + 16 + 2
+    for row in serving:
+        assert row["first_token_seconds"] > 0
+        assert row["tokens_per_second"] > 0
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Both methods do the same task on the same model, and leave the model as it was."""
+"""All methods do the same task on the same model, and leave the model as it was."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from palkernels.bench.methods import IGNORED, METHODS, Batch, Method
+from palkernels.bench.methods import DEFAULT_METHODS, IGNORED, LEVERS, METHODS, POOLED, Batch, Method
 from palkernels.bench.presets import LlmPlan
 from palkernels.model.connectors import MlpConnector
 
@@ -52,12 +52,22 @@ def test_trains_everything(method: Method) -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_generates_exactly_what_is_asked_for(method: Method) -> None:
+IMPLS = {
+    "plits": "sdpa",
+    "plits-tuned": "sdpa (flash)",
+    "plits-pooled": "sdpa",
+    "lal-eager": "cat + sdpa",
+    "lal": "sdpa",
+}
+
+
+@pytest.mark.parametrize("name", DEFAULT_METHODS)
+def test_generates_exactly_what_is_asked_for(name: str) -> None:
     model, connector, batch = build()
+    method = METHODS[name]
     with method.ready(model) as impl, torch.no_grad():
         tokens = method.generate(model, connector, batch, new_tokens=5)
-        assert impl == "sdpa"
+        assert impl == IMPLS[name]
     assert tokens.shape == (ROWS, 5)
     assert ((tokens >= 0) & (tokens < VOCAB)).all()
 
@@ -70,6 +80,8 @@ def test_equal_seeds_give_equal_results() -> None:
         for method in METHODS.values():
             with method.ready(model):
                 losses.append(method.loss(model, connector, batch).detach())
+                if "infer" not in method.modes:
+                    continue
                 with torch.no_grad():
                     tokens.append(method.generate(model, connector, batch, new_tokens=4))
         results.append((torch.stack(losses), torch.cat(tokens)))
@@ -77,7 +89,7 @@ def test_equal_seeds_give_equal_results() -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_audio_reaches_both_methods() -> None:
+def test_audio_reaches_every_method() -> None:
     model, connector, batch = build()
     silent = Batch(batch.states * 0, batch.input_ids, batch.labels)
     for method in METHODS.values():
@@ -110,3 +122,78 @@ def test_plits_without_audio_tokens_is_the_model_itself() -> None:
     plits = METHODS["plits"]
     with plits.ready(model):
         assert torch.allclose(plits.loss(model, connector, batch), expected, atol=1e-6)
+
+
+def loss_and_gradients(name: str, batch: Batch | None = None) -> dict[str, torch.Tensor]:
+    model, connector, made = build()
+    method = METHODS[name]
+    with method.ready(model):
+        loss = method.loss(model, connector, made if batch is None else batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+    named = [*model.named_parameters(), *connector.named_parameters()]
+    return {"loss": loss.detach(), **{key: parameter.grad for key, parameter in named}}
+
+
+def generated(name: str, batch: Batch | None = None) -> torch.Tensor:
+    model, connector, made = build()
+    method = METHODS[name]
+    with method.ready(model), torch.no_grad():
+        return method.generate(model, connector, made if batch is None else batch, new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("plits-tuned", "plits"), ("lal-eager", "lal"), *((x, "lal") for x in LEVERS)]
+)
+def test_the_same_function_computed_otherwise(one: str, other: str) -> None:
+    """A baseline that is tuned, a lever and LAL by hand cost something else; they compute the same."""
+    got, want = loss_and_gradients(one), loss_and_gradients(other)
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    if one not in LEVERS:
+        assert torch.equal(generated(one), generated(other))
+
+
+@pytest.mark.parametrize("tokens", [8, 10])
+def test_pooled_is_plits_on_averaged_states(tokens: int) -> None:
+    """The last group may be smaller; it is averaged over what it has."""
+    batch = Batch.make(torch.randn(tokens, 16), ROWS, TEXT, VOCAB, seed=3)
+    groups = [part.mean(dim=1) for part in batch.states.split(POOLED, dim=1)]
+    averaged = Batch(torch.stack(groups, dim=1), batch.input_ids, batch.labels)
+    assert METHODS["plits-pooled"].in_sequence(tokens) == len(groups)
+    got, want = loss_and_gradients("plits-pooled", batch), loss_and_gradients("plits", averaged)
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, msg=key)
+    assert torch.equal(generated("plits-pooled", batch), generated("plits", averaged))
+
+
+@pytest.mark.parametrize("name", DEFAULT_METHODS)
+def test_several_texts_about_one_clip(name: str) -> None:
+    """A shared clip is one row of states; results are those of a copy for each text."""
+    clip = torch.randn(AUDIO, 16)
+    shared = Batch.make(clip, 4, TEXT, VOCAB, seed=3, clips=2)
+    assert shared.states.shape == (2, AUDIO, 16)
+    assert shared.index is not None
+    assert shared.index.tolist() == [0, 0, 1, 1]
+    copies = Batch.make(clip, 4, TEXT, VOCAB, seed=3)
+    got, want = loss_and_gradients(name, shared), loss_and_gradients(name, copies)
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    assert torch.equal(generated(name, shared), generated(name, copies))
+
+
+def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = METHODS["lal-fused-loss"]
+    assert fused.why_not(torch.device("cpu")) == "needs a GPU"
+    assert fused.why_not(torch.device("cuda")) is None
+    monkeypatch.setattr("palkernels.bench.methods.find_spec", lambda name: None)
+    assert fused.why_not(torch.device("cuda")) == "liger-kernel is not installed"
+    assert [name for name in METHODS if METHODS[name].why_not(torch.device("cpu"))] == ["lal-fused-loss"]
+
+
+def test_checkpointing_is_off_afterwards() -> None:
+    model, _, _ = build()
+    with METHODS["lal-checkpoint"].ready(model):
+        assert model.training
+        assert model.is_gradient_checkpointing
+    assert not model.training
+    assert not model.is_gradient_checkpointing
