@@ -60,7 +60,8 @@ def percent(share: float | None) -> str:
 def recorded(options: Any) -> dict[str, Any]:
     """A command's options as results keep them, all but the folder they go to."""
     given = dataclasses.asdict(options)
-    return {key: str(value) if isinstance(value, Path) else value for key, value in given.items() if key != "out"}
+    as_json: dict[str, Any] = json.loads(json.dumps(given, default=str))
+    return {key: value for key, value in as_json.items() if key != "out"}
 
 
 def read(path: Path) -> dict[str, Any]:

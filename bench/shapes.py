@@ -33,10 +33,16 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func is torch.ops.aten.equal.default and isinstance(args[0], FakeTensor):
             return True  # for code that asks whether it may save work on ones or zeros
-        if any(isinstance(x, FakeTensor) for x in tree_iter((args, kwargs))):
+        inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        if any(isinstance(x, FakeTensor) for x in inputs):
             with self._fake:
                 out = func(*args, **kwargs)
             return tree_map_only(FakeTensor, _with_values_if_integer, out)
+        if not inputs:  # the real one could be too large to be made
+            with self._fake:
+                made = func(*args, **kwargs)
+            if isinstance(made, FakeTensor) and made.is_floating_point():
+                return made
         return tree_map_only(Tensor, self._without_values_if_floating, func(*args, **kwargs))
 
     def _without_values_if_floating(self, tensor: Tensor) -> Tensor:

@@ -297,10 +297,17 @@ class World:
 
     @torch.no_grad()
     def infer(
-        self, method: Method, audio: int, text: int, rows: int, new_tokens: int, clips: int | None = None
+        self,
+        method: Method,
+        audio: int,
+        text: int,
+        rows: int,
+        new_tokens: int,
+        clips: int | None = None,
+        most_steps: int = 2,
     ) -> Simulation:
-        """A prefill and `new_tokens` decoded tokens. Two decoding steps run; each of the others costs as much more than
-        the one before it as the second costs more than the first, since the caches grow by a token a step."""
+        """A prefill and `new_tokens` decoded tokens. At most so many decoding steps run; each of the others costs as
+        much more than the one before it as the second does than the first, since caches grow by a token a step."""
         with self.ready(method) as impl:
             batch = self._batch(audio, text, rows, clips)
             with CostCounter() as counter, self._tracker(caches=True) as tracker:
@@ -311,20 +318,20 @@ class World:
 
                 hook = self.model.register_forward_pre_hook(mark)
                 try:
-                    method.generate(self.model, self.connector, batch, min(new_tokens, 3))
+                    method.generate(self.model, self.connector, batch, min(new_tokens, 1 + most_steps))
                 finally:
                     hook.remove()
             before, prefill, *steps = counter.segments
-            peaks = [
-                Costs(tracker.breakdown({"parameters": self.parameters}, segments))
-                for segments in ((0, 1), (2, 2), (3, 3))[: len(steps) + 1]
-            ]
+            segments = [(0, 1), *((i + 2, i + 2) for i in range(len(steps)))]
+            peaks = [Costs(tracker.breakdown({"parameters": self.parameters}, segment)) for segment in segments]
         first_token = before + prefill
         costs = first_token + sum(steps, Costs())
-        if len(steps) == 2:
-            last = _extrapolated(steps[0], steps[1], new_tokens - 2)
-            costs = first_token + _scaled(steps[0] + last, (new_tokens - 1) / 2)
-            peaks[1:] = [_extrapolated(peaks[1], peaks[2], new_tokens - 2)]
+        left_out = new_tokens - 1 - len(steps)
+        if left_out:
+            following, last = (_extrapolated(steps[0], steps[1], i) for i in (len(steps), new_tokens - 2))
+            both = _extrapolated(following, last, 0.5)  # what grows evenly has the mean of its first and last
+            costs += _scaled(both, left_out)
+            peaks.append(_extrapolated(peaks[1], peaks[2], new_tokens - 2))
         breakdown = {name: round(size) for name, size in max(peaks, key=Costs.total).items()}
         peak = sum(breakdown.values())
         return Simulation(peak, peak - breakdown["parameters"], breakdown, impl, costs, first_token)
@@ -380,6 +387,6 @@ def _scaled(costs: Costs, factor: float) -> Costs:
     return Costs({name: value * factor for name, value in costs.items()})
 
 
-def _extrapolated(first: Costs, second: Costs, steps: int) -> Costs:
+def _extrapolated(first: Costs, second: Costs, steps: float) -> Costs:
     """What comes `steps` after the first, if every step adds as much as the second did."""
     return Costs({name: first[name] + (second[name] - first[name]) * steps for name in first | second})
