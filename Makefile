@@ -1,4 +1,6 @@
 # make figure1   Figure 1 from the bundled clip, into figure1-out/
+# make figure1-all   the same with every method, and questions about shared clips
+# make simulate  Figure 1 at full size on two GPUs, without one, into simulate-out/
 # make test      lint, types and tests, on the installed wheel
 # make mutants   seeded faults in the kernels, which the tests must catch, into tests/mutants.json
 # make aot       every tile in every dtype, compiled for sm_80, sm_90 and sm_100 (make test: bfloat16, the first two)
@@ -13,10 +15,16 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find palkernels model bench 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: figure1 test lint aot mutants compat clean
+.PHONY: figure1 figure1-all simulate test lint aot mutants compat clean
 
 figure1: .venv/installed
 	$(BIN)/palkernels figure1
+
+figure1-all: .venv/installed
+	$(BIN)/palkernels figure1 --methods all --out figure1-all-out
+
+simulate: .venv/installed
+	$(BIN)/palkernels simulate
 
 test: lint
 	PALKERNELS_TEST_WHEEL=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
@@ -52,4 +60,4 @@ compat: .venv/compat
 	touch $@
 
 clean:
-	rm -rf .venv build dist figure1-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist figure1-out figure1-all-out simulate-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -45,7 +46,13 @@ def test_stages(run, tmp_path: Path) -> None:
     assert str(tmp_path / "out" / "tests.xml") in calls[3]
     assert "microbench --device cuda" in calls[4]
     assert calls[4].endswith(f"--json {tmp_path / 'out' / 'microbench.json'}")
-    assert f"figure1 --device cuda --out {tmp_path / 'out' / 'figure1'}" in calls[5]
+    assert "figure1 --device cuda --methods all" in calls[5]
+    assert calls[5].endswith(f"--out {tmp_path / 'out' / 'figure1'}")
+    limits = [
+        int(x) for x in re.findall(r"^ +stage (?:tests|microbench|figure1) (\d+)", SCRIPT.read_text(), re.MULTILINE)
+    ]
+    assert len(limits) == 3
+    assert sum(limits) <= 460  # of 480 seconds
     # On the GPU, not in the interpreter that the tests' own environment asks for.
     assert (tmp_path / "out" / "tests.log").read_text() == "interpret=unset\n"
 

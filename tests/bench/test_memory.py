@@ -90,6 +90,43 @@ def test_fake_tensors() -> None:
     assert tracker.report().end_bytes == 0
 
 
+def test_breakdown_of_a_training_step() -> None:
+    """The names sum to the peak: what is given, what an operation's tensors are named, what a backward pass needs."""
+    n, d, h, o = 64, 8, 512, 4
+    x, w1, w2 = torch.randn(n, d), nn.Parameter(torch.randn(d, h)), nn.Parameter(torch.randn(h, o))
+
+    with AllocationTracker(static=[w1, w2]) as tracker:
+        loss = ((x @ w1).relu() @ w2).exp().sum()
+        tracker.mark()
+        loss.backward()  # type: ignore[no-untyped-call]
+    parts = {"parameters": [w1, w2], "gradients": [w1.grad, w2.grad]}
+    found = tracker.breakdown(parts, kept_at=0)
+    assert sum(found.values()) == tracker.report().peak_bytes
+    # At the peak: the gradients of relu's input and output beside its saved output.
+    assert found["parameters"] == (d * h + h * o) * F32
+    assert found["activations"] == (n * h + 1) * F32
+    assert found["temporaries"] >= 2 * n * h * F32
+    assert found["gradients"] == h * o * F32  # the other one is made later
+    first = tracker.breakdown(parts, segments=(0, 0))
+    assert "gradients" not in first
+    assert sum(first.values()) < tracker.report().peak_bytes
+
+
+def test_names_of_an_operations_results() -> None:
+    with AllocationTracker(name=lambda func, args, x: "sums" if func is torch.ops.aten.add.Tensor else None) as tracker:
+        kept = [torch.zeros(10) + 1, torch.zeros(20)]
+    assert tracker.breakdown({}) == {"sums": 10 * F32, "temporaries": 20 * F32}
+    assert tracker.breakdown({"given": kept[1:]}) == {"sums": 10 * F32, "given": 20 * F32}
+
+
+def test_scratch_counts_while_its_operation_runs() -> None:
+    a = torch.randn(10)
+    with AllocationTracker(scratch=lambda func, args: 1000 if func is torch.ops.aten.exp.default else 0) as tracker:
+        kept = a.exp() + 1
+    assert tracker.report().peak_bytes == a.nbytes + 1000
+    assert tracker.report().end_bytes == kept.nbytes
+
+
 def test_training_step_of_an_mlp() -> None:
     """x (n, d) -> relu(x w1) w2 -> sum, all storages written down."""
     n, d, h, o = 64, 8, 32, 4

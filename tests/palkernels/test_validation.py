@@ -204,6 +204,21 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
     assert any("CUDA device" in reason and "got cpu" in reason for reason in unsupported_reasons(**valid()))
 
 
+def test_fake_tensors_take_the_triton_path():
+    """No kernel runs for them: shapes, memory and FLOPs of the Triton path are to be had on any machine."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        given = {name: tensor.to(torch.bfloat16).requires_grad_() for name, tensor in valid().items()}
+        assert unsupported_reasons(**given, impl="triton") == []
+        out = lal_attention(**given, impl="triton")
+        assert out.grad_fn.name() == "GeneratedBackwardFor_palkernels_lal_forward_defaultBackward"
+        out.sum().backward()
+        assert given["query"].grad.shape == (2, 4, 3, 8)
+        wide = {name: tensor.new_empty(*tensor.shape[:-1], 300) for name, tensor in given.items()}
+        assert unsupported_reasons(**wide, impl="triton") == ["D must be at most 256, got 300"]
+
+
 def test_values_are_not_read_while_tracing():
     """A fake tensor has no values to check."""
     from torch._subclasses.fake_tensor import FakeTensorMode
