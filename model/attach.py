@@ -23,7 +23,7 @@ from palkernels.checks import IMPLEMENTATIONS
 from palkernels.model.attention import ATTENTION_NAME, REQUEST_KEYWORD, STOCK_CONFIG, Request
 from palkernels.model.audio_state import AudioState
 from palkernels.model.fused import alike, why_not_plain
-from palkernels.model.generation import current, generate, keys_in
+from palkernels.model.generation import check_unchanged, current, generate, keys_in
 from palkernels.model.layers import AudioKV, Rotary, Rotation, num_kv_heads
 from palkernels.model.plan import AudioLayout, Plan, check_places, padding
 from palkernels.model.saving import load, named_modules, save
@@ -313,7 +313,7 @@ class LalHandle:
 
     def run(self, request: Request, arguments: dict[str, Any]) -> Any:
         """The stock forward, its layers given the request; every selected one must have taken the audio."""
-        request.consumed = set()
+        request.consumed, request.ran = set(), True
         outputs = self.stock("forward")(**arguments, **{REQUEST_KEYWORD: request})
         if request.consumed != set(self.selected):
             missed = sorted(set(self.selected) - request.consumed)
@@ -479,9 +479,11 @@ class AudioForward(_Patched):
     def __call__(self, *args: Any, audio: "AudioState | Request | None" = None, **kwargs: Any) -> Any:
         if audio is None:
             return self.handle.stock("forward")(*args, **kwargs)
+        arguments = self.by_name(args, kwargs)
         if isinstance(audio, Request):
-            return self.handle.run(audio, self.by_name(args, kwargs))
-        return self.handle.forward(audio, self.by_name(args, kwargs))
+            check_unchanged(audio, arguments)
+            return self.handle.run(audio, arguments)
+        return self.handle.forward(audio, arguments)
 
 
 class AudioGenerate(_Patched):

@@ -1,5 +1,5 @@
-"""The fast path: audio keys and values by :func:`palkernels.audio_kv`, where layers are plain enough; at inference those
-of all layers at once.
+"""The fast path: audio keys and values by :func:`palkernels.audio_kv`, where layers are plain enough; at inference
+those of all layers at once.
 
 It reads weights, and so passes by whatever a module does besides: adapters, quantisation, sharding, hooks.
 """

@@ -551,6 +551,30 @@ def test_cached_decoding_by_hand():
     assert largest_difference(unpadded(torch.cat(parts, 1), mask), unpadded(whole, mask)) <= 1e-5
 
 
+@torch.no_grad()
+def test_guidance_runs_without_audio_within_generate():
+    """Forwards that others make within generate are theirs: the unconditional ones of guidance see the text only."""
+    model, given = attached("llama", "prefix")
+    first = model(**given).logits[:, -1].log_softmax(-1)
+    without = model(given["input_ids"][:, -1:]).logits[:, -1].log_softmax(-1)
+    got = model.generate(**given, max_new_tokens=1, do_sample=False, guidance_scale=1.5)
+    assert torch.equal(got[:, -1], (without + 1.5 * (first - without)).argmax(-1))
+
+
+@torch.no_grad()
+def test_generation_from_embeddings():
+    """Embeddings are the prompt also where ids come with them, to be continued."""
+    model = build("llama")
+    attach(model)
+    _, ids, mask = batch(texts(), "none")
+    options = {"audio": audio_state("inserted", torch.float32), "max_new_tokens": 4, "do_sample": False}
+    want = model.generate(ids, **options)[:, -4:]
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embedded, **options), want)
+    assert torch.equal(model.generate(input_ids=ids[:, :0], inputs_embeds=embedded, **options), want)
+    assert torch.equal(model.generate(ids, inputs_embeds=embedded, attention_mask=mask, **options)[:, -4:], want)
+
+
 def test_training_step_with_checkpointing_equals_without():
     gradients = []
     for checkpointing in (False, True):
@@ -848,6 +872,47 @@ class TestRefusedCalls:
             model.train()(padded, attention_mask=mask, audio=state)
         with pytest.raises(ValueError, match="insert_at must be at most each text's length"):
             model.eval().generate(padded, attention_mask=mask, audio=state, max_new_tokens=2)
+
+    @pytest.mark.parametrize("chunk", [None, 2])
+    def test_insert_beyond_a_text_whose_mask_is_inferred(self, model, chunk):
+        """Without a mask, generate takes padding tokens for padding."""
+        _, padded, mask = batch(texts(), "left")
+        options = {"max_new_tokens": 2, "do_sample": False, "prefill_chunk_size": chunk}
+        for place in (4, 5):  # the second text has 4 tokens
+            state = self.state(insert_at=torch.tensor([7, place, 9]))
+            if place == 4:
+                want = model.generate(padded, attention_mask=mask, audio=state, **options)
+                assert torch.equal(model.generate(padded, audio=state, **options), want)
+                assert model.generate(padded, audio=state, num_beams=2, **options).shape == want.shape
+                continue
+            with pytest.raises(ValueError, match="insert_at must be at most each text's length"):
+                model.generate(padded, audio=state, **options)
+
+    @pytest.mark.parametrize("bypass", ["prepares nothing", "drops the audio", "is put back", "is replaced"])
+    def test_generate_that_does_not_prepare_with_audio(self, model, bypass):
+        """Whoever takes attach's place in generate must not lose the audio silently."""
+        _, padded, _ = batch(texts(), "none")
+        options = {"max_new_tokens": 2, "do_sample": False}
+        stock = model._palkernels_handle.stock("prepare_inputs_for_generation")
+        ours = model.prepare_inputs_for_generation
+        message = "generate must run what the attached model's prepare_inputs_for_generation returns"
+        if bypass == "prepares nothing":
+            options["custom_generate"] = lambda model, input_ids, **kwargs: model(input_ids).logits.argmax(-1)
+        elif bypass == "drops the audio":
+
+            def drop(*args, **kwargs):
+                return {name: x for name, x in ours(*args, **kwargs).items() if name != "audio"}
+
+            model.prepare_inputs_for_generation = drop
+        elif bypass == "is put back":
+            model.prepare_inputs_for_generation = type(model).prepare_inputs_for_generation.__get__(model)
+            message = "prepare_inputs_for_generation must be the one that attach made, got the stock one"
+        else:
+            model.prepare_inputs_for_generation = lambda *args, **kwargs: stock(*args, **kwargs)
+        with pytest.raises(RuntimeError, match=message):
+            model.generate(padded, audio=self.state(), **options)
+        model.prepare_inputs_for_generation = lambda *args, **kwargs: ours(*args, **kwargs)  # passes it on
+        model.generate(padded, audio=self.state(), max_new_tokens=2, do_sample=False)
 
     def test_output_attentions(self, model):
         _, padded, _ = batch(texts(), "none")
