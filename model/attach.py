@@ -192,7 +192,7 @@ class LalHandle:
         self._stock = {patch.name: model.__dict__.get(patch.name) for patch in PATCHES}
         object.__setattr__(model, HANDLE, self)
         for patch in PATCHES:
-            object.__setattr__(model, patch.name, patch(model))
+            object.__setattr__(model, patch.name, patch(self))
 
     def detach(self) -> None:
         """Make the model a stock one again; a second call does nothing."""
@@ -203,6 +203,9 @@ class LalHandle:
             attention: Any = self.layers[index].self_attn
             attention.config = stock
         for name, stock in self._stock.items():
+            patch = model.__dict__.get(name)
+            if not isinstance(patch, _Patched) or patch.handle is not self:
+                continue  # somebody has wrapped ours, which only passes on what it is given from now on
             if stock is None:
                 object.__delattr__(model, name)
             else:
@@ -295,9 +298,9 @@ class LalHandle:
         inputs = arguments.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             raise ValueError("a forward with audio must be given input_ids or inputs_embeds, got neither")
-        if inputs.ndim < 2 or inputs.shape[1] == 0:
+        if inputs.ndim < 2 or 0 in inputs.shape[:2]:
             raise ValueError(
-                f"a forward with audio must be given texts (B, T), T >= 1, got shape {tuple(inputs.shape)}"
+                f"a forward with audio must be given texts (B, T), B and T >= 1, got shape {tuple(inputs.shape)}"
             )
         batch, num_queries = inputs.shape[:2]
         past = keys_in(arguments.get("past_key_values"), inputs.device)
@@ -439,27 +442,32 @@ def _text_mask(mask: object, batch: int, past: int | Tensor, num_queries: int) -
 
 
 class _Patched:
-    """What an attached instance has in place of a method. An object, not a bound method: pickling a bound method keeps
-    its name alone, which a loaded model would look up in its class."""
+    """What an attached instance has in place of a method, and whoever wrapped it keeps after ``detach``. An object, not
+    a bound method: pickling a bound method keeps its name alone, which a loaded model would look up in its class."""
 
     name: str
     takes_audio = True
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        parameters = inspect.signature(getattr(type(model), self.name)).parameters.values()
+    def __init__(self, handle: LalHandle) -> None:
+        self.handle = handle
+        parameters = inspect.signature(getattr(type(handle.model), self.name)).parameters.values()
         self.positional = [x.name for x in parameters if x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
 
     @property
     def __signature__(self) -> inspect.Signature:
         """The class's own signature and ``audio``: transformers reads it."""
-        signature = inspect.signature(getattr(type(self.model), self.name))
-        return _with_audio(signature) if self.takes_audio else signature
+        signature = inspect.signature(getattr(type(self.handle.model), self.name))
+        return _with_audio(signature) if self.takes_audio and self.attached else signature
 
     @property
-    def handle(self) -> LalHandle:
-        handle: LalHandle = getattr(self.model, HANDLE)
-        return handle
+    def attached(self) -> bool:
+        return getattr(self.handle.model, HANDLE, None) is self.handle
+
+    def stock(self, args: tuple[Any, ...], kwargs: dict[str, Any], audio: object = None) -> Any:
+        """The call without audio."""
+        if audio is not None:
+            raise ValueError(f"the model must be attached where {self.name} is given audio, got it after detach")
+        return self.handle.stock(self.name)(*args, **kwargs)
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name; raises as Python does where they do not fit."""
@@ -477,8 +485,10 @@ class AudioForward(_Patched):
     name = "forward"
 
     def __call__(self, *args: Any, audio: "AudioState | Request | None" = None, **kwargs: Any) -> Any:
-        if audio is None:
-            return self.handle.stock("forward")(*args, **kwargs)
+        if args and args[0] is self.handle.model:
+            args = args[1:]  # accelerate's unwrap_model binds whatever was its forward to the model
+        if audio is None or not self.attached:
+            return self.stock(args, kwargs, audio)
         arguments = self.by_name(args, kwargs)
         if isinstance(audio, Request):
             check_unchanged(audio, arguments)
@@ -492,6 +502,8 @@ class AudioGenerate(_Patched):
     name = "generate"
 
     def __call__(self, *args: Any, audio: AudioState | None = None, **kwargs: Any) -> Any:
+        if not self.attached:
+            return self.stock(args, kwargs, audio)
         return generate(self.handle, audio, self.by_name(args, kwargs))
 
 
@@ -502,9 +514,9 @@ class AudioPrepare(_Patched):
     takes_audio = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = self.handle.stock(self.name)(*args, **kwargs)
-        generation = current(self.model)
-        if generation is not None:
+        arguments = self.stock(args, kwargs)
+        generation = current(self.handle.model)
+        if generation is not None and generation.handle is self.handle:
             generation.prepare(arguments, kwargs.get("attention_mask"))
         return arguments
 

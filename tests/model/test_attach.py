@@ -473,6 +473,60 @@ def test_without_audio_and_after_detach_bitwise_stock(family, attention):
 
 
 @torch.no_grad()
+def test_what_wraps_an_attached_model_outlives_detach():
+    """Hooks that accelerate puts on the model after attach stay; what they hold of ours is the stock model's."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Note(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(sorted(kwargs))
+            return args, kwargs
+
+    model, calls = build("llama"), []
+    _, padded, _ = batch(texts(), "none")
+    state = audio_state("prefix", torch.float32)
+    stock = model(padded).logits
+    tokens = model.generate(padded, max_new_tokens=2, do_sample=False)
+    handle = attach(model)
+    generate = model.generate
+    with_audio = model(padded, audio=state).logits
+    add_hook_to_module(model, Note())
+    assert torch.equal(model(padded, audio=state).logits, with_audio)
+    handle.detach()
+    for _ in range(2):
+        assert torch.equal(model(padded).logits, stock)
+        assert torch.equal(generate(padded, max_new_tokens=2, do_sample=False), tokens)
+        assert "audio" not in inspect.signature(model.forward).parameters
+        for call in (model, generate):
+            with pytest.raises(ValueError, match="is given audio, got it after detach"):
+                call(padded, audio=state)
+        again = attach(model)
+        assert torch.equal(model(padded, audio=state).logits, with_audio)
+        again.detach()
+        remove_hook_from_module(model)
+    assert ["audio"] in calls
+    assert [] in calls
+
+
+@torch.no_grad()
+def test_accelerate_prepares_and_unwraps():
+    """unwrap_model binds the forward that it finds to the model once more."""
+    from accelerate import Accelerator
+
+    model, given = attached("llama", "inserted")
+    want = model(**given).logits, model(given["input_ids"]).logits
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare(model)
+    assert 0 < largest_difference([prepared(**given).logits], [want[0]]) < 0.5  # in bfloat16
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert torch.equal(unwrapped(**given).logits, want[0])
+    assert torch.equal(unwrapped(given["input_ids"]).logits, want[1])
+    unwrapped.generate(**given, max_new_tokens=2, do_sample=False)
+    unwrapped._palkernels_handle.detach()
+    assert torch.equal(unwrapped(given["input_ids"]).logits, want[1])
+
+
+@torch.no_grad()
 def test_no_layers_is_the_text_alone():
     model = build("llama")
     _, padded, _ = batch(texts(), "none")
@@ -662,6 +716,7 @@ def test_compiled_model_has_the_eager_gradients():
     model = build("llama").train()
     _, padded, _ = batch(texts(), "none")
     attach(model)
+    torch._dynamo.reset()
     gradients = []
     for run in (model, torch.compile(model, backend="aot_eager")):
         state = audio_state("prefix", torch.float32)
@@ -682,6 +737,7 @@ def test_compiled_forward_is_one_graph(family, kind):
     got, want = (run(**given, use_cache=False).logits for run in (compiled, model))
     mask = given["attention_mask"]
     torch.testing.assert_close(unpadded(got, mask), unpadded(want, mask))
+    torch.testing.assert_close(compiled(given["input_ids"]).logits, model(given["input_ids"]).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -956,8 +1012,10 @@ class TestRefusedCalls:
             model(padded, *[None] * 19, audio=self.state())
         with pytest.raises(ValueError, match="input_ids or inputs_embeds, got neither"):
             model(audio=self.state())
-        with pytest.raises(ValueError, match=r"texts \(B, T\), T >= 1, got shape \(9,\)"):
+        with pytest.raises(ValueError, match=r"texts \(B, T\), B and T >= 1, got shape \(9,\)"):
             model(padded[0], audio=self.state())
+        with pytest.raises(ValueError, match=r"texts \(B, T\), B and T >= 1, got shape \(0, 9\)"):
+            model(padded[:0], audio=AudioState(torch.zeros(0, TOKENS, WIDTH)))
         with pytest.raises(ValueError, match=r"position_ids must count.*got list"):
             model(padded, position_ids=[0], audio=self.state())
 
