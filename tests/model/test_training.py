@@ -244,11 +244,13 @@ def test_trainer(tmp_path):
     assert losses[2] < losses[0]
 
 
-def test_fsdp2_on_two_processes(tmp_path):
-    """fully_shard on two CPU processes: loss and gradients of one process with the whole batch."""
+@pytest.mark.parametrize("empty", [False, True])
+def test_fsdp2_on_two_processes(tmp_path, empty):
+    """fully_shard on two CPU processes, also of a model without values: loss and gradients of one process with the
+    whole batch."""
     from sharded import run
 
-    torch.multiprocessing.spawn(run, (2, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(run, (2, str(tmp_path), empty), nprocs=2)
     model = build("llama", torch.float64).train()
     attach(model)
     want = gradients(model)
