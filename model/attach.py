@@ -22,12 +22,12 @@ from palkernels import unsupported_reasons
 from palkernels.checks import IMPLEMENTATIONS
 from palkernels.model.attention import ATTENTION_NAME, REQUEST_KEYWORD, STOCK_CONFIG, Request
 from palkernels.model.audio_state import AudioState
-from palkernels.model.fused import alike, why_not_plain
-from palkernels.model.generation import current, generate, keys_in
+from palkernels.model.fused import alike, norms_of, why_not_plain
+from palkernels.model.generation import check_unchanged, current, generate, keys_in
 from palkernels.model.layers import AudioKV, Rotary, Rotation, num_kv_heads
 from palkernels.model.plan import AudioLayout, Plan, check_places, padding
 from palkernels.model.saving import load, named_modules, save
-from palkernels.model.support import check_layer, check_reentrant, find_decoder, find_rotary
+from palkernels.model.support import check_layer, check_order, check_reentrant, devices_of, find_decoder, find_rotary
 
 HANDLE = "_palkernels_handle"
 
@@ -117,6 +117,10 @@ def attach(
     The model is changed in place and works as before without audio. Attaching again with the same config returns the
     same handle. A peft model is attached by its base model; adapters may be added before or after.
 
+    Each layer is run once to see whether it computes what is known here; where its weights have no values yet (on the
+    meta device), the first forward with audio does that. Under ``torch.compile`` values are not looked at: a forward's
+    ``position_ids`` and holes in its mask are ignored there.
+
     Args:
         config: the settings, or a directory that :meth:`LalHandle.save` wrote.
         connector: kept as ``handle.connector``: what turns an encoder's states (A, N, input size) into the model's
@@ -178,7 +182,8 @@ class LalHandle:
             raise ValueError(
                 f"projectors must be given for layers {list(self.selected)}, got {sorted(self.projectors)}"
             )
-        self._offsets = {i: check_layer(model, self.layers[i], i, self.rotary) for i in self.selected}
+        check_order(model, self.layers)
+        self._checked = {i: check_layer(model, self.layers[i], i, self.rotary) for i in self.selected}
 
         self._stock_configs: dict[int, Any] = {}
         for index in self.selected:
@@ -192,7 +197,7 @@ class LalHandle:
         self._stock = {patch.name: model.__dict__.get(patch.name) for patch in PATCHES}
         object.__setattr__(model, HANDLE, self)
         for patch in PATCHES:
-            object.__setattr__(model, patch.name, patch(model))
+            object.__setattr__(model, patch.name, patch(self))
 
     def detach(self) -> None:
         """Make the model a stock one again; a second call does nothing."""
@@ -203,6 +208,9 @@ class LalHandle:
             attention: Any = self.layers[index].self_attn
             attention.config = stock
         for name, stock in self._stock.items():
+            patch = model.__dict__.get(name)
+            if not isinstance(patch, _Patched) or patch.handle is not self:
+                continue  # somebody has wrapped ours, which only passes on what it is given from now on
             if stock is None:
                 object.__delattr__(model, name)
             else:
@@ -239,9 +247,9 @@ class LalHandle:
         if index not in self.selected:
             return LayerReport(index, False, "stock", (), None)
         attention: Any = self.layers[index].self_attn
-        weight: Any = self.layers[index].input_layernorm.weight  # type: ignore[union-attr]
+        device = next(devices_of(attention))
         heads = attention.config.num_attention_heads
-        query = torch.empty(1, heads, 1, attention.head_dim, dtype=self.model.dtype, device=weight.device)
+        query = torch.empty(1, heads, 1, attention.head_dim, dtype=self.model.dtype, device=device)
         key = query[:, : num_kv_heads(attention)]
         reasons = unsupported_reasons(query, key, key, key, key, impl="triton")
         impl = self.config.impl
@@ -253,16 +261,31 @@ class LalHandle:
 
     def why_not_fused(self) -> str | None:
         """Why audio goes through each layer's modules; None: audio_kv takes it."""
-        layers = [self.layers[index] for index in self.selected]
-        for index, layer in zip(self.selected, layers, strict=True):
-            reason = why_not_plain(layer)
+        for index in self.selected:
+            reason = self._why_layer_not_fused(index)
             if reason is not None:
                 return f"layer {index}: {reason}"
-            if self._offsets[index] is None:
-                return f"layer {index}: audio_kv does not know its norm, its projections or its RoPE"
-        if not alike(layers) or len({self._offsets[index] for index in self.selected}) > 1:
+        layers = [self.layers[index] for index in self.selected]
+        if not alike(layers) or len({self._offset(index) for index in self.selected}) > 1:
             return "the layers are not of one shape"
         return None
+
+    def _why_layer_not_fused(self, index: int) -> str | None:
+        layer, checked = self.layers[index], self._checked[index]
+        reason = why_not_plain(layer)
+        if reason is not None:
+            return reason
+        if checked is None:
+            return "its weights had no values at attach, the first forward with audio compares them"
+        if checked.norms != norms_of(layer):
+            return "its norms are others than at attach"
+        if checked.offset is None:
+            return "audio_kv does not know its norm, its projections or its RoPE"
+        return None
+
+    def _offset(self, index: int) -> float | None:
+        checked = self._checked[index]
+        return None if checked is None else checked.offset
 
     def norm_offset(self, state: AudioState) -> float | None:
         """That of the layers' norms where audio_kv may take their weights now, else None."""
@@ -273,7 +296,7 @@ class LalHandle:
             or self.why_not_fused() is not None
         ):
             return None
-        return self._offsets[self.selected[0]]
+        return self._offset(self.selected[0])
 
     def project_at_once(self, request: Request) -> dict[int, AudioKV]:
         """Every layer's K and V before the first layer runs, if that is possible and pays: without gradients, in which
@@ -295,9 +318,9 @@ class LalHandle:
         inputs = arguments.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             raise ValueError("a forward with audio must be given input_ids or inputs_embeds, got neither")
-        if inputs.ndim < 2 or inputs.shape[1] == 0:
+        if inputs.ndim < 2 or 0 in inputs.shape[:2]:
             raise ValueError(
-                f"a forward with audio must be given texts (B, T), T >= 1, got shape {tuple(inputs.shape)}"
+                f"a forward with audio must be given texts (B, T), B and T >= 1, got shape {tuple(inputs.shape)}"
             )
         batch, num_queries = inputs.shape[:2]
         past = keys_in(arguments.get("past_key_values"), inputs.device)
@@ -313,12 +336,22 @@ class LalHandle:
 
     def run(self, request: Request, arguments: dict[str, Any]) -> Any:
         """The stock forward, its layers given the request; every selected one must have taken the audio."""
-        request.consumed = set()
+        if None in self._checked.values():
+            self._check_again()
+        request.consumed, request.ran = set(), True
         outputs = self.stock("forward")(**arguments, **{REQUEST_KEYWORD: request})
         if request.consumed != set(self.selected):
             missed = sorted(set(self.selected) - request.consumed)
             raise RuntimeError(f"every selected layer must take the audio, but layers {missed} did not")
         return outputs
+
+    def _check_again(self) -> None:
+        """What attach could not compare, now that there may be values."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError("a model that was attached without values must run with audio before it is compiled")
+        for index, checked in self._checked.items():
+            if checked is None:
+                self._checked[index] = check_layer(self.model, self.layers[index], index, self.rotary)
 
     def request(
         self,
@@ -359,7 +392,7 @@ class LalHandle:
         if not isinstance(state, AudioState):
             raise TypeError(f"audio must be an AudioState, got {type(state).__name__}")
         embedding: Any = self.model.get_input_embeddings()
-        width, dtype, device = embedding.weight.shape[1], embedding.weight.dtype, embedding.weight.device
+        width, dtype, device = embedding.weight.shape[1], embedding.weight.dtype, next(devices_of(embedding))
         if state.hidden_size != width:
             raise ValueError(f"audio states must have the model's hidden size {width}, got {state.hidden_size}")
         if state.dtype != dtype and not torch.is_autocast_enabled(device.type):
@@ -439,27 +472,32 @@ def _text_mask(mask: object, batch: int, past: int | Tensor, num_queries: int) -
 
 
 class _Patched:
-    """What an attached instance has in place of a method. An object, not a bound method: pickling a bound method keeps
-    its name alone, which a loaded model would look up in its class."""
+    """What an attached instance has in place of a method, and whoever wrapped it keeps after ``detach``. An object, not
+    a bound method: pickling a bound method keeps its name alone, which a loaded model would look up in its class."""
 
     name: str
     takes_audio = True
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        parameters = inspect.signature(getattr(type(model), self.name)).parameters.values()
+    def __init__(self, handle: LalHandle) -> None:
+        self.handle = handle
+        parameters = inspect.signature(getattr(type(handle.model), self.name)).parameters.values()
         self.positional = [x.name for x in parameters if x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
 
     @property
     def __signature__(self) -> inspect.Signature:
         """The class's own signature and ``audio``: transformers reads it."""
-        signature = inspect.signature(getattr(type(self.model), self.name))
-        return _with_audio(signature) if self.takes_audio else signature
+        signature = inspect.signature(getattr(type(self.handle.model), self.name))
+        return _with_audio(signature) if self.takes_audio and self.attached else signature
 
     @property
-    def handle(self) -> LalHandle:
-        handle: LalHandle = getattr(self.model, HANDLE)
-        return handle
+    def attached(self) -> bool:
+        return getattr(self.handle.model, HANDLE, None) is self.handle
+
+    def stock(self, args: tuple[Any, ...], kwargs: dict[str, Any], audio: object = None) -> Any:
+        """The call without audio."""
+        if audio is not None:
+            raise ValueError(f"the model must be attached where {self.name} is given audio, got it after detach")
+        return self.handle.stock(self.name)(*args, **kwargs)
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name; raises as Python does where they do not fit."""
@@ -477,11 +515,15 @@ class AudioForward(_Patched):
     name = "forward"
 
     def __call__(self, *args: Any, audio: "AudioState | Request | None" = None, **kwargs: Any) -> Any:
-        if audio is None:
-            return self.handle.stock("forward")(*args, **kwargs)
+        if args and args[0] is self.handle.model:
+            args = args[1:]  # accelerate's unwrap_model binds whatever was its forward to the model
+        if audio is None or not self.attached:
+            return self.stock(args, kwargs, audio)
+        arguments = self.by_name(args, kwargs)
         if isinstance(audio, Request):
-            return self.handle.run(audio, self.by_name(args, kwargs))
-        return self.handle.forward(audio, self.by_name(args, kwargs))
+            check_unchanged(audio, arguments)
+            return self.handle.run(audio, arguments)
+        return self.handle.forward(audio, arguments)
 
 
 class AudioGenerate(_Patched):
@@ -490,6 +532,8 @@ class AudioGenerate(_Patched):
     name = "generate"
 
     def __call__(self, *args: Any, audio: AudioState | None = None, **kwargs: Any) -> Any:
+        if not self.attached:
+            return self.stock(args, kwargs, audio)
         return generate(self.handle, audio, self.by_name(args, kwargs))
 
 
@@ -500,9 +544,9 @@ class AudioPrepare(_Patched):
     takes_audio = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = self.handle.stock(self.name)(*args, **kwargs)
-        generation = current(self.model)
-        if generation is not None:
+        arguments = self.stock(args, kwargs)
+        generation = current(self.handle.model)
+        if generation is not None and generation.handle is self.handle:
             generation.prepare(arguments, kwargs.get("attention_mask"))
         return arguments
 

@@ -38,6 +38,7 @@ class Request:
     norm_offset: float | None  # of the layers' norms where audio_kv takes their weights; None: their modules are called
     cached: dict[int, AudioKV] | None  # layer -> K, V, kept over one generate call; None: never kept
     consumed: set[int] = field(default_factory=set)
+    ran: bool = False
 
     def audio_kv(self, layer: int) -> AudioKV:
         """K and V (P, Hkv, N, D) of the audio in one layer."""

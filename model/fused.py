@@ -1,13 +1,17 @@
-"""The fast path: audio keys and values by :func:`palkernels.audio_kv`, where layers are plain enough; at inference those
-of all layers at once.
+"""The fast path: audio keys and values by :func:`palkernels.audio_kv`, where layers are plain enough; at inference
+those of all layers at once.
 
 It reads weights, and so passes by whatever a module does besides: adapters, quantisation, sharding, hooks.
 """
 
+import math
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
+from torch.nn.modules.module import _has_any_global_hook
 
 from palkernels import audio_kv
 from palkernels.model.layers import AudioKV, Rotation, num_kv_heads, qkv_sizes
@@ -15,8 +19,24 @@ from palkernels.model.layers import AudioKV, Rotation, num_kv_heads, qkv_sizes
 NORM_OFFSETS = (0.0, 1.0)  # Gemma's norms multiply by 1 + weight
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What comparing a layer's K and V with ours has shown."""
+
+    offset: float | None  # of its norm, with which the fused path computes what its modules do; None: with none
+    norms: tuple[Any, ...]  # what its norms were then: of another kind, they compute something else
+
+
+def norms_of(layer: nn.Module) -> tuple[Any, ...]:
+    """Class and epsilon of the layer's norm and its keys' norm."""
+    norms = layer.input_layernorm, getattr(layer.self_attn, "k_norm", None)
+    return tuple((type(norm), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))) for norm in norms)
+
+
 def why_not_plain(layer: nn.Module) -> str | None:
     """Why this layer's weights say less than its modules do; None: they say it all."""
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "all modules have hooks"
     attention: Any = layer.self_attn
     fused = hasattr(attention, "qkv_proj")
     linear = {"qkv_proj": attention.qkv_proj} if fused else {"k_proj": attention.k_proj, "v_proj": attention.v_proj}
@@ -47,7 +67,7 @@ def project_fused(
     """K, rotated where a rotation (P or 1, N, R) is given, and V, each (A, Hkv, N, D), of plain layers."""
     attentions: list[Any] = [layer.self_attn for layer in layers]
     parts = [_key_and_value(attention) for attention in attentions]
-    biased = parts[0][2] is not None
+    k_bias, v_bias = ([part[i] for part in parts] if parts[0][i] is not None else None for i in (2, 3))
     normed = hasattr(attentions[0], "k_norm")
     turned = rotations[0] is not None
     cos, sin = ([_turn(rotation, i) for rotation in rotations] if turned else None for i in (0, 1))
@@ -59,8 +79,8 @@ def project_fused(
         num_kv_heads=num_kv_heads(attentions[0]),
         eps=norm_eps(layers[0].input_layernorm),
         norm_offset=offset,
-        k_bias=[bias for _, _, bias, _ in parts] if biased else None,
-        v_bias=[bias for _, _, _, bias in parts] if biased else None,
+        k_bias=k_bias,
+        v_bias=v_bias,
         k_norm_weight=[attention.k_norm.weight for attention in attentions] if normed else None,
         cos=cos,
         sin=sin,
@@ -78,9 +98,10 @@ def alike(layers: list[nn.Module]) -> bool:
 
     def kind(layer: Any) -> tuple[Any, ...]:
         attention = layer.self_attn
-        key, value, bias, _ = _key_and_value(attention)
+        key, value, *biases = _key_and_value(attention)
+        biased = tuple(bias is not None for bias in biases)
         normed = hasattr(attention, "k_norm")
-        return attention.head_dim, key.shape, value.shape, bias is None, norm_eps(layer.input_layernorm), normed
+        return attention.head_dim, key.shape, value.shape, biased, norm_eps(layer.input_layernorm), normed
 
     return len({kind(layer) for layer in layers}) <= 1
 
@@ -90,6 +111,7 @@ def find_offset(layer: nn.Module, states: Tensor, rotation: Rotation, want: Audi
     if why_not_plain(layer) is not None:
         return None
     attention: Any = layer.self_attn
+    found, least = None, tolerance
     for offset in NORM_OFFSETS:
         try:
             if hasattr(attention, "k_norm") and norm_eps(attention.k_norm) != norm_eps(layer.input_layernorm):
@@ -97,14 +119,18 @@ def find_offset(layer: nn.Module, states: Tensor, rotation: Rotation, want: Audi
             ((key, value),) = project_fused([layer], states, offset, [rotation], "sdpa")
         except (AttributeError, TypeError, ValueError):  # a norm or a RoPE of another form
             return None
-        if all(close(got, wanted, tolerance) for got, wanted in zip((key, value), want, strict=True)):
-            return offset
-    return None
+        errors = [deviation(got, wanted) for got, wanted in zip((key, value), want, strict=True)]
+        if all(error <= least for error in errors):
+            found, least = offset, max(errors)
+    return found
 
 
-def close(got: Tensor, want: Tensor, tolerance: float) -> bool:
-    """Within ``tolerance`` of the largest value, or of 1 where that is smaller."""
-    return got.shape == want.shape and float((got - want).abs().max()) <= tolerance * float(want.abs().max() + 1)
+def deviation(got: Tensor, want: Tensor) -> float:
+    """The largest difference, as a fraction of the largest value."""
+    if got.shape != want.shape:
+        return math.inf
+    largest = max(float(want.abs().max()), sys.float_info.min)
+    return float((got - want).abs().max()) / largest
 
 
 def _key_and_value(attention: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

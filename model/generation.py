@@ -13,6 +13,7 @@ from palkernels.model.plan import Plan, check_places
 
 if TYPE_CHECKING:
     from palkernels.model.attach import LalHandle
+    from palkernels.model.attention import Request
 
 # The generate call under way in this thread. Not a keyword of generate's: transformers would hand it to an assistant.
 _CURRENT: ContextVar["Generation | None"] = ContextVar("palkernels_generation", default=None)
@@ -21,9 +22,11 @@ _CURRENT: ContextVar["Generation | None"] = ContextVar("palkernels_generation", 
 class Generation:
     """One generate call: the caller's state, and what is worked out once and kept until the call ends."""
 
-    def __init__(self, handle: "LalHandle", state: AudioState) -> None:
+    def __init__(self, handle: "LalHandle", state: AudioState, unread: int | None) -> None:
         self.handle = handle
         self.state = state
+        self.unread = unread  # the prompt's columns until its mask has been checked, None once it has
+        self.request: Request | None = None  # of the last forward
         self.plan: Plan | None = None
         self.rotations: tuple[Rotation | None, ...] = ()
         self.cached: dict[int, AudioKV] = {}
@@ -41,6 +44,7 @@ class Generation:
         inputs = next(arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None)
         batch, num_queries = inputs.shape[:2]
         past = keys_in(arguments.get("past_key_values"), inputs.device)
+        self._check_inferred(mask, batch)
         if self.handle.rotary.depends_on_length and isinstance(past, int) and past == 0:
             self.plan, self.cached = None, {}  # Phi-3 drops its cache where its frequencies change
         if self.plan is None or not self.plan.begun:
@@ -54,7 +58,15 @@ class Generation:
         request = self.handle.request(self.state, self.plan, self.rotations, past + num_queries, kept)
         if not kept:
             kept.update(self.handle.project_at_once(request))
-        arguments["audio"] = request
+        arguments["audio"] = self.request = request
+
+    def _check_inferred(self, mask: Tensor | None, batch: int) -> None:
+        """A prompt without a mask gets one from transformers, which infers it from padding tokens; a prompt in chunks
+        is whole at last."""
+        if self.unread is None or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < self.unread:
+            return
+        _check_texts(self.state, (mask != 0).sum(dim=1)[:: self.copies(batch)])
+        self.unread = None
 
 
 def keys_in(cache: Any, device: torch.device) -> int | Tensor:
@@ -67,6 +79,19 @@ def keys_in(cache: Any, device: torch.device) -> int | Tensor:
     return int(count)
 
 
+def check_unchanged(request: "Request", arguments: dict[str, Any]) -> None:
+    """What runs must be as long as what was prepared."""
+    if not isinstance(request.num_keys, int):
+        return  # counted on the device
+    inputs = next(arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None)
+    num_keys = keys_in(arguments.get("past_key_values"), inputs.device) + inputs.shape[1]
+    if num_keys != request.num_keys:
+        raise RuntimeError(
+            f"a forward with audio must run the text that was prepared, {request.num_keys} tokens with the cached "
+            f"ones, got {num_keys}: somebody adds to it (peft's prompt learning does)"
+        )
+
+
 def current(model: PreTrainedModel) -> Generation | None:
     """The generate call with audio that this model is in."""
     generation = _CURRENT.get()
@@ -77,22 +102,35 @@ def generate(handle: "LalHandle", audio: AudioState | None, arguments: dict[str,
     """The stock generate; ``arguments`` by name."""
     generation = None
     if audio is not None:
-        _check_prompt(audio, arguments)
-        generation = Generation(handle, audio)
+        unread = _check_prompt(audio, arguments)
+        prepare = handle.model.prepare_inputs_for_generation
+        if getattr(prepare, "__func__", None) is type(handle.model).prepare_inputs_for_generation:
+            raise RuntimeError(
+                "prepare_inputs_for_generation must be the one that attach made, got the stock one, which somebody has "
+                "put back (peft's prompt learning does): detach and attach again"
+            )
+        generation = Generation(handle, audio, unread)
     token = _CURRENT.set(generation)  # None too: an assistant's own call sees the text only
     try:
-        return handle.stock("generate")(**arguments)
+        outputs = handle.stock("generate")(**arguments)
     finally:
         _CURRENT.reset(token)
+    if generation is not None and (generation.request is None or not generation.request.ran):
+        raise RuntimeError(
+            "generate must run what the attached model's prepare_inputs_for_generation returns, which has the audio in "
+            "it, got no such forward"
+        )
+    return outputs
 
 
-def _check_prompt(audio: AudioState, arguments: dict[str, Any]) -> None:
+def _check_prompt(audio: AudioState, arguments: dict[str, Any]) -> int | None:
+    """Returns the prompt's columns if its mask is to be inferred."""
     if not isinstance(audio, AudioState):
         raise TypeError(f"audio must be an AudioState, got {type(audio).__name__}")
     config = arguments.get("generation_config")
     if arguments.get("assistant_early_exit") or getattr(config, "assistant_early_exit", None):
         raise ValueError("assistant_early_exit must be None with audio: its first layers would not see the audio")
-    prompts = (arguments.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    prompts = (arguments.get(name) for name in ("inputs_embeds", "inputs", "input_ids"))  # in generate's own order
     prompt = next((prompt for prompt in prompts if prompt is not None), None)
     if not isinstance(prompt, Tensor) or prompt.ndim < 2:
         raise ValueError("generate must be given a prompt with audio: input_ids or inputs_embeds of (B, T, ...)")
@@ -103,6 +141,12 @@ def _check_prompt(audio: AudioState, arguments: dict[str, Any]) -> None:
     lengths = torch.full((rows,), length, device=audio.device)
     if isinstance(mask, Tensor) and mask.ndim == 2:
         lengths = (mask != 0).sum(dim=1)
+    _check_texts(audio, lengths)
+    return length if mask is None else None
+
+
+def _check_texts(audio: AudioState, lengths: Tensor) -> None:
+    """``lengths`` (B,) of a prompt's texts, without padding."""
     if bool((lengths == 0).any()):
         raise ValueError("every row of a prompt with audio must hold a token, got a row of padding")
     check_places(audio, lengths)

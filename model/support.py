@@ -1,6 +1,8 @@
 """Which models can be attached: found out by looking at the layers and by running them."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers import AttentionInterface, PreTrainedModel
 
 from palkernels.model.attention import REQUEST_KEYWORD
-from palkernels.model.fused import close, find_offset, why_not_plain
+from palkernels.model.fused import Checked, deviation, find_offset, norms_of, why_not_plain
 from palkernels.model.layers import Rotary, project_audio, rotate
 
 PROBE_NAME = "palkernels_probe"
@@ -45,6 +47,18 @@ def find_rotary(model: PreTrainedModel, decoder: Any) -> Rotary:
     if rotary.several_dimensions:
         raise refusal(model, "its positions have several dimensions")
     return rotary
+
+
+def devices_of(module: nn.Module, brought_to: Any = None) -> Iterator[torch.device]:
+    """Where a module's tensors are, one by one, or where accelerate's hooks bring them for a call."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        device = getattr(part, "execution_device", None)
+        brought_to = brought_to if device is None else device
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        yield torch.device(brought_to) if tensor.is_meta and brought_to is not None else tensor.device
+    for child in module.children():
+        yield from devices_of(child, brought_to)
 
 
 def check_reentrant(model: PreTrainedModel, layers: list[nn.Module]) -> None:
@@ -87,52 +101,86 @@ def _probe_attention(
 AttentionInterface.register(PROBE_NAME, _probe_attention)
 
 
-def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Rotary) -> float | None:
+def check_order(model: PreTrainedModel, layers: list[nn.Module]) -> None:
+    """A layer is known by its attention's number: audio would be projected with another one's weights."""
+    for index, layer in enumerate(layers):
+        number = getattr(getattr(layer, "self_attn", None), "layer_idx", index)
+        if number != index:
+            raise refusal(model, f"layer {index} has the attention of layer {number}")
+
+
+@contextmanager
+def _unsharded(layer: Any) -> Iterator[None]:
+    """FSDP2 gathers a layer's weights for its calls, not for those of its forward."""
+    sharded = hasattr(layer, "unshard")
+    if sharded:
+        layer.unshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            layer.reshard()
+
+
+def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Rotary) -> Checked | None:
     """Run the layer once on random states. Refuse it unless its K and V are those that we compute for audio, and its
-    attention is no more than scaled, capped, causal and windowed. Returns the norm offset with which the fused path
-    computes the same, None if it does not."""
+    attention is no more than scaled, capped, causal and windowed. Returns None where its weights have no values yet, or
+    zeros, so that there is nothing to compare."""
     attention: Any = getattr(layer, "self_attn", None)
     projections = () if hasattr(attention, "qkv_proj") else ("k_proj", "v_proj")
-    missing = [part for part in (*projections, "config", "head_dim") if not hasattr(attention, part)]
+    missing = [part for part in (*projections, "config", "head_dim", "layer_idx") if not hasattr(attention, part)]
     missing += [] if hasattr(layer, "input_layernorm") else ["input_layernorm"]
     if missing:
         raise refusal(model, f"a layer has no {', no '.join(missing)}")
+    if getattr(attention.config, "clip_qkv", None) is not None:  # random states may lie within
+        raise refusal(model, "it clips its keys and values (clip_qkv)")
     embedding: Any = model.get_input_embeddings()
     weight = embedding.weight
-    if weight.is_meta or is_fake(weight):
-        # There is nothing to compare. Fake weights never get values, so no offset is wrong for them.
-        return 0.0 if is_fake(weight) and why_not_plain(layer) is None else None
+    if is_fake(weight):  # it never gets values, so no offset is wrong
+        return Checked(0.0 if why_not_plain(layer) is None else None, norms_of(layer))
+    device = next(devices_of(embedding))
+    if any(found.type == "meta" for found in (device, *devices_of(layer))):
+        return None
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, 4, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-    positions = torch.arange(4, device=weight.device).unsqueeze(0)
-    mask = torch.zeros(1, 1, 4, 4, device=weight.device, dtype=weight.dtype)
+    states = torch.randn(1, 4, weight.shape[1], generator=generator).to(device, weight.dtype)
+    with _unsharded(layer), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return _compare(model, layer, index, rotary, states)
+
+
+def _compare(model: PreTrainedModel, layer: Any, index: int, rotary: Rotary, states: Tensor) -> Checked | None:
+    attention = layer.self_attn
+    positions = torch.arange(4, device=states.device).unsqueeze(0)
+    mask = torch.zeros(1, 1, 4, 4, device=states.device, dtype=states.dtype)
     recorder: Any = _Recorder()
     stock_config = attention.config
     attention.config = copy.copy(stock_config)
     attention.config._attn_implementation = PROBE_NAME
+    checkpointed = getattr(layer, "gradient_checkpointing", False)  # such a layer drops its cache
+    layer.gradient_checkpointing = False
     try:
-        with torch.no_grad():
-            rotation = rotary.of_layer(index, states, positions)
-            layer.forward(
-                states,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=recorder,
-                position_embeddings=rotation,
-                **{REQUEST_KEYWORD: recorder},
-            )
-            key, value = project_audio(layer, states)
-            key = rotate(attention, key, rotation)
+        rotation = rotary.of_layer(index, states, positions)
+        layer.forward(
+            states,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=recorder,
+            position_embeddings=rotation,
+            **{REQUEST_KEYWORD: recorder},
+        )
+        key, value = project_audio(layer, states)
+        key = rotate(attention, key, rotation)
     except Exception as error:  # whatever a foreign layer raises means that it is not one of ours
         raise refusal(model, f"a layer cannot be run as Llama's is: {' '.join(str(error).split())}") from error
     finally:
-        attention.config = stock_config
+        attention.config, layer.gradient_checkpointing = stock_config, checkpointed
 
     reason = _difference(recorder, mask, (key, value)) or _other_attention(recorder.calls[0], stock_config, index)
     if reason:
         raise refusal(model, reason)
-    with torch.no_grad():
-        return find_offset(layer, states, rotation, (key, value), CHECK_TOLERANCE.get(weight.dtype, 1e-2))
+    if not (bool(key.any()) and bool(value.any())):
+        return None
+    tolerance = CHECK_TOLERANCE.get(states.dtype, 1e-2)
+    return Checked(find_offset(layer, states, rotation, (key, value), tolerance), norms_of(layer))
 
 
 def _difference(recorder: _Recorder, mask: Tensor, ours: tuple[Tensor, Tensor]) -> str | None:
@@ -145,7 +193,7 @@ def _difference(recorder: _Recorder, mask: Tensor, ours: tuple[Tensor, Tensor]) 
     if call["attention_mask"] is not mask:
         return "a layer changes its attention mask"
     for what, got, want in zip(("keys", "values"), ours, cached, strict=True):
-        if not close(got, want, CHECK_TOLERANCE.get(want.dtype, 1e-2)):
+        if not deviation(got, want) <= CHECK_TOLERANCE.get(want.dtype, 1e-2):  # NaN is no less
             return f"its {what} differ from those of its projections and rotary embedding"
     return None
 

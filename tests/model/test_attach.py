@@ -1,13 +1,22 @@
 """An attached model against the oracles: stock models on the concatenated sequence, and layers written by hand."""
 
 import copy
+import functools
 import inspect
 import itertools
 
 import pytest
 import torch
-from oracles import FAMILIES, LENGTH_DEPENDENT, build, oracle_logits, rows_of
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, StaticCache
+from oracles import FAMILIES, LENGTH_DEPENDENT, SIZES, build, oracle_logits, rows_of
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    StaticCache,
+)
 
 from palkernels.model import AudioState, LalConfig, attach, fused
 from palkernels.model.generation import keys_in
@@ -392,7 +401,28 @@ def test_what_is_not_plain_goes_through_modules():
     model = build("llama")
     attention = [layer.self_attn for layer in model.model.layers]
     handle = attach(model)
+
+    class Halved(type(model.model.layers[0].input_layernorm)):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    def halve():
+        new, old = Halved(WIDTH), model.model.layers[1].input_layernorm
+        new.load_state_dict(old.state_dict())
+        model.model.layers[1].input_layernorm = new
+        return old
+
     for change, undo, reason in (
+        (
+            lambda: torch.nn.modules.module.register_module_forward_hook(lambda *args: None),
+            lambda made: made.remove(),
+            "all modules have hooks",
+        ),
+        (
+            halve,
+            lambda made: setattr(model.model.layers[1], "input_layernorm", made),
+            "its norms are others than at attach",
+        ),
         (lambda: attention[1].k_proj.register_forward_hook(print), lambda made: made.remove(), "k_proj has hooks"),
         (
             lambda: setattr(attention[2], "v_proj", torch.nn.Sequential(attention[2].v_proj)),
@@ -411,6 +441,21 @@ def test_what_is_not_plain_goes_through_modules():
         assert reason in str(report)
         undo(made)
         assert {layer.audio_kv for layer in handle.report().layers} == {"fused"}
+
+
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+@torch.no_grad()
+def test_a_bias_that_comes_after_attach(name):
+    model = build("llama")
+    handle = attach(model)
+    for layer in model.model.layers:
+        getattr(layer.self_attn, name).bias = torch.nn.Parameter(torch.randn(32))
+    ids, padded, mask = batch(texts(), "left")
+    state = audio_state("inserted", torch.float32)
+    assert {layer.audio_kv for layer in handle.report().layers} == {"fused"}
+    got = unpadded(model(padded, attention_mask=mask, audio=state).logits, mask)
+    handle.detach()
+    assert largest_difference(got, oracle_rows(model, "sequence", ids, state, "all")) <= 1e-5
 
 
 @torch.no_grad()
@@ -470,6 +515,60 @@ def test_without_audio_and_after_detach_bitwise_stock(family, attention):
     assert torch.equal(model(padded, attention_mask=mask).logits, stock)
     assert "forward" not in model.__dict__
     assert "audio" not in inspect.signature(model.forward).parameters
+
+
+@torch.no_grad()
+def test_what_wraps_an_attached_model_outlives_detach():
+    """Hooks that accelerate puts on the model after attach stay; what they hold of ours is the stock model's."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Note(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(sorted(kwargs))
+            return args, kwargs
+
+    model, calls = build("llama"), []
+    _, padded, _ = batch(texts(), "none")
+    state = audio_state("prefix", torch.float32)
+    stock = model(padded).logits
+    tokens = model.generate(padded, max_new_tokens=2, do_sample=False)
+    handle = attach(model)
+    generate = model.generate
+    with_audio = model(padded, audio=state).logits
+    add_hook_to_module(model, Note())
+    assert torch.equal(model(padded, audio=state).logits, with_audio)
+    handle.detach()
+    for _ in range(2):
+        assert torch.equal(model(padded).logits, stock)
+        assert torch.equal(generate(padded, max_new_tokens=2, do_sample=False), tokens)
+        assert "audio" not in inspect.signature(model.forward).parameters
+        for call in (model, generate):
+            with pytest.raises(ValueError, match="is given audio, got it after detach"):
+                call(padded, audio=state)
+        again = attach(model)
+        assert torch.equal(model(padded, audio=state).logits, with_audio)
+        again.detach()
+        remove_hook_from_module(model)
+    assert ["audio"] in calls
+    assert [] in calls
+
+
+@torch.no_grad()
+def test_accelerate_prepares_and_unwraps():
+    """unwrap_model binds the forward that it finds to the model once more."""
+    from accelerate import Accelerator
+
+    model, given = attached("llama", "inserted")
+    want = model(**given).logits, model(given["input_ids"]).logits
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare(model)
+    assert 0 < largest_difference([prepared(**given).logits], [want[0]]) < 0.5  # in bfloat16
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert torch.equal(unwrapped(**given).logits, want[0])
+    assert torch.equal(unwrapped(given["input_ids"]).logits, want[1])
+    unwrapped.generate(**given, max_new_tokens=2, do_sample=False)
+    unwrapped._palkernels_handle.detach()
+    assert torch.equal(unwrapped(given["input_ids"]).logits, want[1])
 
 
 @torch.no_grad()
@@ -551,21 +650,48 @@ def test_cached_decoding_by_hand():
     assert largest_difference(unpadded(torch.cat(parts, 1), mask), unpadded(whole, mask)) <= 1e-5
 
 
+@torch.no_grad()
+def test_guidance_runs_without_audio_within_generate():
+    """Forwards that others make within generate are theirs: the unconditional ones of guidance see the text only."""
+    model, given = attached("llama", "prefix")
+    first = model(**given).logits[:, -1].log_softmax(-1)
+    without = model(given["input_ids"][:, -1:]).logits[:, -1].log_softmax(-1)
+    got = model.generate(**given, max_new_tokens=1, do_sample=False, guidance_scale=1.5)
+    assert torch.equal(got[:, -1], (without + 1.5 * (first - without)).argmax(-1))
+
+
+@torch.no_grad()
+def test_generation_from_embeddings():
+    """Embeddings are the prompt also where ids come with them, to be continued."""
+    model = build("llama")
+    attach(model)
+    _, ids, mask = batch(texts(), "none")
+    options = {"audio": audio_state("inserted", torch.float32), "max_new_tokens": 4, "do_sample": False}
+    want = model.generate(ids, **options)[:, -4:]
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embedded, **options), want)
+    assert torch.equal(model.generate(input_ids=ids[:, :0], inputs_embeds=embedded, **options), want)
+    assert torch.equal(model.generate(ids, inputs_embeds=embedded, attention_mask=mask, **options)[:, -4:], want)
+
+
 def test_training_step_with_checkpointing_equals_without():
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in ("off", "after attach", "before attach"):
         model = build("llama", torch.float64).train()
-        attach(model)
-        if checkpointing:
+        if checkpointing == "after attach":
+            attach(model)
+        if checkpointing != "off":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        attach(model)
         _, padded, mask = batch(texts(), "right")
         state = audio_state("inserted", torch.float64)
         state.states.requires_grad_()
         labels = padded.masked_fill(mask == 0, -100)
         model(padded, attention_mask=mask, labels=labels, audio=state).loss.backward()
         gradients.append([state.states.grad, *(p.grad for p in model.parameters())])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(checkpointed, plain)
+    for plain, *others in zip(*gradients, strict=True):
+        for checkpointed in others:
+            torch.testing.assert_close(checkpointed, plain)
 
 
 def test_report_names_layers_and_reasons():
@@ -638,6 +764,7 @@ def test_compiled_model_has_the_eager_gradients():
     model = build("llama").train()
     _, padded, _ = batch(texts(), "none")
     attach(model)
+    torch._dynamo.reset()
     gradients = []
     for run in (model, torch.compile(model, backend="aot_eager")):
         state = audio_state("prefix", torch.float32)
@@ -658,6 +785,7 @@ def test_compiled_forward_is_one_graph(family, kind):
     got, want = (run(**given, use_cache=False).logits for run in (compiled, model))
     mask = given["attention_mask"]
     torch.testing.assert_close(unpadded(got, mask), unpadded(want, mask))
+    torch.testing.assert_close(compiled(given["input_ids"]).logits, model(given["input_ids"]).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -696,10 +824,36 @@ def gpt2():
 
 def tiny(model_type, **changes):
     """A family that looks like ours and computes something else."""
-    from oracles import SIZES
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(SIZES | changes)))
+
+
+def without_values(make):
+    """A model whose weights are yet to come, and one that has them."""
+    with torch.device("meta"):
+        empty = make()
+    return empty, make()
+
+
+def load_into(empty, model):
+    """As from_pretrained does it: weights by name, and what is in no checkpoint."""
+    empty.load_state_dict(model.state_dict(), assign=True)
+    for name, buffer in model.named_buffers():
+        owner, _, own = name.rpartition(".")
+        setattr(empty.get_submodule(owner), own, buffer)
+    empty.tie_weights()
+    return empty.eval()
+
+
+def layers_changed(change):
+    model = build("llama")
+    layers = model.model.layers
+    if change == "reordered":
+        model.model.layers = torch.nn.ModuleList([layers[0], layers[2], layers[1]])
+    elif change == "dropped":
+        model.model.layers = layers[1:]
+    else:
+        layers[1].self_attn = layers[0].self_attn
+    return model
 
 
 def other_keys():
@@ -730,9 +884,22 @@ def other_keys():
             "got Qwen2MoeForCausalLM: layer 0 is of type 'sliding_attention' and gives its attention sliding_win",
         ),
         (lambda: tiny("phi"), {}, "got PhiForCausalLM: a layer"),
+        (lambda: tiny("olmo", clip_qkv=8.0), {}, "got OlmoForCausalLM: it clips its keys and values"),
+        (lambda: layers_changed("reordered"), {}, "got LlamaForCausalLM: layer 1 has the attention of layer 2"),
+        (lambda: layers_changed("dropped"), {}, "got LlamaForCausalLM: layer 0 has the attention of layer 1"),
+        (lambda: layers_changed("shared"), {"layers": (0,)}, "layer 1 has the attention of layer 0"),
+        (lambda: tiny("hunyuan_v1_dense", head_dim=16), {}, "got HunYuanDenseV1ForCausalLM: its keys differ"),
+        (
+            lambda: tiny("smollm3", no_rope_layers=[1, 0, 1], initializer_range=0.001).bfloat16(),
+            {},
+            "got SmolLM3ForCausalLM: its keys differ",
+        ),
         (lambda: build("llama"), {"layers": (0, 3)}, r"layers must be from 0 to 2, got \(0, 3\)"),
     ],
-    ids=["gpt2", "other keys", "sinks", "two calls", "own mask", "own window", "dense", "layers"],
+    ids=[
+        *("gpt2", "other keys", "sinks", "two calls", "own mask", "own window", "dense", "clipped", "reordered"),
+        *("dropped", "shared", "norm after rope", "small, no rope", "layers"),
+    ],
 )
 def test_refused_models(make, config, message):
     model = make()
@@ -741,6 +908,121 @@ def test_refused_models(make, config, message):
         attach(model, LalConfig(**config))
     assert {name: value for name, value in model.__dict__.items() if name in ("forward", "generate")} == before
     assert not hasattr(model, "_palkernels_handle")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny("hunyuan_v1_dense", head_dim=16), "got HunYuanDenseV1ForCausalLM: its keys differ"),
+        (lambda: tiny("smollm3", no_rope_layers=[1, 0, 1]), "got SmolLM3ForCausalLM: its keys differ"),
+        (lambda: tiny("gpt_oss"), "got GptOssForCausalLM: its attention takes s_aux"),
+    ],
+    ids=["norm after rope", "no rope", "sinks"],
+)
+def test_refused_once_there_are_weights(make, message):
+    """On the meta device there is nothing to compare; the first call with audio does it, each time until it fits."""
+    empty, model = without_values(make)
+    attach(empty)
+    load_into(empty, model)
+    state = AudioState(torch.randn(1, TOKENS, WIDTH))
+    for call in (empty, functools.partial(empty.generate, max_new_tokens=2)) * 2:
+        with pytest.raises(ValueError, match=message):
+            call(torch.tensor([[1, 2, 3]]), audio=state)
+    empty(torch.tensor([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+@torch.no_grad()
+def test_weights_that_come_after_attach(family):
+    """From the second forward with audio on as if they had been there, compiled too; compiling must wait for that."""
+    empty, model = without_values(lambda: build(family))
+    handle = attach(empty)
+    assert "on the meta device" in str(handle.report())
+    ids = batch(texts(), "none")[1]
+    load_into(empty, model)
+    assert "its weights had no values at attach" in str(handle.report())
+    state = audio_state("inserted", torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(empty, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="must run with audio before it is compiled"):
+        compiled(ids, audio=state, use_cache=False)
+    attach(model)
+    want = model(ids, audio=state).logits
+    with torch.autocast("cpu", torch.bfloat16):  # which the comparison must not see
+        empty(ids, audio=state)
+    assert {layer.audio_kv for layer in handle.report().layers} == {"fused"}
+    torch.testing.assert_close(empty(ids, audio=state).logits, want)
+    torch.testing.assert_close(compiled(ids, audio=state, use_cache=False).logits, want)
+
+
+def test_zeros_are_no_weights_yet():
+    """A model that is allocated before it is loaded."""
+    other = tiny("hunyuan_v1_dense", head_dim=16)
+    values = copy.deepcopy(other.state_dict())
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    attach(other)
+    other.load_state_dict(values)
+    with pytest.raises(ValueError, match="got HunYuanDenseV1ForCausalLM: its keys differ"):
+        other(torch.tensor([[1, 2, 3]]), audio=AudioState(torch.randn(1, TOKENS, WIDTH)))
+
+
+@pytest.mark.parametrize("attached", ["before", "after"])
+@pytest.mark.parametrize("offloaded", ["model", "layers"])
+@torch.no_grad()
+def test_offloaded_weights(attached, offloaded):
+    """accelerate keeps weights elsewhere and brings them for each module's call."""
+    from accelerate import cpu_offload
+
+    model = build("llama")
+    ids, state = batch(texts(), "none")[1], audio_state("inserted", torch.float32)
+    handle = attach(model)
+    want = model(ids, audio=state).logits
+    tokens = model.generate(ids, audio=state, max_new_tokens=3, do_sample=False)
+    if attached == "after":
+        handle.detach()
+    for part in [model] if offloaded == "model" else model.model.layers:
+        cpu_offload(part, execution_device="cpu")
+    assert model.model.layers[0].self_attn.k_proj.weight.is_meta
+    handle = attach(model)
+    for _ in range(2):
+        torch.testing.assert_close(model(ids, audio=state).logits, want)
+        assert torch.equal(model.generate(ids, audio=state, max_new_tokens=3, do_sample=False), tokens)
+    assert {layer.audio_kv for layer in handle.report().layers} == {"modules"}
+    other = tiny("hunyuan_v1_dense", head_dim=16)
+    cpu_offload(other, execution_device="cpu")
+    with pytest.raises(ValueError, match="got HunYuanDenseV1ForCausalLM: its keys differ"):
+        attach(other)
+
+
+@pytest.mark.parametrize("model_type", ["olmo", "nanochat"])
+@torch.no_grad()
+def test_norms_without_weights(model_type):
+    """Accepted, through the modules."""
+    model = tiny(model_type).eval()
+    handle = attach(model)
+    assert {layer.audio_kv for layer in handle.report().layers} == {"modules"}
+    ids, state = texts()[0], AudioState(torch.randn(1, TOKENS, WIDTH))
+    got = model(ids[None], audio=state).logits[0]
+    handle.detach()
+    row = rows_of([ids], (7,), state, 3)[0]
+    assert float((got - oracle_logits(model, row, range(3), "sequence")).abs().max()) <= 1e-5
+
+
+@torch.no_grad()
+def test_small_weights_in_bfloat16_have_their_own_norm_offset():
+    """Gemma multiplies by 1 + weight, which small keys must show, too."""
+    model = tiny("gemma", initializer_range=0.002, head_dim=16).bfloat16().eval()
+    handle = attach(model)
+    assert {layer.audio_kv for layer in handle.report().layers} == {"fused"}
+    state = AudioState(torch.randn(1, TOKENS, WIDTH).bfloat16())
+    for name in ("k_proj", "v_proj"):
+        for layer in model.model.layers:
+            getattr(layer.self_attn, name).weight.mul_(100.0)
+    fast = model(torch.tensor([[1, 2, 3]]), audio=state).logits
+    model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *args: None)
+    slow = model(torch.tensor([[1, 2, 3]]), audio=state).logits
+    assert float((fast - slow).abs().max()) <= 0.02 * float(slow.abs().max())
 
 
 @torch.no_grad()
@@ -849,6 +1131,47 @@ class TestRefusedCalls:
         with pytest.raises(ValueError, match="insert_at must be at most each text's length"):
             model.eval().generate(padded, attention_mask=mask, audio=state, max_new_tokens=2)
 
+    @pytest.mark.parametrize("chunk", [None, 2])
+    def test_insert_beyond_a_text_whose_mask_is_inferred(self, model, chunk):
+        """Without a mask, generate takes padding tokens for padding."""
+        _, padded, mask = batch(texts(), "left")
+        options = {"max_new_tokens": 2, "do_sample": False, "prefill_chunk_size": chunk}
+        for place in (4, 5):  # the second text has 4 tokens
+            state = self.state(insert_at=torch.tensor([7, place, 9]))
+            if place == 4:
+                want = model.generate(padded, attention_mask=mask, audio=state, **options)
+                assert torch.equal(model.generate(padded, audio=state, **options), want)
+                assert model.generate(padded, audio=state, num_beams=2, **options).shape == want.shape
+                continue
+            with pytest.raises(ValueError, match="insert_at must be at most each text's length"):
+                model.generate(padded, audio=state, **options)
+
+    @pytest.mark.parametrize("bypass", ["prepares nothing", "drops the audio", "is put back", "is replaced"])
+    def test_generate_that_does_not_prepare_with_audio(self, model, bypass):
+        """Whoever takes attach's place in generate must not lose the audio silently."""
+        _, padded, _ = batch(texts(), "none")
+        options = {"max_new_tokens": 2, "do_sample": False}
+        stock = model._palkernels_handle.stock("prepare_inputs_for_generation")
+        ours = model.prepare_inputs_for_generation
+        message = "generate must run what the attached model's prepare_inputs_for_generation returns"
+        if bypass == "prepares nothing":
+            options["custom_generate"] = lambda model, input_ids, **kwargs: model(input_ids).logits.argmax(-1)
+        elif bypass == "drops the audio":
+
+            def drop(*args, **kwargs):
+                return {name: x for name, x in ours(*args, **kwargs).items() if name != "audio"}
+
+            model.prepare_inputs_for_generation = drop
+        elif bypass == "is put back":
+            model.prepare_inputs_for_generation = type(model).prepare_inputs_for_generation.__get__(model)
+            message = "prepare_inputs_for_generation must be the one that attach made, got the stock one"
+        else:
+            model.prepare_inputs_for_generation = lambda *args, **kwargs: stock(*args, **kwargs)
+        with pytest.raises(RuntimeError, match=message):
+            model.generate(padded, audio=self.state(), **options)
+        model.prepare_inputs_for_generation = lambda *args, **kwargs: ours(*args, **kwargs)  # passes it on
+        model.generate(padded, audio=self.state(), max_new_tokens=2, do_sample=False)
+
     def test_output_attentions(self, model):
         _, padded, _ = batch(texts(), "none")
         with pytest.raises(ValueError, match="output_attentions must be off"):
@@ -891,8 +1214,10 @@ class TestRefusedCalls:
             model(padded, *[None] * 19, audio=self.state())
         with pytest.raises(ValueError, match="input_ids or inputs_embeds, got neither"):
             model(audio=self.state())
-        with pytest.raises(ValueError, match=r"texts \(B, T\), T >= 1, got shape \(9,\)"):
+        with pytest.raises(ValueError, match=r"texts \(B, T\), B and T >= 1, got shape \(9,\)"):
             model(padded[0], audio=self.state())
+        with pytest.raises(ValueError, match=r"texts \(B, T\), B and T >= 1, got shape \(0, 9\)"):
+            model(padded[:0], audio=AudioState(torch.zeros(0, TOKENS, WIDTH)))
         with pytest.raises(ValueError, match=r"position_ids must count.*got list"):
             model(padded, position_ids=[0], audio=self.state())
 

@@ -140,6 +140,33 @@ def test_lora(family, attached, recompute):
         torch.testing.assert_close(gradient, 2.0 * ups[name].T @ weight.grad)
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize("attached", ["before", "after"])
+def test_generation_with_virtual_tokens_is_refused(kind, attached):
+    """peft's prompt learning prepares generation itself: audio would be lost or be put in the wrong place."""
+    import peft
+
+    model = build("llama")
+    if attached == "before":
+        attach(model)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    adapted = peft.get_peft_model(model, config).eval()
+    handle = attach(adapted)
+    ids, states, _ = inputs(torch.float32)
+    options = {"input_ids": ids, "audio": AudioState(states), "max_new_tokens": 2, "do_sample": False}
+    message = "must run the text that was prepared" if attached == "before" else "got no such forward"
+    with pytest.raises(RuntimeError, match=message):
+        adapted.generate(**options)
+    if attached == "before":
+        model.generate(**options)
+        return
+    with pytest.raises(RuntimeError, match="prepare_inputs_for_generation must be the one that attach made"):
+        model.generate(**options)  # peft has put the stock one back
+    handle.detach()
+    attach(model)
+    model.generate(**options)
+
+
 def test_frozen_ffn():
     model = build("llama").train()
     attach(model)
@@ -217,11 +244,13 @@ def test_trainer(tmp_path):
     assert losses[2] < losses[0]
 
 
-def test_fsdp2_on_two_processes(tmp_path):
-    """fully_shard on two CPU processes: loss and gradients of one process with the whole batch."""
+@pytest.mark.parametrize("empty", [False, True])
+def test_fsdp2_on_two_processes(tmp_path, empty):
+    """fully_shard on two CPU processes, also of a model without values: loss and gradients of one process with the
+    whole batch."""
     from sharded import run
 
-    torch.multiprocessing.spawn(run, (2, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(run, (2, str(tmp_path), empty), nprocs=2)
     model = build("llama", torch.float64).train()
     attach(model)
     want = gradients(model)

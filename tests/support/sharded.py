@@ -6,21 +6,31 @@ import torch
 import torch.distributed as dist
 from oracles import build
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from palkernels.model import AudioState, attach
 
 
-def run(rank, world, folder):
+def run(rank, world, folder, empty):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     mesh = dist.init_device_mesh("cpu", (world,))
-    model = build("llama", torch.float64).train()
+    with torch.device("meta" if empty else "cpu"):
+        model = build("llama", torch.float64).train()
     attach(model)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if empty:  # as large models are made: each process has its part alone, and is given values after attach
+        values = build("llama", torch.float64)
+        model.to_empty(device="cpu")
+        with torch.no_grad():
+            for new, old in zip(model.parameters(), values.parameters(), strict=True):
+                new.copy_(distribute_tensor(old, mesh, new.placements))
+            for new, old in zip(model.buffers(), values.buffers(), strict=True):
+                new.copy_(old)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 101, (4, 8), generator=generator)
@@ -43,4 +53,5 @@ def run(rank, world, folder):
     found["loss"] /= world
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # an interpreter that ends in order aborts at times: a thread of gloo's is still there
