@@ -326,9 +326,6 @@ class LalHandle:
         past = keys_in(arguments.get("past_key_values"), inputs.device)
         plan = self.plan(audio, 1, arguments, batch, past, num_queries, inputs.device)
         arguments["position_ids"] = self.positions(plan, past, num_queries)
-        if arguments.get("attention_mask") is None and arguments.get("past_key_values") is None:
-            # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
-            arguments["attention_mask"] = torch.ones(batch, num_queries, dtype=torch.long, device=inputs.device)
         rotations = self.rotations(audio, plan, past, num_queries)
         request = self.request(audio, plan, rotations, past + num_queries, None)
         request.cached = self.project_at_once(request) or None
@@ -338,6 +335,9 @@ class LalHandle:
         """The stock forward, its layers given the request; every selected one must have taken the audio."""
         if None in self._checked.values():
             self._check_again()
+        if arguments.get("attention_mask") is None and arguments.get("past_key_values") is None:
+            # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
+            arguments["attention_mask"] = torch.ones_like(arguments["position_ids"])
         request.consumed, request.ran = set(), True
         outputs = self.stock("forward")(**arguments, **{REQUEST_KEYWORD: request})
         if request.consumed != set(self.selected):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from palkernels.model.audio_state import AudioState
 from palkernels.model.layers import AudioKV, Rotation
-from palkernels.model.plan import Plan, check_places
+from palkernels.model.plan import Plan, check_places, padding
 
 if TYPE_CHECKING:
     from palkernels.model.attach import LalHandle
@@ -50,9 +50,11 @@ class Generation:
         if self.plan is None or not self.plan.begun:
             handle, given = self.handle, {**arguments, "attention_mask": mask}
             self.plan = handle.plan(self.state, self.copies(batch), given, batch, past, num_queries, inputs.device)
-            if self.plan.right_padded:
-                raise ValueError("generate must be given a prompt without right padding: pad on the left")
             self.rotations = handle.rotations(self.state, self.plan, past, num_queries)
+        if mask is not None and num_queries > 1:  # a prompt, a later chunk of it, or a draft
+            *_, right_padded = padding(mask)
+            if right_padded:
+                raise ValueError("generate must be given a prompt without right padding: pad on the left")
         arguments["position_ids"] = self.handle.positions(self.plan, past, num_queries)
         kept = self.cached if self.plan.begun else {}
         request = self.handle.request(self.state, self.plan, self.rotations, past + num_queries, kept)

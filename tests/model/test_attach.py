@@ -15,6 +15,9 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     StaticCache,
 )
 
@@ -376,21 +379,22 @@ def test_fused_projection_is_used_and_right(family, rope, monkeypatch):
     assert {layer.audio_kv for layer in handle.report().layers} == {"fused"}
     calls = []
     audio_kv = fused.audio_kv
-    monkeypatch.setattr(fused, "audio_kv", lambda *a, **k: calls.append(len(a[1])) or audio_kv(*a, **k))
+    monkeypatch.setattr(fused, "audio_kv", lambda *a, **k: calls.append((len(a[0]), len(a[1]))) or audio_kv(*a, **k))
     _, padded, mask = batch(texts(), "left")
     for kind in ("prefix", "shared, inserted", "per layer"):
         options = {"attention_mask": mask, "audio": audio_state(kind, torch.float32)}
         calls.clear()
         found = [model(padded, **options).logits]
         model.generate(padded, **options, max_new_tokens=3, num_beams=2, do_sample=False)
-        assert calls == ([1] * 6 if kind == "per layer" else [3, 3])
+        rows = 2 if "shared" in kind else 3
+        assert calls == ([(rows, 1)] * 6 if kind == "per layer" else [(rows, 3)] * 2)  # beams add no rows
         calls.clear()
         with torch.enable_grad():
             found.append(model(padded, **options).logits.detach())
-        assert calls == [1, 1, 1]
+        assert calls == [(rows, 1)] * 3
         hook = model.model.layers[1].input_layernorm.register_forward_hook(lambda *args: None)
         slow = model(padded, **options).logits
-        assert calls == [1, 1, 1]
+        assert calls == [(rows, 1)] * 3
         hook.remove()
         for fast in found:
             assert largest_difference(unpadded(fast, mask), unpadded(slow, mask)) <= 1e-5
@@ -465,27 +469,35 @@ def test_audio_is_projected_once_per_generate():
     attach(model)
     calls = []
     for layer in model.model.layers:
-        layer.self_attn.k_proj.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[1]))
-    state = audio_state("prefix", torch.float32)
+        layer.self_attn.k_proj.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[:2]))
+    state = audio_state("shared", torch.float32)
     for beams in (1, 3):
         calls.clear()
         model.generate(padded, attention_mask=mask, audio=state, max_new_tokens=4, num_beams=beams, do_sample=False)
-        assert calls.count(TOKENS) == 3  # once for each of three layers; the other calls are the text's
+        # Once for each of three layers, a row for each clip; the other calls are the text's.
+        assert [shape for shape in calls if shape[1] == TOKENS] == [(2, TOKENS)] * 3
 
 
 @torch.no_grad()
 def test_a_state_can_be_used_again():
-    model = build("llama")
-    attach(model)
-    state = audio_state("prefix", torch.float32)
+    """Nothing is kept from an earlier call: after a change of weights, what a new model and a new state give."""
+    model, other = build("llama"), build("llama")
+    state, fresh = (audio_state("prefix", torch.float32) for _ in range(2))
     _, padded, mask = batch(texts(), "left")
-    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
-    first = model.generate(padded, audio=state, **options)
-    model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
-    changed = model.generate(padded, audio=state, **options)
-    assert not torch.equal(first, changed)  # nothing was kept from the first call
-    model.model.layers[0].self_attn.k_proj.weight.div_(1.5)
-    assert torch.equal(model.generate(padded, audio=state, **options), first)
+
+    def logits(model, state):
+        options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        return torch.stack(model.generate(padded, attention_mask=mask, audio=state, **options).logits)
+
+    attach(model)
+    attach(other)
+    first = logits(model, state)
+    assert torch.equal(logits(model, state), first)
+    for changed in (model, other):
+        changed.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+    want = logits(other, fresh)
+    assert not torch.equal(want, first)
+    assert torch.equal(logits(model, state), want)
 
 
 @pytest.mark.parametrize(
@@ -595,14 +607,17 @@ def test_audio_of_length_zero_is_the_text_alone():
 
 
 def test_without_a_mask_positions_may_jump():
-    """Without a mask and cache, transformers reads a jump in positions as packed sequences and cuts attention."""
+    """Without a mask and cache, transformers reads a jump in positions as packed sequences and cuts the attention of
+    layers without audio."""
     model = build("llama")
     _, padded, mask = batch(texts(), "none")
     state = audio_state("inserted", torch.float32)
-    attach(model)
+    attach(model, LalConfig(layers=(1,)))
     with torch.no_grad():
         without = model(padded, audio=state, use_cache=False).logits
         torch.testing.assert_close(without, model(padded, attention_mask=mask, audio=state).logits)
+    options = {"audio": state, "max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(padded, **options, use_cache=False), model.generate(padded, **options))
 
 
 @torch.no_grad()
@@ -818,6 +833,9 @@ def test_save_pretrained_saves_a_stock_model(tmp_path):
         assert torch.equal(again(padded).logits, model(padded).logits)
 
 
+SECTIONS = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+
+
 def gpt2():
     return GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11))
 
@@ -856,25 +874,54 @@ def layers_changed(change):
     return model
 
 
-def other_keys():
-    """A layer that computes its keys otherwise than from k_proj of its input norm."""
+def other_attention(doubled):
+    """A layer that doubles what its k_proj or v_proj makes, or keys that it has cached."""
     from transformers.models.llama.modeling_llama import LlamaAttention
 
-    class Doubled(LlamaAttention):
-        def forward(self, hidden_states, **kwargs):
-            return super().forward(hidden_states * 2, **kwargs)
+    class Cache:
+        def __init__(self, cache):
+            self.cache = cache
 
-    Doubled.__module__ = LlamaAttention.__module__
+        def update(self, key, value, *args):
+            key, value = self.cache.update(key, value, *args)
+            return key * 2, value
+
+    class Other(LlamaAttention):
+        def forward(self, hidden_states, past_key_values=None, **kwargs):
+            if doubled == "cached":
+                return super().forward(hidden_states, past_key_values=Cache(past_key_values), **kwargs)
+            hook = getattr(self, doubled).register_forward_hook(lambda module, args, out: out * 2)
+            try:
+                return super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
+            finally:
+                hook.remove()
+
+    Other.__module__ = LlamaAttention.__module__
     model = build("llama")
-    model.model.layers[1].self_attn.__class__ = Doubled
+    model.model.layers[1].self_attn.__class__ = Other
     return model
+
+
+def composed():
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision |= {"model_type": "clip_vision_model", "image_size": 2, "patch_size": 1}
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=build("llama").config))
 
 
 @pytest.mark.parametrize(
     ("make", "config", "message"),
     [
         (gpt2, {}, "got GPT2LMHeadModel: its decoder has no layers"),
-        (other_keys, {}, "got LlamaForCausalLM: its keys differ"),
+        (lambda: other_attention("k_proj"), {}, "got LlamaForCausalLM: its keys differ"),
+        (lambda: other_attention("v_proj"), {}, "got LlamaForCausalLM: its values differ"),
+        (lambda: other_attention("cached"), {}, "got LlamaForCausalLM: a layer changes its keys or values after"),
+        (lambda: LlamaForSequenceClassification(build("llama").config), {}, "Classification: it is not a causal LM"),
+        (composed, {}, "got LlavaForConditionalGeneration: it is composed of several models"),
+        (lambda: tiny("stablelm"), {}, "got StableLmForCausalLM: its attention function cannot be chosen"),
+        (lambda: tiny("nemotron"), {}, "got NemotronForCausalLM: .* keywords do not reach its attention function"),
+        (lambda: tiny("llama", rope_parameters=SECTIONS), {}, "got LlamaForCausalLM: its positions have several dim"),
+        (lambda: tiny("gemma3_text", use_bidirectional_attention=True), {}, "its attention is not causal"),
+        (lambda: tiny("qwen2", layer_types=["chunked_attention"] * 3), {}, "layer 0 is of type 'chunked_attention'"),
         (lambda: tiny("gpt_oss"), {}, "got GptOssForCausalLM: its attention takes s_aux"),
         (lambda: tiny("diffllama"), {}, "got DiffLlamaForCausalLM: a layer calls its attention function 2 times"),
         (lambda: tiny("doge"), {}, "got DogeForCausalLM: a layer changes its attention mask"),
@@ -897,8 +944,19 @@ def other_keys():
         (lambda: build("llama"), {"layers": (0, 3)}, r"layers must be from 0 to 2, got \(0, 3\)"),
     ],
     ids=[
-        *("gpt2", "other keys", "sinks", "two calls", "own mask", "own window", "dense", "clipped", "reordered"),
-        *("dropped", "shared", "norm after rope", "small, no rope", "layers"),
+        *("gpt2", "other keys", "other values", "changed keys", "classifier", "composed", "fixed attention"),
+        *(
+            "no keywords",
+            "sections",
+            "bidirectional",
+            "chunks",
+            "sinks",
+            "two calls",
+            "own mask",
+            "own window",
+            "dense",
+        ),
+        *("clipped", "reordered", "dropped", "shared", "norm after rope", "small, no rope", "layers"),
     ],
 )
 def test_refused_models(make, config, message):
@@ -1113,10 +1171,16 @@ class TestRefusedCalls:
         with pytest.raises(ValueError, match=r"attention_mask must be 2-D with audio.*got \(3, 1, 9, 9\)"):
             model(padded, attention_mask=torch.ones(3, 1, 9, 9), audio=self.state())
 
-    def test_right_padded_generate(self, model):
+    @pytest.mark.parametrize("chunk", [None, 2])
+    def test_right_padded_generate(self, model, chunk):
+        """Also where the first chunk of the prompt has no padding yet."""
         _, padded, mask = batch(texts(), "right")
+        options = {"audio": self.state(), "max_new_tokens": 2, "prefill_chunk_size": chunk}
         with pytest.raises(ValueError, match="without right padding"):
-            model.generate(padded, attention_mask=mask, audio=self.state(), max_new_tokens=2)
+            model.generate(padded, attention_mask=mask, **options)
+        mask[:, -1] = 1
+        with pytest.raises(ValueError, match=r"a mask with holes|without right padding"):
+            model.generate(padded, attention_mask=mask, **options)
 
     def test_rows_of_generate(self, model):
         _, padded, mask = batch(texts(), "left")
@@ -1176,6 +1240,10 @@ class TestRefusedCalls:
         _, padded, _ = batch(texts(), "none")
         with pytest.raises(ValueError, match="output_attentions must be off"):
             model(padded, audio=self.state(), output_attentions=True)
+        model.set_attn_implementation("eager")
+        model.config.output_attentions = True
+        with pytest.raises(ValueError, match="output_attentions must be off"):
+            model(padded, audio=self.state())
 
     def test_attention_dropout(self):
         model = build("llama")
@@ -1203,8 +1271,9 @@ class TestRefusedCalls:
         _, padded, _ = batch(texts(), "none")
         with pytest.raises(ValueError, match="is_causal must not be given with audio"):
             model(padded, audio=self.state(), is_causal=False)
-        with pytest.raises(ValueError, match="cu_seq_lens_q must not be given with audio"):
-            model(padded, audio=self.state(), cu_seq_lens_q=torch.tensor([0, 1]))
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+            with pytest.raises(ValueError, match=f"{name} must not be given with audio"):
+                model(padded, audio=self.state(), **{name: torch.tensor([0, 1])})
 
     def test_arguments_that_do_not_fit(self, model):
         _, padded, _ = batch(texts(), "none")

@@ -244,6 +244,44 @@ def test_trainer(tmp_path):
     assert losses[2] < losses[0]
 
 
+def test_trainer_keeps_the_audio_column(tmp_path):
+    """By default the Trainer drops, before they are collated, all columns that ``forward`` does not name."""
+    from transformers import Trainer, TrainingArguments
+
+    model = build("llama")
+    attach(model)
+    ids, states, _ = inputs(torch.float32)
+    rows = [{"input_ids": ids[i], "audio": AudioState(states[i : i + 1]), "file": "a.wav"} for i in range(4)]
+    options = TrainingArguments(tmp_path, report_to=[], use_cpu=True)
+    trainer = Trainer(model, options, train_dataset=rows, data_collator=lambda rows: [list(row) for row in rows])
+    assert list(trainer.get_train_dataloader()) == [[["input_ids", "audio"]] * 4]
+
+
+@pytest.mark.parametrize("attached", ["before", "after"])
+@torch.no_grad()
+def test_accelerate_moves_the_audio_once(attached, monkeypatch):
+    """Its hooks call ``to`` on every keyword that has one, in every layer: what layers are given has none."""
+    from accelerate import dispatch_model
+
+    model = build("llama")
+    ids, states, insert_at = inputs(torch.float32)
+    given = {"audio": AudioState(states, insert_at=insert_at)}
+    handle = attach(model)
+    logits, options = model(ids, **given).logits, {"max_new_tokens": 3, "do_sample": False}
+    tokens = model.generate(ids, **given, **options)
+    if attached == "after":
+        handle.detach()
+    parts = ["embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "rotary_emb"]
+    places = dict.fromkeys([*(f"model.{part}" for part in parts), "lm_head"], "cpu")
+    dispatch_model(model, places, force_hooks=True)
+    attach(model)
+    moves, to = [], AudioState.to
+    monkeypatch.setattr(AudioState, "to", lambda *args, **kwargs: moves.append(args) or to(*args, **kwargs))
+    assert torch.equal(model(ids, **given).logits, logits)
+    assert torch.equal(model.generate(ids, **given, **options), tokens)
+    assert len(moves) <= 1
+
+
 @pytest.mark.parametrize("empty", [False, True])
 def test_fsdp2_on_two_processes(tmp_path, empty):
     """fully_shard on two CPU processes, also of a model without values: loss and gradients of one process with the
