@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from palkernels.bench.methods import METHODS
 from palkernels.bench.results import GIB, Row
 
 __all__ = ["BASELINES", "PUBLISHED", "Points", "Published", "Step", "value", "waterfall"]
@@ -53,8 +54,10 @@ class Points:
             found.setdefault(row["text_tokens"], []).append(row)
         return {count: cls(some) for count, some in found.items()}
 
-    def methods(self, mode: str) -> list[str]:
-        return list(dict.fromkeys(x["method"] for x in self.rows if x["mode"] == mode))
+    def methods(self, mode: str | None = None) -> list[str]:
+        """In the order of METHODS, those that it lacks last."""
+        found = dict.fromkeys(x["method"] for x in self.rows if mode in (None, x["mode"]))
+        return [name for name in METHODS if name in found] + [name for name in found if name not in METHODS]
 
     def counts(self, mode: str | None = None) -> list[int]:
         """Numbers of audio tokens."""

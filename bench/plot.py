@@ -56,8 +56,7 @@ def draw(document: dict[str, Any]) -> Figure:
     numbers of text tokens, the first."""
     meta = document["meta"]
     points = Points(row for row in document["rows"] if row["text_tokens"] == meta["text_tokens"])
-    found = list(dict.fromkeys(row["method"] for row in points.rows))
-    methods = [method for method in found if method not in LEVERS] or found
+    methods = [method for method in points.methods() if method not in LEVERS] or points.methods()
     devices = points.devices or [None]
     panels = [(MEMORY, devices[0]), (ABOVE_STATIC, devices[0]), *((RATE, device) for device in devices)]
     if len(devices) > 1:
@@ -100,7 +99,8 @@ def _panel(ax: Axes, points: Points, methods: list[str], mode: str, key: str, de
     paper = _paper_levels(values, mode, key)
     failed = [row for row in rows if row["status"] != "ok"]
     most = max((sum(row["audio_tokens"] == count for row in failed) for count in counts), default=0)
-    top = max([x for _, x in values] + list(paper.values()), default=1.0)
+    samples = [sample for row, _ in values for sample in row[RATE]["samples"]] if key == RATE else []
+    top = max([*(x for _, x in values), *paper.values(), *samples], default=1.0)
     ax.set_ylim(0, top * (1.06 + 0.09 * most))
     ax.set_xlim(-0.45, max(len(counts), 1) - 0.55)
     ax.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])

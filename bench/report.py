@@ -113,7 +113,7 @@ def _looks(table: Table) -> list[str]:
 
 
 def _methods(document: dict[str, Any]) -> Section:
-    names = list(dict.fromkeys(row["method"] for row in document["rows"]))
+    names = Points(document["rows"]).methods()
     about = [(METHODS[name].label, METHODS[name].about) for name in names if name in METHODS]
     return Section("methods", "Methods", [], terms=about)
 

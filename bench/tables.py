@@ -79,8 +79,11 @@ def points(found: Points, mode: str) -> Table:
         columns += [Column(x, group) for x in ["samples/s", *(AGAINST[base] for base in bases), *error]]
     table = Table(_title(found, mode), columns)
 
-    def off(row: Row, key: str) -> list[str]:
-        return [change(row.get("error_against_measured", {}).get(key)) for _ in error]
+    def off(key: str, method: str, count: int, devices: list[str | None]) -> list[str]:
+        """The first of the devices' errors: it was measured on one of them, and memory is the same on all."""
+        rows = [row for device in devices if (row := found.row(mode, method, count, device))]
+        off_by = [row["error_against_measured"][key] for row in rows if "error_against_measured" in row]
+        return [change(off_by[0] if off_by else None) for _ in error]
 
     for count in found.counts(mode):
         for method in found.methods(mode):
@@ -94,18 +97,18 @@ def points(found: Points, mode: str) -> Table:
             for _, _, key in groups:
                 cells.append(gib(found.value(key, mode, method, count)))
                 cells += [change(found.change(key, mode, method, base, count)) for base in bases]
-                cells += off(row, key) if key == MEMORY else []
+                cells += off(key, method, count, found.devices) if key == MEMORY else []
             for device in found.devices:
-                mine = found.row(mode, method, count, device)
                 cells.append(number(found.value(RATE, mode, method, count, device)))
                 cells += [factor(found.change(RATE, mode, method, base, count, device)) for base in bases]
-                cells += off(mine or {}, RATE)
+                cells += off(RATE, method, count, [device])
             table.rows.append(cells)
     return table
 
 
-def paper(found: Points) -> Table | None:
-    """What is published beside LAL's gains here; None without a baseline and LAL."""
+def paper(found: Points, published_alone: bool = False) -> Table | None:
+    """What is published beside LAL's gains here, or only the quantities of which something is published; None without a
+    baseline and LAL."""
     counts = found.counts()
     columns = [Column("LAL", text=True), Column("published", text=True)]
     table = Table("", columns + [Column(f"{count:,}", "audio tokens") for count in counts])
@@ -115,6 +118,8 @@ def paper(found: Points) -> Table | None:
             ("memory above static", ABOVE_STATIC, found.devices[0]),
         ]
         for name, key, device in (*quantities, *(("throughput", RATE, device) for device in found.devices)):
+            if published_alone and (mode, key) not in PUBLISHED:
+                continue
             on = f" on {short(device)}" if key == RATE and device else ""
             for base in BASELINES:
                 changes = [found.change(key, mode, "lal", base, count, device) for count in counts]
@@ -154,7 +159,7 @@ def steps(found: Points, mode: str, key: str, device: str | None = None) -> Tabl
         values = {method: found.value(key, mode, method, count, device) for method in found.methods(mode)}
         falls = [(step.saved, step.share) for step in waterfall(values)]
         first, last = values["plits"], values["lal"]
-        whole = (None, None) if first is None or last is None else (first - last, 1.0)
+        whole = (None, None) if first is None or last is None else (first - last, 1.0 if first != last else None)
         compared |= first is not None and last is not None
         cells = [end("plits", count), *(signed(*fall) for fall in falls), end("lal", count), signed(*whole)]
         for line, pair in zip(table.rows, cells, strict=True):
