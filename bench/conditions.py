@@ -106,6 +106,7 @@ def listed(meta: Meta) -> list[tuple[str, str]]:
         ("Connector", meta["connector"]),
         ("Optimizer", meta["optimizer"]),
         ("Repeats", f"{repeats['train']} training steps, {repeats['infer']} inferences; medians" if repeats else ""),
+        ("Interrupted", "the run did not end; points are missing" if meta.get("complete") is False else ""),
         ("Counted", does),
         ("Not counted", does_not),
         ("Reduced", meta.get("reductions", "")),

@@ -111,6 +111,10 @@ def test_conditions_of_a_measurement() -> None:
         assert words in said
     assert "On a CPU the defaults are reduced: 2 of 16 layers." in said
     assert "palkernels figure1 --audio 'my clip.wav' --model llama-3.2-1b" in " ".join(said.split())
+    assert "points are missing" not in said
+    document = documents.measured()
+    document["meta"]["complete"] = False
+    assert "points are missing" in page(document).sections["conditions"]
 
 
 def test_methods_are_explained() -> None:
