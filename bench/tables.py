@@ -45,7 +45,8 @@ class Table:
 
 
 def gib(size: float | None) -> str:
-    return "" if size is None else f"{size:.2f}"
+    """Two digits after the point, of small sizes four."""
+    return "" if size is None else f"{size:.{4 if 5e-5 <= abs(size) < 0.095 else 2}f}"
 
 
 def number(x: float | None) -> str:

@@ -258,7 +258,12 @@ def test_a_table_of_points_without_baselines() -> None:
 
 @pytest.mark.parametrize(
     ("x", "text"),
-    [(0.0734, "0.0734"), (7.28, "7.28"), (99.96, "100."), (5440.3, "5,440"), (-123.4, "-123"), (0, "0.00")],
+    [(0.0734, "0.0734"), (7.28, "7.28"), (99.96, "100"), (5440.3, "5,440"), (-123.4, "-123"), (0, "0.00")],
 )
 def test_numbers(x: float, text: str) -> None:
-    assert tables.number(x) == text.removesuffix(".")
+    assert tables.number(x) == text
+
+
+@pytest.mark.parametrize(("size", "text"), [(79.274, "79.27"), (0.31, "0.31"), (0.0351, "0.0351"), (4e-9, "0.00")])
+def test_sizes(size: float, text: str) -> None:
+    assert tables.gib(size) == text
