@@ -46,7 +46,7 @@ class Table:
 
 def gib(size: float | None) -> str:
     """Two digits after the point, of small sizes four."""
-    return "" if size is None else f"{size:.{4 if 5e-5 <= abs(size) < 0.095 else 2}f}"
+    return "" if size is None else f"{size:.{4 if 5e-5 <= abs(size) < 0.0095 else 2}f}"
 
 
 def number(x: float | None) -> str:

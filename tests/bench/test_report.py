@@ -264,6 +264,6 @@ def test_numbers(x: float, text: str) -> None:
     assert tables.number(x) == text
 
 
-@pytest.mark.parametrize(("size", "text"), [(79.274, "79.27"), (0.31, "0.31"), (0.0351, "0.0351"), (4e-9, "0.00")])
+@pytest.mark.parametrize(("size", "text"), [(79.274, "79.27"), (0.0351, "0.04"), (0.00351, "0.0035"), (4e-9, "0.00")])
 def test_sizes(size: float, text: str) -> None:
     assert tables.gib(size) == text
