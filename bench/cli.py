@@ -269,6 +269,17 @@ def microbench(
         raise typer.Exit(1)
 
 
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A.json", help="Results of figure1 or simulate.")],
+    second: Annotated[Path, typer.Argument(metavar="B.json", help="Others, which may be of the other command.")],
+) -> None:
+    """Put two results side by side: memory and throughput of both, their ratios, and what differs in the conditions."""
+    from palkernels.bench.compare import run
+
+    run(first, second, _console())
+
+
 def _console() -> Console:
     from rich.console import Console
 

@@ -30,6 +30,10 @@ Row = dict[str, Any]
 BASELINE = "plits"
 GIB = 2**30
 POINT = ("mode", "audio_tokens", "text_tokens", "batch_size", "dtype", "device")  # what two methods are compared at
+# What every row of a document has.
+COLUMNS = (
+    "method", *POINT[:-1], "samples_per_second", "peak_memory_bytes", "peak_above_static_bytes", "status",
+)  # fmt: skip
 
 
 def baseline_of(row: Row, rows: list[Row], method: str = BASELINE) -> Row | None:
@@ -72,8 +76,11 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document["meta"], dict) or not all("method" in row for row in document["rows"]):
-            raise ValueError("no rows with methods")
+        if not isinstance(document["meta"], dict):
+            raise ValueError("no conditions")
+        for row in document["rows"]:
+            if lacking := [key for key in COLUMNS if key not in row]:
+                raise ValueError(f"a row without {lacking[0]}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         wanted = "the results of palkernels figure1 or simulate"
         raise UserError(f"{str(path)!r} must hold {wanted}, got: {one_line(error)}") from error
@@ -146,17 +153,23 @@ def exponents(rows: list[Row]) -> list[Row]:
     return found
 
 
-def csv_text(rows: list[Row], encoder_weights: str) -> str:
-    """One line per row; `samples_per_second` becomes its median and, separated by blanks, its samples."""
-    out = io.StringIO()
+def csv_text(rows: list[Row], encoder_weights: str | None = None) -> str:
+    """One line per row. What a row has by name becomes columns: the median of `samples_per_second` and, separated by
+    blanks, its samples; `memory_<name>_bytes`; `error_<of what>`."""
     flat = []
     for row in rows:
-        line = {key: value for key, value in row.items() if key != "samples_per_second"}
-        line["encoder_weights"] = encoder_weights
+        line = {key: value for key, value in row.items() if not isinstance(value, dict)}
+        if encoder_weights is not None:
+            line["encoder_weights"] = encoder_weights
         line["samples_per_second_p50"] = row["samples_per_second"]["p50"]
         line["samples_per_second_samples"] = " ".join(map(repr, row["samples_per_second"]["samples"]))
+        for name, size in row.get("memory_breakdown", {}).items():
+            line[f"memory_{name.lower().replace('/', '').replace(' ', '_')}_bytes"] = size
+        line |= {f"error_{name}": error for name, error in row.get("error_against_measured", {}).items()}
         flat.append(line)
-    writer = csv.DictWriter(out, fieldnames=list(flat[0]), lineterminator="\n")
+    names = dict.fromkeys(name for line in flat for name in line)  # rows differ in what they have
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return out.getvalue()

@@ -1,49 +1,103 @@
-"""Write the tables of README.md, KERNELS.md and bench/LOG.md, and the plot, from the committed results.
+"""Write the tables of README.md, KERNELS.md and bench/LOG.md, and the plots, from the committed results.
 
-python scripts/update_readme.py           rewrite them and the plot
-python scripts/update_readme.py --check   exit with 1 if a table would change
+python scripts/update_readme.py           rewrite them and the plots
+python scripts/update_readme.py --check   exit with 1 if a table would change, or a plot is not of its results
+
+What has no results yet is left empty.
 """
 
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from palkernels.bench import plot
+from PIL import Image
+
+from palkernels.bench import plot, tables
+from palkernels.bench.conditions import label, rates, short
+from palkernels.bench.gains import MEMORY, RATE, Points
+from palkernels.bench.methods import LEVERS, MODES
 from palkernels.bench.peers import OURS
-from palkernels.bench.results import baseline_of, percent, reduction, speed_up
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results" / "figure1-cpu.json"
-MICROBENCH = ROOT / "bench" / "results" / "microbench-h200.json"
+RESULTS = ROOT / "bench" / "results"
+SIMULATED = ("simulate-llama-3.2-1b", "simulate-llama-3.2-3b", "simulate-qwen2.5-1.5b")
+LENGTH = 1500  # audio tokens where a table has one number of them: Whisper's of 30 s
+GPU = "NVIDIA H200"  # where it has one GPU
 
 
-def table(document: dict) -> str:
-    """A sentence with the run's conditions, and a row per mode and number of audio tokens."""
-    meta, rows = document["meta"], document["rows"]
-    lines = [
+def markdown(table: tables.Table | None) -> str:
+    """Headings of groups become part of their columns'."""
+    if table is None:
+        return ""
+    heads = [f"{column.group} {column.heading}".strip() for column in table.columns]
+    rules = ["---" if column.text else "---:" for column in table.columns]
+    rows = [row + [""] * (len(heads) - len(row)) for row in table.rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, rules, *rows))
+
+
+def measured_table(document: dict) -> str:
+    """The run's conditions, and a row per mode and number of audio tokens, a column per method."""
+    meta, points = document["meta"], Points(document["rows"])
+    methods = [name for name in points.methods("train") if name not in LEVERS]
+    table = tables.Table("", [tables.Column("", text=True), tables.Column("audio tokens")])
+    table.columns += [tables.Column(label(method)) for method in methods]
+    for mode in MODES:
+        for count in points.counts(mode):
+            cells = [mode, f"{count:,}"]
+            for method in methods:
+                row, less = points.row(mode, method, count), points.change(MEMORY, mode, method, "plits", count)
+                rate = tables.number(points.value(RATE, mode, method, count)) or (row["status"] if row else "")
+                cells.append(rate if less is None else f"{rate}, {tables.change(less)}")
+            table.rows.append(cells)
+    said = (
         f"{meta['model']} with {meta['layers']} of its {meta['full_layers']} layers, {meta['dtype']}, training batch "
         f"{meta['train_batch']}, inference batch {meta['infer_batch']}, {meta['text_tokens']} text tokens, "
         f"{meta['new_tokens']} new tokens, on {meta['device_name']} with {meta['threads']} threads, "
         f"{meta['date'][:10]}; medians of {meta['repeats']['train']} training steps and {meta['repeats']['infer']} "
-        "inferences:",
-        "",
-        "| | audio tokens | PLITS samples/s | LAL samples/s | speed-up | peak memory | above static |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        if row["method"] != "lal":
-            continue
-        base = baseline_of(row, rows)
-        if base is None:
-            raise ValueError(f"every point must fit into memory with both methods, got {row['status']} or no baseline")
-        rate, base_rate = (x["samples_per_second"]["p50"] for x in (row, base))
-        lines.append(
-            f"| {row['mode']} | {row['audio_tokens']} | {base_rate:.3g} | {rate:.3g} | {speed_up(row, base):.1f}x "
-            f"| {percent(reduction(row, base, 'peak_memory_bytes'))} "
-            f"| {percent(reduction(row, base, 'peak_above_static_bytes'))} |"
-        )
-    return "\n".join(lines) + "\n"
+        "inferences. Samples per second, and peak memory against PLITS:"
+    )
+    return f"{said}\n\n{markdown(table)}"
+
+
+def simulated_table(*documents: dict) -> str:
+    """The first one's picture, the conditions, and a row per mode, model and number of audio tokens."""
+    meta = documents[0]["meta"]
+    found = [(x["meta"]["model"], Points(x["rows"])) for x in documents]
+    devices = found[0][1].devices
+    columns = [tables.Column("", text=True), tables.Column("model", text=True), tables.Column("audio tokens")]
+    table = tables.Table("", columns + [tables.Column(f"GiB with {label(x)}") for x in ("plits", "plits-tuned", "lal")])
+    table.columns += [tables.Column(f"memory {against}") for against in tables.AGAINST.values()]
+    table.columns += [tables.Column(f"{short(x)} {against}") for x in devices for against in tables.AGAINST.values()]
+    for mode in MODES:
+        for model, points in found:
+            for count in points.counts(mode):
+                sizes = [points.value(MEMORY, mode, method, count) for method in ("plits", "plits-tuned", "lal")]
+                less = [points.change(MEMORY, mode, "lal", base, count) for base in tables.AGAINST]
+                more = [points.change(RATE, mode, "lal", base, count, x) for x in devices for base in tables.AGAINST]
+                cells = [*map(tables.gib, sizes), *map(tables.change, less), *map(tables.factor, more)]
+                table.rows.append([mode, model, f"{count:,}", *cells])
+    said = (
+        f"All layers, {meta['dtype']}, training batch {meta['train_batch']}, inference batch {meta['infer_batch']}, "
+        f"{meta['text_tokens']} text tokens, {meta['new_tokens']} new tokens; {'; '.join(rates(meta))}; "
+        f"optimizer: {meta['optimizer']}. Peak memory in GiB, LAL's change of it, and LAL's throughput as a multiple:"
+    )
+    picture = f"![Simulated memory and throughput, {meta['model']}](bench/results/{SIMULATED[0]}.png)"
+    return f"{picture}\n\n{said}\n\n{markdown(table)}"
+
+
+def paper_table(document: dict) -> str:
+    return markdown(tables.paper(Points(document["rows"]), published_alone=True))
+
+
+def levers_table(document: dict) -> str:
+    return markdown(tables.levers(Points(row for row in document["rows"] if row["audio_tokens"] == LENGTH)))
+
+
+def serving_table(document: dict) -> str:
+    found = tables.serving([row for row in document.get("serving", []) if row.get("device") == GPU])
+    return f"{found.title}:\n\n{markdown(found)}" if found else ""
 
 
 def microbench_table(document: dict) -> str:
@@ -129,25 +183,42 @@ def goals_table(document: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {
-    "README.md": ("figure1-cpu", table, RESULTS),
-    "KERNELS.md": ("microbench-h200", microbench_table, MICROBENCH),
-    "bench/LOG.md": ("goals-h200", goals_table, MICROBENCH),
-}
+# Page, mark, what writes it, and the results that it takes.
+TABLES: tuple[tuple[str, str, Callable[..., str], tuple[str, ...]], ...] = (
+    ("README.md", "figure1-cpu", measured_table, ("figure1-cpu",)),
+    ("README.md", "simulated", simulated_table, SIMULATED),
+    ("README.md", "paper", paper_table, SIMULATED[:1]),
+    ("README.md", "levers", levers_table, SIMULATED[:1]),
+    ("README.md", "serving", serving_table, SIMULATED[:1]),
+    ("KERNELS.md", "microbench-h200", microbench_table, ("microbench-h200",)),
+    ("bench/LOG.md", "goals-h200", goals_table, ("microbench-h200",)),
+)
+PICTURES = ("figure1-cpu", *SIMULATED)
 
 
 def main() -> None:
-    for name, (mark, write, results) in TABLES.items():
-        path, content = ROOT / name, write(json.loads(results.read_text()))
+    check = "--check" in sys.argv[1:]
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    for name, mark, write, wanted in TABLES:
+        path, documents = ROOT / name, [found[x] for x in wanted if x in found]
+        content = write(*documents) if documents else ""
         marked = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- end -->)", re.DOTALL)
         old = path.read_text()
-        new = marked.sub(lambda found, content=content: found[1] + content + found[2], old)
-        if "--check" not in sys.argv[1:]:
+        new, times = marked.subn(lambda around, content=content: around[1] + content + around[2], old)
+        if times != 1:
+            sys.exit(f"{name} must have the mark {mark} once, got {times}")
+        if not check:
             path.write_text(new)
         elif new != old:
-            sys.exit(f"{name} must be as scripts/update_readme.py writes it")
-    if "--check" not in sys.argv[1:]:
-        RESULTS.with_suffix(".png").write_bytes(plot.render(json.loads(RESULTS.read_text())))
+            sys.exit(f"{name} must be as scripts/update_readme.py writes it, got another table {mark}")
+    for name in PICTURES:
+        picture = RESULTS / f"{name}.png"
+        if name not in found:
+            continue
+        if not check:
+            picture.write_bytes(plot.render(found[name]))
+        elif not picture.exists() or plot.digest(found[name]) not in Image.open(picture).info.get("Description", ""):
+            sys.exit(f"{picture.name} must be as scripts/update_readme.py draws it, got one of other results")
 
 
 if __name__ == "__main__":

@@ -6,66 +6,21 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import documents
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
-from palkernels.bench import plot, results
+from palkernels.bench import charts, plot, results
 from palkernels.bench.errors import UserError
-
-GIB = 2**30
-
-
-def row(method: str, mode: str, count: int, speed: float | None, memory: float, above: float) -> dict[str, Any]:
-    fits = speed is not None
-    return {
-        "method": method,
-        "mode": mode,
-        "audio_tokens": count,
-        "text_tokens": 128,
-        "batch_size": 2,
-        "dtype": "bfloat16",
-        "impl": "sdpa",
-        "samples_per_second": {"p50": speed, "samples": [speed, speed] if fits else []},
-        "peak_memory_bytes": int(memory * GIB) if fits else None,
-        "peak_above_static_bytes": int(above * GIB) if fits else None,
-        "memory_source": "tracked tensor allocations",
-        "source": "measured",
-        "status": "ok" if fits else "out of memory",
-    }
+from palkernels.bench.gains import Points
+from palkernels.bench.methods import METHODS
+from palkernels.bench.style import METHOD_STYLES
 
 
 @pytest.fixture
 def document() -> dict[str, Any]:
-    meta = {
-        "device": "cpu",
-        "device_name": "Some Processor",
-        "threads": 2,
-        "versions": {"palkernels": "0.1.0", "torch": "2.11.0", "transformers": "5.23.0"},
-        "date": "2026-01-02T03:04:05+00:00",
-        "model": "llama-3.2-1b",
-        "layers": 2,
-        "full_layers": 16,
-        "llm_weights": "random (seed 0)",
-        "encoder": "whisper-tiny",
-        "encoder_weights": "random (seed 0)",
-        "connector": "MLP, random (seed 0)",
-        "optimizer": "fused AdamW",
-        "text_tokens": 128,
-        "new_tokens": 8,
-        "train_batch": 2,
-        "infer_batch": 1,
-        "dtype": "bfloat16",
-        "repeats": {"train": 2, "infer": 5},
-    }
-    rows = [
-        row("plits", "train", 512, 2.0, 4.0, 2.0),
-        row("lal", "train", 512, 6.0, 3.0, 0.5),
-        row("plits", "train", 1500, None, 0, 0),
-        row("lal", "train", 1500, 5.0, 3.5, 0.7),
-        row("plits", "infer", 512, 10.0, 1.0, 0.2),
-        row("lal", "infer", 512, 15.0, 0.9, 0.1),
-    ]
-    return {"meta": meta, "rows": rows}
+    return documents.measured()
 
 
 def texts(document: dict[str, Any]) -> list[str]:
@@ -95,6 +50,66 @@ def test_the_papers_headline_is_held_against_our_baseline(document: dict[str, An
     assert list(line.get_ydata()) == [2.0 * 3.475]  # type: ignore[arg-type]
     (line,) = [line for line in memory.lines if line.get_linestyle() == ":"]
     assert list(line.get_ydata()) == [pytest.approx(4.0 * 0.359)]  # type: ignore[arg-type]
+
+
+def test_a_simulation_shows_memory_once_and_each_gpus_throughput() -> None:
+    figure = plot.draw(documents.simulated())
+    assert [ax.get_title() for ax in figure.axes[:3]] == ["peak memory", "throughput on A100", "throughput on H200"]
+    drawn = [{to_hex(line.get_color()) for line in ax.lines if line.get_linestyle() != ":"} for ax in figure.axes[:3]]
+    shown = {METHOD_STYLES[method][0] for method in ("plits", "plits-tuned", "lal-eager", "lal")}  # and no lever
+    assert drawn == [shown] * 3
+    everything = "\n".join(text.get_text() for text in figure.findobj(Text))
+    for said in ("simulated for A100 and H200", "simulated, not measured", "-75.0 %", "-60.0 %", "5.00x", "4.00x"):
+        assert said in everything
+    assert METHODS["lal-recompute"].label not in everything
+
+
+def test_every_method_has_a_colour_and_a_marker_of_its_own() -> None:
+    assert set(METHOD_STYLES) == set(METHODS)
+    for looks in zip(*METHOD_STYLES.values(), strict=True):
+        assert len(set(looks)) == len(METHODS)
+
+
+def test_what_is_written_does_not_overlap() -> None:
+    document = documents.simulated()
+    for count in (1024, 1500, 3000):
+        more = [{**row, "audio_tokens": count} for row in document["rows"] if row["audio_tokens"] == 512]
+        document["rows"] += more
+    figure = plot.draw(document)
+    figure.canvas.draw()
+    for ax in figure.axes:
+        found = [text for text in ax.texts if text.get_text().strip()] + ax.get_xticklabels()
+        boxes = [text.get_window_extent() for text in found]
+        for index, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:index]), found[index].get_text()
+
+
+def test_a_picture_says_of_which_results_it_is(document: dict[str, Any]) -> None:
+    same = json.loads(json.dumps(document, indent=4, sort_keys=True))
+    assert plot.digest(document) == plot.digest(same)
+    assert plot.digest(document).encode() in plot.render(document)
+    document["rows"][0]["peak_memory_bytes"] += 1
+    assert plot.digest(document) != plot.digest(same)
+
+
+def test_bars_show_what_memory_consists_of() -> None:
+    document = documents.simulated()
+    figure = charts.draw_memory(document["meta"], Points(document["rows"]))
+    train, infer = figure.axes
+    assert [label.get_text() for label in infer.get_yticklabels()] == ["PLITS", "LAL, eager", "LAL"]
+    ends = {round(bar.get_x() + bar.get_width(), 6) for bar in train.patches}
+    assert {16.0, 10.0, 6.0, 4.0, 3.0} <= ends  # each method's peak
+    assert "LAL, fused loss" not in [label.get_text() for label in train.get_yticklabels()]  # it did not run
+
+
+def test_lengths_are_drawn_with_their_exponents() -> None:
+    figure = charts.draw_lengths(documents.simulated(), "train")
+    time, memory, flops = figure.axes
+    found = {line.get_label(): list(line.get_ydata()) for line in time.lines}  # type: ignore[arg-type]
+    assert found["PLITS, A100: p = 1.25"] == [pytest.approx(2.0 * count) for count in (64, 128, 256)]
+    assert "LAL, H200: p = 1.25" in found
+    assert [line.get_label() for line in memory.lines] == ["PLITS: p = 1.00", "LAL: p = 1.00"]
+    assert [line.get_label() for line in flops.lines] == ["PLITS", "LAL"]  # no growth was found
 
 
 def test_draws_with_one_method_or_mode_and_nothing_that_fits(document: dict[str, Any]) -> None:
