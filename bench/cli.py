@@ -135,7 +135,7 @@ def simulate(
     model: Annotated[str, typer.Option(help=PRESETS)] = "llama-3.2-1b",
     layers: Annotated[int | None, typer.Option(help="Layers of the model.  [default: all]")] = None,
     methods: Annotated[str, typer.Option(help=METHODS)] = "all",
-    audio_tokens: Annotated[str, typer.Option(help="Numbers of audio tokens.")] = "512,1024,1500,3000",
+    audio_tokens: Annotated[str, typer.Option(help="Numbers of audio tokens.")] = "512,1500,3000",
     text_tokens: Annotated[str, typer.Option(help="Numbers of text tokens.")] = "128",
     train_batch: Annotated[int, typer.Option(help="Samples of a training step.")] = 8,
     infer_batch: Annotated[int, typer.Option(help="Samples generated together.")] = 12,

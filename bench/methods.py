@@ -303,6 +303,13 @@ class LalFusedLoss(Lal):
             return "liger-kernel is not installed"
         return None if device.type == "cuda" else "needs a GPU"
 
+    @contextmanager
+    def ready(self, model: Any, impl: str = "auto") -> Iterator[str]:
+        import liger_kernel.transformers.functional  # noqa: F401 (outside of what is measured)
+
+        with super().ready(model, impl) as name:
+            yield name
+
     def loss(self, model: Any, connector: nn.Module, batch: Batch) -> Tensor:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 

@@ -196,10 +196,7 @@ PEERS = (
     Peer("flashinfer", "cat + FlashInfer", _flashinfer, has_gradients=False, module="flashinfer"),
     Peer("sdpa", "cat + SDPA (PyTorch's choice)", _sdpa(None), devices=("cpu",)),
     Peer("eager", "RMSNorm, Linear, RoPE (eager)", _eager_projection, is_projection=True, devices=("cuda", "cpu")),
-    Peer(
-        "modules", "Llama's modules (transformers)", _layer_modules, is_projection=True, devices=("cuda", "cpu"),
-        module="transformers",
-    ),
+    Peer("modules", "Llama's modules (transformers)", _layer_modules, is_projection=True, devices=("cuda", "cpu")),
 )  # fmt: skip
 
 

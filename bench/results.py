@@ -12,6 +12,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
 Row = dict[str, Any]
 BASELINE = "plits"
 GIB = 2**30
+MOST_CURVATURE = 0.25  # by which the exponents between neighbouring lengths may differ
 POINT = ("mode", "audio_tokens", "text_tokens", "batch_size", "dtype", "device")  # what two methods are compared at
 # What every row of a document has.
 COLUMNS = (
@@ -129,7 +131,8 @@ def exponents(rows: list[Row]) -> list[Row]:
     """Of a sweep over lengths: for each length that varies, mode, method and quantity, the p in growth ~ length ** p.
 
     Growth is what a quantity has beyond its value at the shortest length, which leaves out what does not depend on it;
-    lengths are counted from there too. The slope is fitted to the longer half, in logarithms. None: it does not grow.
+    lengths are counted from there too. The slope is fitted in logarithms, to the three longest. None: it does not grow,
+    or by no one power (another part of the run may become the peak).
     """
     found = []
     quantities: dict[str, Callable[[Row], float]] = {
@@ -143,11 +146,13 @@ def exponents(rows: list[Row]) -> list[Row]:
     for (varies, mode, method, device), group in groups.items():
         for quantity, value in quantities.items():
             first, *longer = ((row[varies], value(row)) for row in sorted(group, key=lambda row: row[varies]))
-            growth = [(n - first[0], y - first[1]) for n, y in longer[len(longer) // 2 :]]
+            growth = [(n - first[0], y - first[1]) for n, y in longer[-3:]]
             slope = None
             if len(growth) > 1 and all(y > 0 for _, y in growth):
-                lengths, values = ([math.log(x) for x in column] for column in zip(*growth, strict=True))
-                slope = statistics.linear_regression(lengths, values).slope
+                logs = [(math.log(n), math.log(y)) for n, y in growth]
+                steps = [(y2 - y1) / (n2 - n1) for (n1, y1), (n2, y2) in pairwise(logs)]
+                if max(steps) - min(steps) <= MOST_CURVATURE:
+                    slope = statistics.linear_regression(*zip(*logs, strict=True)).slope
             about = {"varies": varies, "mode": mode, "method": method, "device": device}
             found.append({**about, "quantity": quantity, "exponent": slope})
     return found

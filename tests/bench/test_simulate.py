@@ -32,6 +32,7 @@ def small_plan() -> LlmPlan:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
+        max_position_embeddings=16_384,
         tie_word_embeddings=True,
     )
     return LlmPlan("small", config, 3, None)
@@ -208,7 +209,7 @@ def test_rows(document: dict[str, Any]) -> None:
 
 
 def test_lengths_and_their_exponents(document: dict[str, Any]) -> None:
-    """LAL grows linearly with audio in memory and in attention; PLITS' attention quadratically."""
+    """Attention grows linearly with audio in LAL, quadratically in PLITS."""
     lengths = document["lengths"]
     for varies, counts in LENGTHS.items():
         points = {(row["mode"], row["method"], row[varies]) for row in lengths if row["varies"] == varies}
@@ -221,7 +222,43 @@ def test_lengths_and_their_exponents(document: dict[str, Any]) -> None:
     for mode in ("train", "prefill"):
         assert found["audio_tokens", mode, "lal", "attention_flops"] == pytest.approx(1.0, abs=0.01)
         assert found["audio_tokens", mode, "plits", "attention_flops"] == pytest.approx(1.85, abs=0.05)
-    assert found["audio_tokens", "train", "lal", "peak_above_static_bytes"] == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-3.2-3b", "qwen2.5-1.5b"])
+def test_lal_is_linear_in_audio(model: str) -> None:
+    """In memory and time, as committed."""
+    exponents = json.loads((COMMITTED / f"simulate-{model}.json").read_text())["exponents"]
+    found = [x for x in exponents if (x["varies"], x["mode"], x["method"]) == ("audio_tokens", "train", "lal")]
+    assert len(found) == 3 * len(GPUS)
+    for entry in found:
+        assert entry["exponent"] == pytest.approx(1.0, abs=0.1), entry
+
+
+def test_an_exponent_is_one_power() -> None:
+    """What does not grow, or first hardly and then much, has none."""
+
+    def rows(memory: list[int]) -> list[dict[str, Any]]:
+        common = {"varies": "audio_tokens", "mode": "train", "method": "lal", "device": "x", "batch_size": 1}
+        return [
+            {
+                **common,
+                "audio_tokens": n,
+                "peak_above_static_bytes": y,
+                "attention_flops": 1,
+                "samples_per_second": {"p50": 1.0},
+            }
+            for n, y in zip((1, 2, 4, 8, 16), memory, strict=True)
+        ]
+
+    def exponent(memory: list[int]) -> float | None:
+        by_quantity = {x["quantity"]: x["exponent"] for x in results.exponents(rows(memory))}
+        assert by_quantity["seconds"] is by_quantity["attention_flops"] is None
+        return by_quantity["peak_above_static_bytes"]
+
+    assert exponent([5 + 3 * (n - 1) for n in (1, 2, 4, 8, 16)]) == pytest.approx(1.0)
+    assert exponent([5 + (n - 1) ** 2 for n in (1, 2, 4, 8, 16)]) == pytest.approx(2.0)
+    assert exponent([100, 101, 102, 103, 900]) is None
+    assert exponent([100] * 5) is None
 
 
 def test_serving(document: dict[str, Any]) -> None:
