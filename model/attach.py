@@ -22,6 +22,7 @@ from palkernels import unsupported_reasons
 from palkernels.checks import IMPLEMENTATIONS
 from palkernels.model.attention import ATTENTION_NAME, REQUEST_KEYWORD, STOCK_CONFIG, Request
 from palkernels.model.audio_state import AudioState
+from palkernels.model.connectors import Connector
 from palkernels.model.fused import alike, norms_of, why_not_plain
 from palkernels.model.generation import check_unchanged, current, generate, keys_in
 from palkernels.model.layers import AudioKV, Rotary, Rotation, num_kv_heads
@@ -124,8 +125,8 @@ def attach(
     Args:
         config: the settings, or a directory that :meth:`LalHandle.save` wrote.
         connector: kept as ``handle.connector``: what turns an encoder's states (A, N, input size) into the model's
-            (A, N, d). From a directory, MlpConnector and Linear are built; another class must be given here, and takes
-            the saved weights.
+            (A, N, d). From a directory, those in :mod:`palkernels.model.connectors` and Linear are built; another class
+            must be given here, and takes the saved weights.
         projectors: kept as ``handle.projectors``: by layer, what turns the connector's output into that layer's states;
             one for every layer that takes audio, or None where all share the connector's output.
 
@@ -219,14 +220,19 @@ class LalHandle:
 
     def state(
         self,
-        encoded: Tensor,
+        encoded: Tensor | tuple[Tensor, ...],
         lengths: Tensor | None = None,
         index: Tensor | None = None,
         insert_at: Tensor | None = None,
     ) -> AudioState:
         """The :class:`AudioState` of an encoder's states (A, N, input size): through the connector, if there is one,
-        and each layer's projector, if there are any. The other arguments are AudioState's."""
-        states = encoded if self.connector is None else self.connector(encoded)
+        and each layer's projector, if there are any. ``lengths`` are those of the encoder's states; a connector of ours
+        turns them into its own, and takes a tuple where it joins several encoders. The rest is AudioState's."""
+        states: Any = encoded
+        if isinstance(self.connector, Connector):
+            states, lengths = self.connector.connect(encoded, lengths)
+        elif self.connector is not None:
+            states = self.connector(encoded)
         if self.projectors is not None:
             found = (self.projectors.get(layer) for layer in range(len(self.layers)))
             states = [None if projector is None else projector(states) for projector in found]
