@@ -160,7 +160,7 @@ class QFormerConnector(Connector):
         mask = None
         if lengths is not None:
             states = states.masked_fill(~_valid(lengths, states).unsqueeze(-1), 0)
-            mask = _valid(lengths.clamp(min=1), states).long()  # a row that sees nothing would be NaN
+            mask = _valid(lengths.clamp(min=1), states).long()  # some kernels give NaN where nothing is seen
         outputs = self.qformer(
             query_embeds=self.queries.expand(states.shape[0], -1, -1),
             encoder_hidden_states=states,
