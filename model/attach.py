@@ -22,12 +22,21 @@ from palkernels import unsupported_reasons
 from palkernels.checks import IMPLEMENTATIONS
 from palkernels.model.attention import ATTENTION_NAME, REQUEST_KEYWORD, STOCK_CONFIG, Request
 from palkernels.model.audio_state import AudioState
+from palkernels.model.connectors import Connector
 from palkernels.model.fused import alike, norms_of, why_not_plain
 from palkernels.model.generation import check_unchanged, current, generate, keys_in
 from palkernels.model.layers import AudioKV, Rotary, Rotation, num_kv_heads
-from palkernels.model.plan import AudioLayout, Plan, check_places, padding
+from palkernels.model.plan import Plan, make_plan, texts_of
 from palkernels.model.saving import load, named_modules, save
-from palkernels.model.support import check_layer, check_order, check_reentrant, devices_of, find_decoder, find_rotary
+from palkernels.model.support import (
+    check_layer,
+    check_order,
+    check_reentrant,
+    check_state,
+    devices_of,
+    find_decoder,
+    find_rotary,
+)
 
 HANDLE = "_palkernels_handle"
 
@@ -124,8 +133,8 @@ def attach(
     Args:
         config: the settings, or a directory that :meth:`LalHandle.save` wrote.
         connector: kept as ``handle.connector``: what turns an encoder's states (A, N, input size) into the model's
-            (A, N, d). From a directory, MlpConnector and Linear are built; another class must be given here, and takes
-            the saved weights.
+            (A, N, d). From a directory, those in :mod:`palkernels.model.connectors` and Linear are built; another class
+            must be given here, and takes the saved weights.
         projectors: kept as ``handle.projectors``: by layer, what turns the connector's output into that layer's states;
             one for every layer that takes audio, or None where all share the connector's output.
 
@@ -133,10 +142,7 @@ def attach(
         TypeError, ValueError: the model or the config is not supported; the message names the model and the reason.
     """
     config = LalConfig() if config is None else config
-    if not isinstance(model, PreTrainedModel) and callable(getattr(model, "get_base_model", None)):
-        model = model.get_base_model()
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    model = base_model(model)
     saved = None
     if isinstance(config, str | os.PathLike):
         saved = load(model, config, connector, projectors)
@@ -156,7 +162,63 @@ def attach(
     return handle
 
 
-class LalHandle:
+def base_model(model: Any) -> PreTrainedModel:
+    """The transformers model itself, also of a peft model."""
+    if not isinstance(model, PreTrainedModel) and callable(getattr(model, "get_base_model", None)):
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    return model
+
+
+class Attached:
+    """A model whose ``forward`` and ``generate`` take audio, by patches of its methods.
+
+    The patches and :class:`palkernels.model.generation.Generation` ask a handle for ``rotary``, ``forward``, ``plan``,
+    ``positions``, ``rotations``, ``request`` and ``project_at_once``.
+    """
+
+    model: PreTrainedModel
+    selected: tuple[int, ...]  # the layers that take audio
+
+    def patch(self) -> None:
+        """The last step of attaching."""
+        model = self.model
+        # An instance may carry its own forward already (accelerate's hooks): it is called, and put back.
+        self._stock = {patch.name: model.__dict__.get(patch.name) for patch in PATCHES}
+        object.__setattr__(model, HANDLE, self)
+        for patch in PATCHES:
+            object.__setattr__(model, patch.name, patch(self))
+
+    def unpatch(self) -> None:
+        """The last step of detaching."""
+        model = self.model
+        for name, stock in self._stock.items():
+            patch = model.__dict__.get(name)
+            if not isinstance(patch, _Patched) or patch.handle is not self:
+                continue  # somebody has wrapped ours, which only passes on what it is given from now on
+            if stock is None:
+                object.__delattr__(model, name)
+            else:
+                object.__setattr__(model, name, stock)
+        object.__delattr__(model, HANDLE)
+
+    def stock(self, name: str) -> Callable[..., Any]:
+        """The model's forward or generate as it was before."""
+        own = self._stock[name]
+        return own if own is not None else functools.partial(getattr(type(self.model), name), self.model)
+
+    def run(self, request: Request, arguments: dict[str, Any]) -> Any:
+        """The stock forward, its layers given the request; every selected one must have taken the audio."""
+        request.consumed, request.ran = set(), True
+        outputs = self.stock("forward")(**arguments, **{REQUEST_KEYWORD: request})
+        if request.consumed != set(self.selected):
+            missed = sorted(set(self.selected) - request.consumed)
+            raise RuntimeError(f"every selected layer must take the audio, but layers {missed} did not")
+        return outputs
+
+
+class LalHandle(Attached):
     """An attached model. ``detach()`` makes it a stock model again, ``report()`` says what runs, ``save()`` keeps the
     settings, the connector and the projectors."""
 
@@ -193,40 +255,32 @@ class LalHandle:
             setattr(ours, STOCK_CONFIG, attention.config)
             ours._attn_implementation = ATTENTION_NAME
             attention.config = ours
-        # An instance may carry its own forward already (accelerate's hooks): it is called, and put back.
-        self._stock = {patch.name: model.__dict__.get(patch.name) for patch in PATCHES}
-        object.__setattr__(model, HANDLE, self)
-        for patch in PATCHES:
-            object.__setattr__(model, patch.name, patch(self))
+        self.patch()
 
     def detach(self) -> None:
         """Make the model a stock one again; a second call does nothing."""
-        model = self.model
-        if getattr(model, HANDLE, None) is not self:
+        if getattr(self.model, HANDLE, None) is not self:
             return
         for index, stock in self._stock_configs.items():
             attention: Any = self.layers[index].self_attn
             attention.config = stock
-        for name, stock in self._stock.items():
-            patch = model.__dict__.get(name)
-            if not isinstance(patch, _Patched) or patch.handle is not self:
-                continue  # somebody has wrapped ours, which only passes on what it is given from now on
-            if stock is None:
-                object.__delattr__(model, name)
-            else:
-                object.__setattr__(model, name, stock)
-        object.__delattr__(model, HANDLE)
+        self.unpatch()
 
     def state(
         self,
-        encoded: Tensor,
+        encoded: Tensor | tuple[Tensor, ...],
         lengths: Tensor | None = None,
         index: Tensor | None = None,
         insert_at: Tensor | None = None,
     ) -> AudioState:
         """The :class:`AudioState` of an encoder's states (A, N, input size): through the connector, if there is one,
-        and each layer's projector, if there are any. The other arguments are AudioState's."""
-        states = encoded if self.connector is None else self.connector(encoded)
+        and each layer's projector, if there are any. ``lengths`` are those of the encoder's states; a connector of ours
+        turns them into its own, and takes a tuple where it joins several encoders. The rest is AudioState's."""
+        states: Any = encoded
+        if isinstance(self.connector, Connector):
+            states, lengths = self.connector.connect(encoded, lengths)
+        elif self.connector is not None:
+            states = self.connector(encoded)
         if self.projectors is not None:
             found = (self.projectors.get(layer) for layer in range(len(self.layers)))
             states = [None if projector is None else projector(states) for projector in found]
@@ -307,21 +361,9 @@ class LalHandle:
             return request.project_fused(self.selected)
         return {index: request.project_fused([index])[index] for index in self.selected}
 
-    def stock(self, name: str) -> Callable[..., Any]:
-        """The model's forward or generate as it was before."""
-        own = self._stock[name]
-        return own if own is not None else functools.partial(getattr(type(self.model), name), self.model)
-
     def forward(self, audio: AudioState, arguments: dict[str, Any]) -> Any:
         """One forward with audio; ``arguments`` by name."""
-        inputs = arguments.get("input_ids")
-        inputs = arguments.get("inputs_embeds") if inputs is None else inputs
-        if inputs is None:
-            raise ValueError("a forward with audio must be given input_ids or inputs_embeds, got neither")
-        if inputs.ndim < 2 or 0 in inputs.shape[:2]:
-            raise ValueError(
-                f"a forward with audio must be given texts (B, T), B and T >= 1, got shape {tuple(inputs.shape)}"
-            )
+        inputs = texts_of(arguments)
         batch, num_queries = inputs.shape[:2]
         past = keys_in(arguments.get("past_key_values"), inputs.device)
         plan = self.plan(audio, 1, arguments, batch, past, num_queries, inputs.device)
@@ -332,18 +374,13 @@ class LalHandle:
         return self.run(request, arguments)
 
     def run(self, request: Request, arguments: dict[str, Any]) -> Any:
-        """The stock forward, its layers given the request; every selected one must have taken the audio."""
+        """See :meth:`Attached.run`."""
         if None in self._checked.values():
             self._check_again()
         if arguments.get("attention_mask") is None and arguments.get("past_key_values") is None:
             # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
             arguments["attention_mask"] = torch.ones_like(arguments["position_ids"])
-        request.consumed, request.ran = set(), True
-        outputs = self.stock("forward")(**arguments, **{REQUEST_KEYWORD: request})
-        if request.consumed != set(self.selected):
-            missed = sorted(set(self.selected) - request.consumed)
-            raise RuntimeError(f"every selected layer must take the audio, but layers {missed} did not")
-        return outputs
+        return super().run(request, arguments)
 
     def _check_again(self) -> None:
         """What attach could not compare, now that there may be values."""
@@ -389,23 +426,7 @@ class LalHandle:
         return tuple(found.get(kind) for kind in self.rotary.layer_types)
 
     def _check(self, state: AudioState, arguments: dict[str, Any]) -> None:
-        if not isinstance(state, AudioState):
-            raise TypeError(f"audio must be an AudioState, got {type(state).__name__}")
-        embedding: Any = self.model.get_input_embeddings()
-        width, dtype, device = embedding.weight.shape[1], embedding.weight.dtype, next(devices_of(embedding))
-        if state.hidden_size != width:
-            raise ValueError(f"audio states must have the model's hidden size {width}, got {state.hidden_size}")
-        if state.dtype != dtype and not torch.is_autocast_enabled(device.type):
-            raise TypeError(f"audio states must have the model's dtype {dtype}, got {state.dtype}")
-        if state.device != device:
-            raise ValueError(f"audio states must be on the model's device {device}, got {state.device}")
-        if not isinstance(state.states, Tensor):
-            given = [index for index, states in enumerate(state.states) if states is not None]
-            if len(state.states) != len(self.layers) or given != list(self.selected):
-                raise ValueError(
-                    f"a list of states must have an entry for each of {len(self.layers)} layers, a tensor exactly at "
-                    f"layers {list(self.selected)}, got {len(state.states)} entries with tensors at {given}"
-                )
+        check_state(state, self.model, len(self.layers), self.selected)
         if arguments.get("output_attentions") or getattr(self.model.config, "output_attentions", False):
             raise ValueError("output_attentions must be off with audio: the kernels do not form attention weights")
         if self.model.training:
@@ -426,49 +447,10 @@ class LalHandle:
     ) -> Plan:
         """Check what a forward was given, and work out what its mask and state mean."""
         self._check(state, arguments)
-        if batch != copies * state.batch_size:
-            raise ValueError(f"audio must describe the batch's {batch} text rows, got {state.batch_size}")
-        mask = arguments.get("attention_mask")
-        start = torch.zeros(batch, dtype=torch.long, device=device)
-        length = torch.zeros_like(start) + past + num_queries
-        left_padded = right_padded = False
-        if mask is not None:
-            mask = _text_mask(mask, batch, past, num_queries)
-            start, length, left_padded, right_padded = padding(mask)
-        no_text_follows = self.model.training or arguments.get("use_cache") is False
-        if no_text_follows and copies == 1:  # generate has checked its prompt
-            check_places(state, length)
-
-        layout = AudioLayout.of(state, copies, rotated=self.config.rope == "sequence")
-        begun = mask is None or (not torch.compiler.is_compiling() and bool((length > 0).all()))
-        plan = Plan(layout, start, length, start if left_padded else None, right_padded, begun)
-
-        given = arguments.get("position_ids")
-        if given is not None and not torch.compiler.is_compiling():
-            own = plan.text_index(past, num_queries)
-            counted = (own >= 0) & (own < length.unsqueeze(1))
-            fits = isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] == num_queries
-            if not fits or given.shape[0] not in (1, batch) or bool(((given != own) & counted).any()):
-                what = given.tolist() if isinstance(given, Tensor) else type(given).__name__
-                raise ValueError(
-                    "position_ids must count each row's own text from 0 with audio, (B, T) (packed sequences are not "
-                    f"supported), got {what}"
-                )
-        return plan
-
-
-def _text_mask(mask: object, batch: int, past: int | Tensor, num_queries: int) -> Tensor:
-    """The mask's columns up to the last query; it may be longer where the cache is preallocated."""
-    preallocated = isinstance(past, Tensor)
-    fits = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == batch
-    if fits and preallocated and torch.compiler.is_compiling():
-        return mask  # type: ignore[return-value]  # how many columns are in use is not known
-    total = int(past) + num_queries
-    if not fits or not (mask.shape[1] == total or (preallocated and mask.shape[1] > total)):  # type: ignore[attr-defined]
-        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask must be 2-D with audio, (B, past + T) = {(batch, total)}, got {got}")
-    columns: Tensor = mask[:, :total]  # type: ignore[index]
-    return columns
+        rotated = self.config.rope == "sequence"
+        return make_plan(
+            state, copies, arguments, batch, past, num_queries, device, rotated=rotated, training=self.model.training
+        )
 
 
 class _Patched:
@@ -478,7 +460,7 @@ class _Patched:
     name: str
     takes_audio = True
 
-    def __init__(self, handle: LalHandle) -> None:
+    def __init__(self, handle: Any) -> None:  # an Attached with what generation asks of it
         self.handle = handle
         parameters = inspect.signature(getattr(type(handle.model), self.name)).parameters.values()
         self.positional = [x.name for x in parameters if x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]

@@ -44,13 +44,16 @@ class Request:
         """K and V (P, Hkv, N, D) of the audio in one layer."""
         if self.cached is not None and layer in self.cached:
             return self.cached[layer]
-        if self.norm_offset is None:
-            found = self.placed(layer, *project_audio(self.layers[layer], self.states_of(layer)))
-        else:
-            found = self.project_fused([layer])[layer]
+        found = self.project(layer)
         if self.cached is not None:
             self.cached[layer] = found
         return found
+
+    def project(self, layer: int) -> AudioKV:
+        """The same, made anew."""
+        if self.norm_offset is None:
+            return self.placed(layer, *project_audio(self.layers[layer], self.states_of(layer)))
+        return self.project_fused([layer])[layer]
 
     def states_of(self, layer: int) -> Tensor:
         """The states (A, N, d) that one layer takes."""

@@ -1,6 +1,7 @@
 """From an attention mask and an :class:`AudioState` to what every layer needs: rows, positions and padding."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,3 +113,75 @@ def padding(mask: Tensor) -> tuple[Tensor, Tensor, bool, bool]:
     if bool((block != valid).any()):
         raise ValueError("attention_mask must mark one run of tokens per row with audio, got a mask with holes")
     return start, length, bool((start > 0).any()), bool((end < valid.shape[1]).any())
+
+
+def texts_of(arguments: dict[str, Any]) -> Tensor:
+    """A forward's texts, input_ids (B, T) or inputs_embeds (B, T, d)."""
+    ids = arguments.get("input_ids")
+    inputs: Tensor | None = arguments.get("inputs_embeds") if ids is None else ids
+    if inputs is None:
+        raise ValueError("a forward with audio must be given input_ids or inputs_embeds, got neither")
+    if inputs.ndim < 2 or 0 in inputs.shape[:2]:
+        raise ValueError(
+            f"a forward with audio must be given texts (B, T), B and T >= 1, got shape {tuple(inputs.shape)}"
+        )
+    return inputs
+
+
+def make_plan(
+    state: AudioState,
+    copies: int,
+    arguments: dict[str, Any],
+    batch: int,
+    past: int | Tensor,
+    num_queries: int,
+    device: torch.device,
+    *,
+    rotated: bool,
+    training: bool,
+) -> Plan:
+    """Check what a forward was given, and work out what its mask and state mean. ``copies`` and ``rotated`` are those
+    of :meth:`AudioLayout.of`; ``past`` text keys are in the cache."""
+    if batch != copies * state.batch_size:
+        raise ValueError(f"audio must describe the batch's {batch} text rows, got {state.batch_size}")
+    mask = arguments.get("attention_mask")
+    start = torch.zeros(batch, dtype=torch.long, device=device)
+    length = torch.zeros_like(start) + past + num_queries
+    left_padded = right_padded = False
+    if mask is not None:
+        mask = _text_mask(mask, batch, past, num_queries)
+        start, length, left_padded, right_padded = padding(mask)
+    no_text_follows = training or arguments.get("use_cache") is False
+    if no_text_follows and copies == 1:  # generate has checked its prompt
+        check_places(state, length)
+
+    layout = AudioLayout.of(state, copies, rotated=rotated)
+    begun = mask is None or (not torch.compiler.is_compiling() and bool((length > 0).all()))
+    plan = Plan(layout, start, length, start if left_padded else None, right_padded, begun)
+
+    given = arguments.get("position_ids")
+    if given is not None and not torch.compiler.is_compiling():
+        own = plan.text_index(past, num_queries)
+        counted = (own >= 0) & (own < length.unsqueeze(1))
+        fits = isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] == num_queries
+        if not fits or given.shape[0] not in (1, batch) or bool(((given != own) & counted).any()):
+            what = given.tolist() if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(
+                "position_ids must count each row's own text from 0 with audio, (B, T) (packed sequences are not "
+                f"supported), got {what}"
+            )
+    return plan
+
+
+def _text_mask(mask: object, batch: int, past: int | Tensor, num_queries: int) -> Tensor:
+    """The mask's columns up to the last query; it may be longer where the cache is preallocated."""
+    preallocated = isinstance(past, Tensor)
+    fits = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == batch
+    if fits and preallocated and torch.compiler.is_compiling():
+        return mask  # type: ignore[return-value]  # how many columns are in use is not known
+    total = int(past) + num_queries
+    if not fits or not (mask.shape[1] == total or (preallocated and mask.shape[1] > total)):  # type: ignore[attr-defined]
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must be 2-D with audio, (B, past + T) = {(batch, total)}, got {got}")
+    columns: Tensor = mask[:, :total]  # type: ignore[index]
+    return columns

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from palkernels.model.connectors import MlpConnector
+from palkernels.model.connectors import CONNECTORS
 
 if TYPE_CHECKING:
     from palkernels.model.attach import LalHandle
@@ -24,11 +24,8 @@ if TYPE_CHECKING:
 FILE_NAME = "lal.safetensors"
 METADATA = "palkernels"
 FORMAT = 1
-# Modules that a file can rebuild, and the attributes that are their constructors' arguments.
-BUILDABLE: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    "MlpConnector": (MlpConnector, ("input_size", "hidden_size")),
-    "Linear": (nn.Linear, ("in_features", "out_features", "bias")),
-}
+# Modules that a file can rebuild, by the names of their classes.
+BUILDABLE: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (*CONNECTORS.values(), nn.Linear)}
 CONNECTOR = "connector"
 
 
@@ -130,17 +127,19 @@ def named_modules(connector: nn.Module | None, projectors: Mapping[int, nn.Modul
 
 def _describe(module: nn.Module) -> dict[str, Any]:
     name = type(module).__name__
-    if name not in BUILDABLE or type(module) is not BUILDABLE[name][0]:
-        return {"class": name, "arguments": None}
-    values = {attribute: getattr(module, attribute) for attribute in BUILDABLE[name][1]}
-    arguments = {key: value is not None if key == "bias" else value for key, value in values.items()}
+    arguments: dict[str, Any] | None = None
+    if type(module) is nn.Linear:
+        arguments = {"in_features": module.in_features, "out_features": module.out_features}
+        arguments["bias"] = module.bias is not None
+    elif BUILDABLE.get(name) is type(module):
+        arguments = module.config  # type: ignore[assignment]
     return {"class": name, "arguments": arguments}
 
 
 def _build(path: Path, name: str, description: dict[str, Any]) -> nn.Module:
     if description["arguments"] is None or description["class"] not in BUILDABLE:
         raise ValueError(f"{name} must be given to attach: {path} holds the weights of a {description['class']} only")
-    return BUILDABLE[description["class"]][0](**description["arguments"])
+    return BUILDABLE[description["class"]](**description["arguments"])
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,7 +1,7 @@
-"""Which models can be attached: found out by looking at the layers and by running them."""
+"""Which models can be attached, found out by looking at the layers and by running them; which audio fits them."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers import AttentionInterface, PreTrainedModel
 
 from palkernels.model.attention import REQUEST_KEYWORD
+from palkernels.model.audio_state import AudioState
 from palkernels.model.fused import Checked, deviation, find_offset, norms_of, why_not_plain
 from palkernels.model.layers import Rotary, project_audio, rotate
 
@@ -59,6 +60,27 @@ def devices_of(module: nn.Module, brought_to: Any = None) -> Iterator[torch.devi
         yield torch.device(brought_to) if tensor.is_meta and brought_to is not None else tensor.device
     for child in module.children():
         yield from devices_of(child, brought_to)
+
+
+def check_state(state: AudioState, model: PreTrainedModel, num_layers: int, selected: Sequence[int]) -> None:
+    """The audio must fit the model and, where it is given per layer, be there for the selected layers alone."""
+    if not isinstance(state, AudioState):
+        raise TypeError(f"audio must be an AudioState, got {type(state).__name__}")
+    embedding: Any = model.get_input_embeddings()
+    width, dtype, device = embedding.weight.shape[1], embedding.weight.dtype, next(devices_of(embedding))
+    if state.hidden_size != width:
+        raise ValueError(f"audio states must have the model's hidden size {width}, got {state.hidden_size}")
+    if state.dtype != dtype and not torch.is_autocast_enabled(device.type):
+        raise TypeError(f"audio states must have the model's dtype {dtype}, got {state.dtype}")
+    if state.device != device:
+        raise ValueError(f"audio states must be on the model's device {device}, got {state.device}")
+    if not isinstance(state.states, Tensor):
+        given = [index for index, states in enumerate(state.states) if states is not None]
+        if len(state.states) != num_layers or given != list(selected):
+            raise ValueError(
+                f"a list of states must have an entry for each of {num_layers} layers, a tensor exactly at "
+                f"layers {list(selected)}, got {len(state.states)} entries with tensors at {given}"
+            )
 
 
 def check_reentrant(model: PreTrainedModel, layers: list[nn.Module]) -> None:

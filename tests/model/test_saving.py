@@ -6,7 +6,8 @@ from oracles import build
 from safetensors.torch import save_file
 
 from palkernels.model import LalConfig, attach
-from palkernels.model.connectors import MlpConnector
+from palkernels.model.connectors import LfstConnector, MlpConnector, QFormerConnector
+from palkernels.model.lfst import AudioGrid
 
 
 def parts(seed=0):
@@ -35,6 +36,27 @@ def test_round_trip(tmp_path, per_layer):
         assert again.projectors is None
     handle.save(str(tmp_path / "deep" / "er"))  # over the old one
     assert torch.equal(logits(attach(build("llama"), str(path.parent))), logits(handle))
+
+
+@pytest.mark.parametrize("kind", ["qformer", "lfst"])
+def test_round_trip_of_connectors(tmp_path, kind):
+    """Built again from the file alone, and used by handle.state with the encoders' lengths."""
+    torch.manual_seed(0)
+    grids = (AudioGrid(3, 2, 1.0, 8, 20.0, 4_000.0), AudioGrid(2, 4, 1.0, 8, 50.0, 8_000.0, "slaney"))
+    if kind == "qformer":
+        connector = QFormerConnector(10, 64, num_queries=4, num_layers=2, width=16, num_heads=2).eval()
+        encoded, lengths, tokens = torch.randn(2, 6, 10), torch.tensor([6, 3]), [4, 4]
+    else:
+        connector = LfstConnector((10, 12), 64, grids, width=16, num_heads=2, depth=1)
+        encoded, lengths, tokens = (torch.randn(2, 6, 10), torch.randn(2, 8, 12)), torch.tensor([6, 2]), [9, 3]
+    handle = attach(build("llama"), connector=connector)
+    handle.save(tmp_path)
+    again = attach(build("llama"), tmp_path)
+    assert again.connector.config == connector.config
+    again.connector.eval()
+    state = again.state(encoded, lengths)
+    assert state.lengths.tolist() == tokens
+    assert torch.equal(state.states, handle.state(encoded, lengths).states)
 
 
 def test_settings_alone(tmp_path):
