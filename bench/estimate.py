@@ -60,12 +60,12 @@ def calibrate(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def train_seconds(
-    config: Any, rates: Rates, in_sequence: int, audio: int, text: int, rows: int, parameter_bytes: int, logits: int
+    config: Any, rates: Rates, in_sequence: int, as_keys: int, text: int, rows: int, parameter_bytes: int, logits: int
 ) -> float:
-    """One training step: a forward, a backward of twice its work, and AdamW. `in_sequence` of the audio tokens pass
-    whole layers; `logits` tokens of a row get logits."""
+    """One training step: a forward, a backward of twice its work, and AdamW. `in_sequence` audio tokens pass whole
+    layers, `as_keys` are keys and values alone; `logits` tokens of a row get logits."""
     head = 2 * config.hidden_size * config.vocab_size * logits
-    flops = 3 * rows * (_layers_flops(config, in_sequence, audio, text) + head)
+    flops = 3 * rows * (_layers_flops(config, in_sequence, as_keys, text) + head)
     traffic = _ADAMW_PASSES * parameter_bytes + _LOGITS_PASSES * rows * logits * config.vocab_size * 4
     return float(flops / rates.flops + traffic / rates.bytes)
 
@@ -74,18 +74,18 @@ def infer_seconds(
     config: Any,
     rates: Rates,
     in_sequence: int,
-    audio: int,
+    as_keys: int,
     text: int,
     rows: int,
     parameter_bytes: int,
     new_tokens: int,
 ) -> float:
     """A prefill, whose last position alone gets logits, and `new_tokens` readings of all the weights."""
-    flops = rows * _layers_flops(config, in_sequence, audio, text)
+    flops = rows * _layers_flops(config, in_sequence, as_keys, text)
     return flops / rates.flops + new_tokens * parameter_bytes / rates.bytes
 
 
-def _layers_flops(config: Any, in_sequence: int, audio: int, text: int) -> float:
+def _layers_flops(config: Any, in_sequence: int, as_keys: int, text: int) -> float:
     """Forward FLOPs of all layers for one row."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -93,6 +93,6 @@ def _layers_flops(config: Any, in_sequence: int, audio: int, text: int) -> float
     kv_projections = 4 * config.hidden_size * kv_heads * head_dim
     others = 4 * config.hidden_size * heads * head_dim + 6 * config.hidden_size * config.intermediate_size
     tokens = text + in_sequence
-    keys_seen = tokens**2 / 2 if in_sequence else text * audio + text**2 / 2
-    layer = others * tokens + kv_projections * (text + (in_sequence or audio)) + 4 * heads * head_dim * keys_seen
+    keys_seen = tokens**2 / 2 + tokens * as_keys
+    layer = others * tokens + kv_projections * (tokens + as_keys) + 4 * heads * head_dim * keys_seen
     return float(config.num_hidden_layers * layer)

@@ -192,7 +192,8 @@ def _expected_seconds(bench: Bench, rates: estimate.Rates) -> dict[tuple[str, in
             for method in settings.methods:
                 if mode not in method.modes or method.why_not(settings.device):
                     continue
-                work = (settings.llm.config, rates, method.in_sequence(count), count, settings.text_tokens)
+                tokens = (method.in_sequence(count), method.as_keys(count), settings.text_tokens)
+                work = (settings.llm.config, rates, *tokens)
                 rows = settings.batch[mode]
                 if mode == "train":
                     logits = method.with_logits(count, settings.text_tokens)

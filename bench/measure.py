@@ -22,7 +22,7 @@ from palkernels.bench.settings import Settings
 
 __all__ = ["COMPARED", "SERVING", "Bench", "measure_point", "measure_serving"]
 
-COMPARED = ("plits", "lal")  # in serving
+COMPARED = ("plits", "lal")  # in serving, and against length
 SERVING = ((1, 1), (1, 8), (1, 32), (12, 12))  # clips, and questions about them
 
 
@@ -39,6 +39,8 @@ class Bench:
     encoder_weights: str
     parameters: list[nn.Parameter] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None
+    own_parameters: list[nn.Parameter] = field(default_factory=list)  # of the method at work
+    own_optimizer: torch.optim.Optimizer | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -58,9 +60,20 @@ class Bench:
 
     def static(self) -> list[Tensor]:
         """Parameters, their gradients and the optimizer's states, as far as they exist now."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        states = [] if self.optimizer is None else [t for s in self.optimizer.state.values() for t in s.values()]
-        return [*self.parameters, *grads, *states]
+        parameters = [*self.parameters, *self.own_parameters]
+        grads = [p.grad for p in parameters if p.grad is not None]
+        optimizers = [x for x in (self.optimizer, self.own_optimizer) if x is not None]
+        return [*parameters, *grads, *(t for x in optimizers for s in x.state.values() for t in s.values())]
+
+    @contextmanager
+    def training_too(self, parameters: list[nn.Parameter], mode: str) -> Iterator[None]:
+        """Parameters that one method has while it is ready."""
+        self.own_parameters = parameters
+        self.own_optimizer = make_adamw(parameters) if parameters and mode == "train" else None
+        try:
+            yield
+        finally:
+            self.own_parameters, self.own_optimizer = [], None
 
 
 @dataclass
@@ -183,7 +196,7 @@ def _take_turn(bench: Bench, method: Method, mode: str, batch: Batch, series: _S
     with _recording_memory(bench, series):
         if mode == "train" and bench.optimizer is None:
             bench.optimizer = make_adamw(bench.parameters)
-        with method.ready(bench.model) as series.impl:
+        with method.ready(bench.model) as series.impl, bench.training_too(method.own_parameters(bench.model), mode):
             if memory_pass:
                 series.memory = _measure_memory(bench, batch, work)
             else:
@@ -191,11 +204,13 @@ def _take_turn(bench: Bench, method: Method, mode: str, batch: Batch, series: _S
 
 
 def _train_step(bench: Bench, method: Method, batch: Batch) -> Tensor:
-    assert bench.optimizer is not None
-    bench.optimizer.zero_grad(set_to_none=True)
+    optimizers = [x for x in (bench.optimizer, bench.own_optimizer) if x is not None]
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     loss = method.loss(bench.model, bench.connector, batch)
     loss.backward()  # type: ignore[no-untyped-call]
-    bench.optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return loss.detach()
 
 

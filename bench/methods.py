@@ -17,11 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
-from torch.nn.functional import avg_pool1d
+from torch.nn.functional import adaptive_avg_pool1d, avg_pool1d
 from transformers import DynamicCache
 
 from palkernels.bench.backends import fastest_backend
 from palkernels.model import AudioState, LalConfig, attach
+from palkernels.model.attach import HANDLE
+from palkernels.model.flamingo import attach_flamingo
 from palkernels.model.layers import Rotary, project_audio, rotate
 
 __all__ = ["DEFAULT_METHODS", "LEARNING_RATE", "LEVERS", "METHODS", "MODES", "Batch", "Method", "make_adamw"]
@@ -30,6 +32,8 @@ MODES = ("train", "infer")
 IGNORED = -100  # the label that cross-entropy leaves out
 LEARNING_RATE = 1e-5  # small: what is learnt does not matter, only that weights stay finite
 POOLED = 4  # audio tokens that are averaged to one
+SUMMARY = 32  # tokens that sum up the audio
+EVERY = 4  # layers to one of Flamingo's
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,16 @@ class Method(ABC):
     def generate(self, model: Any, connector: nn.Module, batch: Batch, new_tokens: int) -> Tensor:
         """Greedy decoding of exactly `new_tokens` tokens, (B, new_tokens); called inside `ready`."""
 
+    def own_parameters(self, model: Any) -> list[nn.Parameter]:
+        """What it trains besides model and connector; asked for inside `ready`, which makes it anew."""
+        return []
+
     def in_sequence(self, audio_tokens: int) -> int:
-        """Audio tokens that pass whole layers; those of the others have keys and values alone."""
+        """Audio tokens that pass whole layers."""
+        return 0
+
+    def as_keys(self, audio_tokens: int) -> int:
+        """Audio tokens that layers have as keys and values alone."""
         return 0
 
     def with_logits(self, audio_tokens: int, text_tokens: int) -> int:
@@ -173,7 +185,14 @@ class PlitsPooled(Plits):
         return -(-audio_tokens // POOLED)
 
 
-class Lal(Method):
+class _Lal(Method):
+    """What enters as keys and values alone does so in every layer."""
+
+    def as_keys(self, audio_tokens: int) -> int:
+        return audio_tokens
+
+
+class Lal(_Lal):
     """Audio as keys and values of the model's own attention, through `palkernels.model.attach`."""
 
     name = "lal"
@@ -212,7 +231,7 @@ class Lal(Method):
         return tokens[:, batch.input_ids.shape[1] :]
 
 
-class LalEager(Method):
+class LalEager(_Lal):
     """LAL without kernels of its own, as one writes it first: each layer's modules project the audio, its keys and
     values are concatenated with the text's, and stock SDPA attends. A cache that begins with the audio's keys and
     values does just that, so the model itself is stock."""
@@ -256,6 +275,84 @@ class LalEager(Method):
             key = rotate(layer.self_attn, key, rotary.of_layer(index, states, positions))
             cache.update(_per_text(key, batch), _per_text(value, batch), index)
         return cache
+
+
+class PalMulti(Lal):
+    """PAL with two encoders: the first half of the audio tokens stands before the text (as Whisper's would), the second
+    enters as keys and values (as SSLAM's)."""
+
+    name = "pal-multi"
+    label = "PAL, two encoders"
+    about = "half of the audio tokens by PLITS (Whisper), half by LAL (SSLAM); logits of the text alone"
+
+    def in_sequence(self, audio_tokens: int) -> int:
+        return audio_tokens // 2
+
+    def as_keys(self, audio_tokens: int) -> int:
+        return audio_tokens - audio_tokens // 2
+
+    def parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters by PLITS and what by LAL, of the connector's output (A, N, d)."""
+        count = self.in_sequence(states.shape[1])
+        return states[:, :count], states[:, count:]
+
+    def loss(self, model: Any, connector: nn.Module, batch: Batch) -> Tensor:
+        given = {"labels": batch.labels, "logits_to_keep": batch.labels.shape[1], "use_cache": False}
+        loss: Tensor = model(**self.inputs(model, connector, batch), **given).loss
+        return loss
+
+    def inputs(self, model: Any, connector: nn.Module, batch: Batch) -> dict[str, Any]:
+        text = model.get_input_embeddings()(batch.input_ids)
+        before, keys = self.parts(connector(batch.states))
+        inputs_embeds = torch.cat([_per_text(before, batch), text], dim=1)
+        return {"inputs_embeds": inputs_embeds, "audio": AudioState(keys, index=batch.index)}
+
+    def generate(self, model: Any, connector: nn.Module, batch: Batch, new_tokens: int) -> Tensor:
+        inputs = self.inputs(model, connector, batch)
+        tokens: Tensor = model.generate(**inputs, **_decoding(inputs["inputs_embeds"], new_tokens))
+        return tokens
+
+
+class PalUnified(PalMulti):
+    """PAL with one encoder: a few tokens that sum up the audio stand before the text, all of it enters as keys and
+    values."""
+
+    name = "pal-unified"
+    label = "PAL, unified"
+    about = f"at most {SUMMARY} summary tokens by PLITS, the full sequence by LAL; logits of the text alone"
+
+    def in_sequence(self, audio_tokens: int) -> int:
+        return min(SUMMARY, audio_tokens)
+
+    def as_keys(self, audio_tokens: int) -> int:
+        return audio_tokens
+
+    def parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        summary = adaptive_avg_pool1d(states.transpose(1, 2), self.in_sequence(states.shape[1]))
+        return summary.transpose(1, 2), states
+
+
+class Flamingo(Lal):
+    """The comparison: gated cross-attention and an FFN of its own before every fourth layer (once in a model with
+    fewer), new parameters that train along."""
+
+    name = "flamingo"
+    label = "Flamingo"
+    about = f"gated cross-attention to the audio and an FFN, with new weights, before every {EVERY}th layer"
+
+    @contextmanager
+    def ready(self, model: Any, impl: str = "auto") -> Iterator[str]:
+        handle = attach_flamingo(model, every=min(EVERY, model.config.num_hidden_layers), impl=impl)
+        try:
+            yield impl if impl != "auto" else "triton" if model.device.type == "cuda" else "sdpa"
+        finally:
+            handle.detach()
+
+    def own_parameters(self, model: Any) -> list[nn.Parameter]:
+        return list(getattr(model, HANDLE).layers.parameters())
+
+    def as_keys(self, audio_tokens: int) -> int:
+        return 0  # the model's own layers see no audio
 
 
 class LalRecompute(Lal):
@@ -336,9 +433,12 @@ def make_adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return optimizer
 
 
-_ALL = (Plits(), PlitsTuned(), PlitsPooled(), LalEager(), Lal(), LalRecompute(), LalCheckpoint(), LalFusedLoss())
+_ALL = (
+    *(Plits(), PlitsTuned(), PlitsPooled(), LalEager(), Lal(), PalMulti(), PalUnified(), Flamingo()),
+    *(LalRecompute(), LalCheckpoint(), LalFusedLoss()),
+)
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
-DEFAULT_METHODS = ("plits", "plits-tuned", "plits-pooled", "lal-eager", "lal")
+DEFAULT_METHODS = ("plits", "plits-tuned", "plits-pooled", "lal-eager", "lal", "pal-multi", "pal-unified", "flamingo")
 LEVERS = ("lal-recompute", "lal-checkpoint", "lal-fused-loss")  # of training memory, against "lal"
 
 

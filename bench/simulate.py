@@ -150,7 +150,7 @@ def _points(options: Options, worlds: dict[str, World]) -> list[Callable[[], lis
 
 
 def _lengths(options: Options, worlds: dict[str, World]) -> list[Callable[[], list[results.Row]]]:
-    """Training steps and prefills, as one size varies."""
+    """Training steps as one size varies, and prefills as the audio does."""
 
     def work(mode: str, name: str, varies: str, count: int) -> list[results.Row]:
         at = AT | {varies: count}
@@ -163,6 +163,7 @@ def _lengths(options: Options, worlds: dict[str, World]) -> list[Callable[[], li
         partial(work, mode, name, varies, count)
         for mode in MODES
         for varies, counts in LENGTHS.items()
+        if mode == "train" or varies == "audio_tokens"
         for count in counts
         for name in COMPARED
     ]
@@ -278,19 +279,20 @@ class World:
     def train(self, method: Method, audio: int, text: int, rows: int, optimizer: str = "none") -> Simulation:
         """One training step: forward, backward and, if there is one, the optimizer's step."""
         with self.ready(method) as impl:
-            step = self._optimizer(optimizer)
+            parameters = [*self.parameters, *method.own_parameters(self.model)]
+            step = None if optimizer == "none" else make_adamw(parameters)
             states = [] if step is None else [x for found in step.state.values() for x in found.values()]
             batch = self._batch(audio, text, rows)
-            with CostCounter() as counter, self._tracker(states) as tracker:
+            with CostCounter() as counter, self._tracker([*parameters, *states]) as tracker:
                 loss = method.loss(self.model, self.connector, batch)
                 tracker.mark()
                 loss.backward()  # type: ignore[no-untyped-call]
                 del loss
                 if step is not None:
                     step.step()
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            gradients = [p.grad for p in parameters if p.grad is not None]
             memory = tracker.report(static=gradients)
-            parts = {"parameters": self.parameters, "gradients": gradients, "optimizer": states}
+            parts = {"parameters": parameters, "gradients": gradients, "optimizer": states}
             breakdown = tracker.breakdown(parts, kept_at=0)
             for parameter in self.parameters:
                 parameter.grad = None
@@ -310,8 +312,9 @@ class World:
         """A prefill and `new_tokens` decoded tokens. At most so many decoding steps run; each of the others costs as
         much more than the one before it as the second does than the first, since caches grow by a token a step."""
         with self.ready(method) as impl:
+            parameters = [*self.parameters, *method.own_parameters(self.model)]
             batch = self._batch(audio, text, rows, clips)
-            with CostCounter() as counter, self._tracker(caches=True) as tracker:
+            with CostCounter() as counter, self._tracker(parameters, caches=True) as tracker:
 
                 def mark(*_: Any) -> None:
                     counter.mark()
@@ -324,7 +327,7 @@ class World:
                     hook.remove()
             before, prefill, *steps = counter.segments
             segments = [(0, 1), *((i + 2, i + 2) for i in range(len(steps)))]
-            peaks = [Costs(tracker.breakdown({"parameters": self.parameters}, segment)) for segment in segments]
+            peaks = [Costs(tracker.breakdown({"parameters": parameters}, segment)) for segment in segments]
         first_token = before + prefill
         costs = first_token + sum(steps, Costs())
         left_out = new_tokens - 1 - len(steps)
@@ -341,16 +344,13 @@ class World:
         clip = torch.empty(audio, self.width, dtype=self.dtype)
         return Batch.make(clip, rows, text, self.vocab_size, 0, clips)
 
-    def _optimizer(self, name: str) -> torch.optim.Optimizer | None:
-        return None if name == "none" else make_adamw(self.parameters)
-
     @contextlib.contextmanager
     def ready(self, method: Method) -> Iterator[str]:
         """Yields the name of the attention that runs."""
         with self.mode, _no_launches(), _no_collection(), method.ready(self.model, self.impl) as impl:
             yield impl
 
-    def _tracker(self, states: Sequence[Tensor] = (), *, caches: bool = False) -> AllocationTracker:
+    def _tracker(self, static: Sequence[Tensor], *, caches: bool = False) -> AllocationTracker:
         def name(func: Any, args: tuple[Any, ...], tensor: Tensor) -> str | None:
             if tensor.is_floating_point() and tensor.ndim >= 2 and tensor.shape[-1] == self.vocab_size:
                 return LOGITS
@@ -358,7 +358,7 @@ class World:
             joins = func is torch.ops.aten.cat.default and args[1:] == (-2,)
             return KV_CACHE if caches and (joins or func._schema.name.startswith("palkernels::audio_kv")) else None
 
-        return AllocationTracker([*self.parameters, *states], name=name, scratch=scratch_bytes)
+        return AllocationTracker(static, name=name, scratch=scratch_bytes)
 
 
 @contextlib.contextmanager

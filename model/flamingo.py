@@ -103,21 +103,28 @@ class GatedLayer(nn.Module):
     Positions of the audio are not told, as in the paper.
     """
 
-    def __init__(self, hidden_size: int, config: FlamingoConfig) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        config: FlamingoConfig,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, wide = config.heads * config.head_dim, config.ffn_multiplier * hidden_size
         self.heads, self.head_dim, self.impl = config.heads, config.head_dim, config.impl
-        self.attention_norm = nn.LayerNorm(hidden_size)
-        self.q_proj = nn.Linear(hidden_size, inner, bias=False)
-        self.k_proj = nn.Linear(hidden_size, inner, bias=False)
-        self.v_proj = nn.Linear(hidden_size, inner, bias=False)
-        self.o_proj = nn.Linear(inner, hidden_size, bias=False)
-        self.attention_gate = nn.Parameter(torch.zeros(1))
-        self.ffn_norm = nn.LayerNorm(hidden_size)
-        self.up_proj = nn.Linear(hidden_size, wide, bias=False)
+        self.attention_norm = nn.LayerNorm(hidden_size, **made)
+        self.q_proj = nn.Linear(hidden_size, inner, bias=False, **made)
+        self.k_proj = nn.Linear(hidden_size, inner, bias=False, **made)
+        self.v_proj = nn.Linear(hidden_size, inner, bias=False, **made)
+        self.o_proj = nn.Linear(inner, hidden_size, bias=False, **made)
+        self.attention_gate = nn.Parameter(torch.zeros(1, **made))
+        self.ffn_norm = nn.LayerNorm(hidden_size, **made)
+        self.up_proj = nn.Linear(hidden_size, wide, bias=False, **made)
         self.activation: nn.Module = ACT2FN[config.activation]
-        self.down_proj = nn.Linear(wide, hidden_size, bias=False)
-        self.ffn_gate = nn.Parameter(torch.zeros(1))
+        self.down_proj = nn.Linear(wide, hidden_size, bias=False, **made)
+        self.ffn_gate = nn.Parameter(torch.zeros(1, **made))
 
     def audio_kv(self, states: Tensor) -> AudioKV:
         """K and V, both (A, H, N, D), of states (A, N, d)."""
@@ -198,7 +205,7 @@ class FlamingoHandle(Attached):
         self.layers = nn.ModuleDict()
         for index in self.selected:
             device = next(devices_of(self.decoder_layers[index]))
-            self.layers[str(index)] = GatedLayer(width, config).to(device=device, dtype=dtype)
+            self.layers[str(index)] = GatedLayer(width, config, device, dtype)
         self._hooks = [
             layer.register_forward_pre_hook(partial(self._before, index), with_kwargs=True)
             for index, layer in enumerate(self.decoder_layers)
