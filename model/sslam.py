@@ -146,8 +146,8 @@ def load_sslam(path: Path) -> SslamEncoder:
     tensors = _pickled(path) if path.suffix in (".pt", ".pth") and path.is_file() else read_tensors(path, _our_name)
     cls, positions = tensors.get("extra_tokens"), tensors.get("fixed_positional_encoder.positions")
     if cls is None or cls.ndim != 3 or positions is None:
-        found = ", ".join(map(repr, sorted(tensors)[:3])) or "no other"
-        raise ValueError(f"{named(path)} must hold extra_tokens and positions of {WHAT}, got {found} first")
+        found = f"{len(tensors)} tensors, the first {', '.join(map(repr, sorted(tensors)[:3]))}" if tensors else "none"
+        raise ValueError(f"{named(path)} must hold extra_tokens (1, 1, width) and positions of {WHAT}, got {found}")
     width = cls.shape[-1]
     layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     heads = _settings(path).get("num_heads", width // HEAD_WIDTH)

@@ -138,27 +138,43 @@ ROWS, TEXT, AUDIO, NEW = 3, 16, 50, 6
 
 def formula(name: str, mode: str, size: Sizes) -> tuple[float, float]:
     """FLOPs of attention and of all other products."""
-    connected = METHODS["plits-pooled"].in_sequence(AUDIO) if name == "plits-pooled" else AUDIO
-    in_sequence = METHODS[name].in_sequence(AUDIO)
+    method = METHODS[name]
+    connected = method.in_sequence(AUDIO) if name == "plits-pooled" else AUDIO
+    in_sequence, keys = method.in_sequence(AUDIO), method.as_keys(AUDIO)
     tokens = TEXT + in_sequence
-    pairs = {
-        "lal": TEXT * AUDIO + TEXT * (TEXT + 1) / 2,
-        "lal-eager": TEXT * (AUDIO + TEXT),  # behind a mask, all are computed
-    }.get(name, tokens * (tokens + 1) / 2)
-    audio_keys = 0 if in_sequence else AUDIO * size.keys
-    layers = size.layers * (tokens * (size.others + size.keys) + audio_keys)
+    pairs = tokens * keys + tokens * (tokens + 1) / 2
+    if name == "lal-eager":
+        pairs = TEXT * (AUDIO + TEXT)  # behind a mask, all are computed
+    layers = size.layers * (tokens * (size.others + size.keys) + keys * size.keys)
     first, second = connected * size.encoder * size.width, connected * size.width**2
     if mode == "train":
-        logits = TEXT if name == "plits-tuned" or not in_sequence else tokens
+        logits = tokens if name in ("plits", "plits-pooled") else TEXT
         head = logits * size.width * size.vocab
         # Forward 2, backward 4; the encoder's states get no gradient.
-        return 14.0 * ROWS * size.layers * size.queries * pairs, ROWS * (6 * (layers + head + second) + 4 * first)
-    seen = tokens if in_sequence else AUDIO + TEXT
+        attention, other = 14.0 * size.layers * size.queries * pairs, 6 * (layers + head + second) + 4 * first
+    else:
+        steps = NEW - 1
+        decoded = pairs + sum(tokens + keys + step for step in range(1, NEW))
+        head = size.width * size.vocab * (1 + steps)
+        layers += size.layers * steps * (size.others + size.keys)
+        attention, other = 4.0 * size.layers * size.queries * decoded, 2.0 * (layers + head + first + second)
+    if name == "flamingo":
+        more = flamingo_formula(mode, size)
+        attention, other = attention + more[0], other + more[1]
+    return ROWS * attention, ROWS * other
+
+
+def flamingo_formula(mode: str, size: Sizes) -> tuple[float, float]:
+    """The one layer that a model of two gets: attention of the text to the audio, and an FFN four times as wide."""
+    audio = 2 * AUDIO * size.width * size.queries
+    per_token = 2 * size.width * size.queries + 8 * size.width**2
+    if mode == "train":
+        seen, hidden = TEXT * AUDIO, TEXT * (TEXT + 1) / 2  # the text's own keys are there, and seen by none
+        attention = 2 * size.queries * (7 * seen + 5 * hidden)  # without their gradients
+        return attention, 6 * (audio + TEXT * per_token)
     steps = NEW - 1
-    decoded = pairs + sum(seen + step for step in range(1, NEW))
-    head = size.width * size.vocab * (1 + steps)
-    layers += size.layers * steps * (size.others + size.keys)
-    return 4.0 * ROWS * size.layers * size.queries * decoded, 2.0 * ROWS * (layers + head + first + second)
+    pairs = TEXT * AUDIO + TEXT * (TEXT + 1) / 2 + steps * (AUDIO + 1)
+    return 4 * size.queries * pairs, 2 * (audio + (TEXT + steps) * per_token)
 
 
 @pytest.fixture(scope="module")

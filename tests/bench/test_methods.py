@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 
 from palkernels.bench.methods import DEFAULT_METHODS, IGNORED, LEVERS, METHODS, POOLED, Batch, Method
 from palkernels.bench.presets import LlmPlan
+from palkernels.model import AudioState, attach
 from palkernels.model.connectors import MlpConnector
 
 AUDIO, TEXT, ROWS, VOCAB = 12, 7, 2, 64
@@ -40,14 +41,25 @@ def test_batch() -> None:
     assert torch.equal(batch.input_ids, Batch.make(clip, ROWS, TEXT, VOCAB, seed=3).input_ids)
 
 
+def open_gates(method: Method, model: Any) -> list[nn.Parameter]:
+    """Flamingo's begin closed: no audio, and no gradient but their own. What it trains of its own."""
+    own = method.own_parameters(model)
+    for parameter in own:
+        if parameter.shape == (1,):
+            parameter.data.fill_(0.5)
+    return own
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_trains_everything(method: Method) -> None:
     model, connector, batch = build()
     with method.ready(model):
+        own = open_gates(method, model)
         loss = method.loss(model, connector, batch)
         loss.backward()  # type: ignore[no-untyped-call]
+    assert bool(own) == (method.name == "flamingo")
     assert loss.item() == pytest.approx(torch.tensor(float(VOCAB)).log().item(), abs=0.5)  # untrained: a guess
-    for name, parameter in [*model.named_parameters(), *connector.named_parameters()]:
+    for name, parameter in [*model.named_parameters(), *connector.named_parameters(), *enumerate(own)]:
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
 
@@ -58,6 +70,9 @@ IMPLS = {
     "plits-pooled": "sdpa",
     "lal-eager": "cat + sdpa",
     "lal": "sdpa",
+    "pal-multi": "sdpa",
+    "pal-unified": "sdpa",
+    "flamingo": "sdpa",
 }
 
 
@@ -94,6 +109,7 @@ def test_audio_reaches_every_method() -> None:
     silent = Batch(batch.states * 0, batch.input_ids, batch.labels)
     for method in METHODS.values():
         with method.ready(model):
+            open_gates(method, model)
             assert method.loss(model, connector, batch) != method.loss(model, connector, silent)
 
 
@@ -151,6 +167,37 @@ def test_the_same_function_computed_otherwise(one: str, other: str) -> None:
         torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-6, msg=key)
     if one not in LEVERS:
         assert torch.equal(generated(one), generated(other))
+
+
+def test_pal_is_plits_and_lal_in_one() -> None:
+    """Of two encoders' audio, or of a sequence and its summary, one part is placeholders and the other keys and values:
+    as attach takes them from any user."""
+    model, connector, batch = build()
+    states, text = connector(batch.states), model.get_input_embeddings()(batch.input_ids)
+    found = {}
+    for name in ("pal-multi", "pal-unified"):
+        method = METHODS[name]
+        with method.ready(model):
+            found[name] = method.loss(model, connector, batch)
+        assert method.in_sequence(AUDIO) + method.as_keys(AUDIO) == {"pal-multi": AUDIO, "pal-unified": 2 * AUDIO}[name]
+        assert method.in_sequence(1000) == {"pal-multi": 500, "pal-unified": 32}[name]
+    handle = attach(model)
+    # Twelve tokens are fewer than the summary has at most, so it is all of them.
+    for name, before, keys in (("pal-multi", states[:, :6], states[:, 6:]), ("pal-unified", states, states)):
+        joined = torch.cat([before, text], dim=1)
+        logits = model(inputs_embeds=joined, audio=AudioState(keys)).logits[:, before.shape[1] : -1]
+        want = nn.functional.cross_entropy(logits.reshape(-1, VOCAB), batch.input_ids[:, 1:].reshape(-1))
+        assert torch.allclose(found[name], want, atol=1e-6), name
+    handle.detach()
+
+
+def test_flamingo_with_closed_gates_is_the_text_alone() -> None:
+    model, connector, batch = build()
+    flamingo = METHODS["flamingo"]
+    with flamingo.ready(model):
+        loss = flamingo.loss(model, connector, batch)
+    want = model(input_ids=batch.input_ids, labels=batch.labels).loss
+    assert torch.allclose(loss, want, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [8, 10])

@@ -269,7 +269,7 @@ def test_refuses_missing_and_unexpected_tensors(tmp_path: Path, encoder: SslamEn
             {"model.blocks.0.norm1.bias": torch.ones(WIDTH, dtype=torch.int64)},
             "hold blocks.0.norm1.bias as torch.float32, got torch.int64",
         ),
-        ({"model.extra_tokens": torch.ones(WIDTH)}, "hold extra_tokens and positions of an SSLAM encoder, got "),
+        ({"model.extra_tokens": torch.ones(WIDTH)}, "hold extra_tokens (1, 1, width) and positions of "),
         ({"model.extra_tokens": torch.ones(1, 1, 30)}, "describe an SSLAM encoder, got "),
         ({"blocks.0.norm1.bias": torch.ones(WIDTH)}, "hold safetensors weights, got ValueError: 'blocks.0.norm1.bias'"),
     ],
@@ -326,4 +326,7 @@ def test_refuses_files_that_hold_no_weights(tmp_path: Path, encoder: SslamEncode
     assert refusal(other) == "hold a state dict, got list"
     torch.save(port(encoder.state_dict()) | {"model.pre_norm.bias": 1.0}, other)
     assert refusal(other) == "hold pre_norm.bias once, as a tensor, got float"
-    assert refusal(stored({"a": torch.ones(1)}, tmp_path / "a.safetensors")).startswith("hold extra_tokens")
+    torch.save(port(encoder.state_dict()) | {"pre_norm.bias": torch.ones(WIDTH)}, other)
+    assert refusal(other) == "hold pre_norm.bias once, as a tensor, got it twice"
+    message = refusal(stored({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "a.safetensors"))
+    assert message.endswith("positions of an SSLAM encoder, got 2 tensors, the first 'a', 'b'")

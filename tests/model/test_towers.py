@@ -378,7 +378,7 @@ def test_refuses_another_models_checkpoint(tmp_path: Path) -> None:
     whisper_model(tmp_path / "whisper")
     with pytest.raises(ValueError, match=r"must hold a CLAP model, got model_type 'whisper'$"):
         ClapTower.from_checkpoint(tmp_path / "whisper")
-    with pytest.raises(ValueError, match="must hold extra_tokens and positions of an SSLAM encoder, got "):
+    with pytest.raises(ValueError, match=r"must hold extra_tokens .* and positions of an SSLAM encoder, got "):
         SslamTower.from_checkpoint(tmp_path / "whisper")
     clap_model(tmp_path / "clap")
     with pytest.raises(ValueError, match=r"must hold a Whisper model, got model_type 'clap'$"):
