@@ -6,25 +6,26 @@ trained ones and is what measurements need, or the weights of a checkpoint direc
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import WhisperConfig, WhisperFeatureExtractor
+from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from palkernels.model.features import WhisperFeatures, checked_waveform
+from palkernels.model.weights import drawn, fill, load_config, named, outline, read_tensors
 
 __all__ = ["WHISPER_SIZES", "WhisperAudioEncoder"]
 
-SAMPLING_RATE = 16_000  # Hz
-WINDOW_SECONDS = 30
-WINDOW_SAMPLES = WINDOW_SECONDS * SAMPLING_RATE
-MAX_AMPLITUDE = 2.0**31  # Far beyond audio. The spectrum of much larger samples overflows float32.
-WINDOW_STATES = 1_500  # encoder states of one window: 3,000 mel frames, halved by the second convolution
+WINDOW_SAMPLES = WhisperFeatures.max_samples  # 30 s at 16 kHz
+WINDOW_STATES = WhisperFeatures.num_states
+
+# Tensors of the models around an encoder: a decoder, the head of a classifier.
+NOT_THE_ENCODER = ("model.", "decoder.", "proj_out.", "projector.", "classifier.", "layer_weights")
 
 # The published encoders.
 WHISPER_SIZES: dict[str, dict[str, int]] = {
@@ -72,8 +73,7 @@ class WhisperAudioEncoder(nn.Module):
             ),
             "custom",
         )
-        # Made here, not read from a checkpoint: all Whisper models share its settings but the mel bins.
-        self._features = WhisperFeatureExtractor(feature_size=config.num_mel_bins)
+        self._features = WhisperFeatures(config.num_mel_bins)
         self.requires_grad_(False)
         self.eval()
 
@@ -101,15 +101,10 @@ class WhisperAudioEncoder(nn.Module):
                 an intact Whisper encoder.
         """
         if checkpoint is not None:
-            return cls(_load_encoder(Path(checkpoint)), weights=os.fspath(checkpoint)).to(device)
+            return cls(load_encoder(Path(checkpoint)), weights=os.fspath(checkpoint)).to(device)
         if size not in WHISPER_SIZES:
             raise ValueError(f"size must be one of {', '.join(WHISPER_SIZES)}, got {size!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
-        # The CPU's generator alone: torch.manual_seed would reseed the CUDA devices too.
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.default_generator.manual_seed(seed)
-            encoder = WhisperEncoder(WhisperConfig(**WHISPER_SIZES[size]))
+        encoder = drawn(lambda: WhisperEncoder(WhisperConfig(**WHISPER_SIZES[size])), seed)
         return cls(encoder, weights=f"random (seed {seed})").to(device)
 
     def train(self, mode: bool = True) -> Self:
@@ -138,124 +133,35 @@ class WhisperAudioEncoder(nn.Module):
             ValueError: The waveform is not one-dimensional, not floating point, empty, not finite or
                 beyond 2**31, or `num_tokens` is not a positive integer.
         """
-        _check_encode(waveform, num_tokens)
-        clip = waveform.detach().to("cpu", torch.float32)
-        # Checked in float32, which a float64 sample may overflow and in which the bound is exact.
-        if not bool((clip.abs() <= MAX_AMPLITUDE).all()):  # false for NaN too
-            raise ValueError("waveform must be finite and within 2**31, got NaN, infinity or a larger sample")
+        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
+            raise ValueError(f"num_tokens must be a positive integer, got {num_tokens!r}")
+        clip = checked_waveform(waveform, "waveform")
         weight = self.encoder.conv1.weight
         states = []
         for window in range(math.ceil(num_tokens / WINDOW_STATES)):
             start = window * WINDOW_SAMPLES
             looped = clip[torch.arange(start, start + WINDOW_SAMPLES, device="cpu") % clip.numel()]
-            features = self._features(looped.numpy(), sampling_rate=SAMPLING_RATE, return_tensors="pt")
-            mel = features["input_features"].to(weight.device, weight.dtype)
-            states.append(self.encoder(mel).last_hidden_state[0])
+            mel, _ = self._features([looped])
+            states.append(self.encoder(mel.to(weight.device, weight.dtype)).last_hidden_state[0])
         joined = torch.cat(states)  # (windows * 1500, hidden_size)
         return nn.functional.adaptive_avg_pool1d(joined.T[None], num_tokens)[0].T.contiguous()
 
 
-def _check_encode(waveform: torch.Tensor, num_tokens: int) -> None:
-    if not isinstance(waveform, torch.Tensor):
-        raise ValueError(f"waveform must be a torch.Tensor, got {type(waveform).__name__}")
-    if waveform.ndim != 1:
-        raise ValueError(f"waveform must have shape (samples,), got {tuple(waveform.shape)}")
-    if not waveform.is_floating_point():
-        raise ValueError(f"waveform must be floating point, got {waveform.dtype}")
-    if waveform.numel() == 0:
-        raise ValueError("waveform must hold at least one sample, got none")
-    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
-        raise ValueError(f"num_tokens must be a positive integer, got {num_tokens!r}")
-
-
-def _load_encoder(directory: Path) -> WhisperEncoder:
-    """The encoder of a Whisper checkpoint directory, float32 on the CPU.
-
-    The tensors are read by name and each one must be there. `from_pretrained` would do more than is wanted:
-    it takes pickled weights too, fills what is missing with random numbers, and takes a path that is no
-    directory for the name of a model to download.
-    """
-    config = _load_config(directory)
-    tensors = _load_tensors(directory)
-    try:
-        with torch.device("meta"):  # shapes only: the weights come from the file
-            encoder = WhisperEncoder(config)
-    except (ValueError, RuntimeError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"{_named(directory)} must describe a Whisper encoder, got {_one_line(error)}") from error
-    expected = {name: parameter.shape for name, parameter in encoder.state_dict().items()}
-    missing = sorted(expected.keys() - tensors.keys())
-    if missing:
-        raise ValueError(
-            f"{_named(directory)} must hold every tensor of a Whisper encoder, "
-            f"got {len(missing)} missing, the first {missing[0]!r}"
-        )
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise ValueError(
-                f"{_named(directory)} must hold {name} with shape {tuple(shape)} as its config.json says, "
-                f"got {tuple(tensors[name].shape)}"
-            )
-    encoder.load_state_dict({name: tensors[name].float() for name in expected}, assign=True)
+def load_encoder(directory: Path) -> WhisperEncoder:
+    """The encoder of a Whisper checkpoint directory, float32 on the CPU."""
+    config = load_config(directory, WhisperConfig, ("whisper",), "a Whisper model")
+    if config.max_source_positions != WINDOW_STATES:
+        got = config.max_source_positions
+        raise ValueError(f"{named(directory)} must have {WINDOW_STATES} source positions, got {got}")
+    tensors = read_tensors(directory, _encoder_name)
+    encoder = outline(lambda: WhisperEncoder(config), directory, "a Whisper encoder")
+    fill(encoder, tensors, directory, "a Whisper encoder")
     return encoder
 
 
-def _named(directory: Path) -> str:
-    return f"checkpoint {str(directory)!r}"
-
-
-def _load_config(directory: Path) -> Any:
-    if not directory.is_dir():
-        raise ValueError(f"{_named(directory)} must be an existing directory, got none there")
-    path = directory / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        kind = settings.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{_named(directory)} must hold a readable config.json, got {_one_line(error)}") from error
-    if kind != "whisper":
-        raise ValueError(f"{_named(directory)} must hold a Whisper model, got model_type {kind!r}")
-    try:
-        config = WhisperConfig.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # whatever a malformed setting makes transformers raise
-        raise ValueError(f"{_named(directory)} must hold a valid config.json, got {_one_line(error)}") from error
-    if config.max_source_positions != WINDOW_STATES:
-        got = config.max_source_positions
-        raise ValueError(f"{_named(directory)} must have {WINDOW_STATES} source positions, got {got}")
-    return config
-
-
-def _load_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """The encoder's tensors by their name inside `WhisperEncoder`, from one safetensors file or shards."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        if single.is_file():
-            files = {single.name}
-        elif index.is_file():
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        else:
-            raise ValueError("neither model.safetensors nor its index")
-        for file in sorted(files):
-            if Path(file).name != file:
-                raise ValueError(f"a shard outside the directory, {file!r}")
-            with safe_open(directory / file, framework="pt", device="cpu") as weights:
-                for key in weights.keys():  # noqa: SIM118 (a safetensors file cannot be iterated)
-                    name = _encoder_name(key)
-                    if name is not None:
-                        tensors[name] = weights.get_tensor(key)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"{_named(directory)} must hold safetensors weights, got {_one_line(error)}") from error
-    return tensors
-
-
 def _encoder_name(key: str) -> str | None:
-    """A tensor's name without the encoder's place in its model, None for the decoder's tensors."""
+    """A tensor's name without the encoder's place in its model, None for what is not the encoder's."""
     for prefix in ("model.encoder.", "encoder."):
         if key.startswith(prefix):
             return key.removeprefix(prefix)
-    outside = key.startswith(("model.", "decoder.", "proj_out."))
-    return None if outside else key
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return None if key.startswith(NOT_THE_ENCODER) else key

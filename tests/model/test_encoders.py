@@ -348,6 +348,11 @@ def test_refuses_another_model(tmp_path: Path) -> None:
             3,
             "must hold every tensor of a Whisper encoder, got 15 missing, the first 'layers.2.",
         ),
+        (
+            "encoder_layers",
+            1,
+            "must hold every tensor of a Whisper encoder and no other, got 15 unexpected, the first 'layers.1.",
+        ),
     ],
 )
 def test_refuses_a_config_that_does_not_fit(
