@@ -44,6 +44,10 @@ class Connector(nn.Module):
         """
         raise NotImplementedError
 
+    def output_lengths(self, lengths: torch.Tensor) -> torch.Tensor:
+        """How many states of each row :meth:`connect` makes valid of ``lengths`` (B,); needs no weights."""
+        return lengths.long()
+
 
 class MlpConnector(Connector):
     """Linear, GELU, Linear: the two-layer MLP that LLaVA-1.5 and models like it put before their LLM.
@@ -170,7 +174,11 @@ class QFormerConnector(Connector):
         states = _one_encoder(states, self.input_size)
         connected = self(states, lengths)
         lengths = _checked_lengths(lengths, states)
-        return connected, None if lengths is None else (lengths > 0).long() * self.num_queries
+        return connected, None if lengths is None else self.output_lengths(lengths)
+
+    def output_lengths(self, lengths: torch.Tensor) -> torch.Tensor:
+        """All of num_queries, none where there was nothing."""
+        return (lengths > 0).long() * self.num_queries
 
 
 class LfstConnector(Connector):
@@ -255,8 +263,12 @@ class LfstConnector(Connector):
         """See :meth:`Connector.connect`. ``lengths`` are of the first encoder's states, whole time steps: multiples of
         its grid's freq (8), which become multiples of freq + 1 (9)."""
         _, checked = self._checked(states, lengths)
-        connected, freq = self(states, lengths), self.grids[0].freq
-        return connected, None if checked is None else checked // freq * (freq + 1)
+        return self(states, lengths), None if checked is None else self.output_lengths(checked)
+
+    def output_lengths(self, lengths: torch.Tensor) -> torch.Tensor:
+        """A newline more for every time step; ``lengths`` of the first encoder's states."""
+        freq = self.grids[0].freq
+        return lengths.long() // freq * (freq + 1)
 
     def _checked(self, states: States, lengths: torch.Tensor | None) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         wanted = [("B", grid.num_tokens, size) for grid, size in zip(self.grids, self.input_sizes, strict=True)]

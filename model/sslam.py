@@ -82,7 +82,8 @@ class SslamEncoder(nn.Module):
     def forward(self, input_features: Tensor) -> Tensor:
         """(B, 1024 frames, 128 mel bins) to (B, 1 + 512, hidden_size): CLS, then the tokens, time-major."""
         x: Tensor = self.local_encoder["proj"](input_features[:, None])  # (B, hidden_size, 64, 8)
-        x = x.flatten(2).transpose(1, 2) + self.fixed_positional_encoder.get_buffer("positions")
+        positions = self.fixed_positional_encoder.get_buffer("positions")
+        x = x.flatten(2).transpose(1, 2) + positions.to(x.dtype)  # from_pretrained(dtype=...) leaves buffers as saved
         x = self.pre_norm(torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], dim=1))
         for block in self.blocks:
             x = block(x)
