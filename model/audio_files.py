@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-__all__ = ["AudioError", "load_audio"]
+__all__ = ["AudioError", "check_rates", "load_audio", "resample"]
 
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")  # libsndfile's names
 MIN_RATE = 1_000  # Hz. Slower recordings are not sound that a model here was trained on.
@@ -110,13 +110,7 @@ def load_audio(
                 _check_header(file, name, announced, sampling_rate, max_seconds)
                 blocks = _mono_blocks(file, name, announced, max_seconds)
                 if file.samplerate != sampling_rate:
-                    resampler = transforms.Resample(
-                        file.samplerate,
-                        sampling_rate,
-                        lowpass_filter_width=FILTER_ZEROS,
-                        rolloff=FILTER_ROLLOFF,
-                        dtype=torch.float32,
-                    )
+                    resampler = _resampler(transforms, file.samplerate, sampling_rate)
                     blocks = _resampled(blocks, resampler, file.samplerate, sampling_rate)
                 return _joined(blocks, name, sampling_rate)
     except OSError as error:
@@ -124,6 +118,38 @@ def load_audio(
     except soundfile.SoundFileError as error:
         reason = _one_line(getattr(error, "error_string", error))
         raise AudioError(f"{name} must hold intact WAV, FLAC, OGG or MP3 audio, got {reason!r}") from error
+
+
+def resample(waveform: torch.Tensor, rate: int, sampling_rate: int) -> torch.Tensor:
+    """A waveform (samples,) at `rate` Hz as one at `sampling_rate` Hz, float32 on the CPU, by `load_audio`'s resampler.
+
+    Raises:
+        AudioError: A rate is beyond the limits above, or the two have too small a common divisor.
+        ImportError: soundfile or torchaudio cannot be imported.
+    """
+    check_rates("audio", rate, sampling_rate)
+    if rate == sampling_rate:
+        return waveform.to("cpu", torch.float32)
+    _, transforms = _import_audio()
+    return torch.as_tensor(_resampler(transforms, rate, sampling_rate)(waveform.to("cpu", torch.float32)))
+
+
+def check_rates(name: str, rate: int, sampling_rate: int) -> None:
+    """Refuse a sampling rate beyond the limits, and one whose conversion would need too large a table."""
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise AudioError(f"{name} must have a sampling rate of {MIN_RATE} to {MAX_RATE} Hz, got {rate} Hz")
+    divisor = math.gcd(rate, sampling_rate)
+    if rate != sampling_rate and (rate // divisor) * (sampling_rate // divisor) > MAX_RESAMPLER_TAPS:
+        raise AudioError(
+            f"{name} must have a sampling rate with a larger common divisor with {sampling_rate} Hz, "
+            f"got {rate} Hz (greatest common divisor {divisor})"
+        )
+
+
+def _resampler(transforms: Any, rate: int, sampling_rate: int) -> Any:
+    return transforms.Resample(
+        rate, sampling_rate, lowpass_filter_width=FILTER_ZEROS, rolloff=FILTER_ROLLOFF, dtype=torch.float32
+    )
 
 
 def _import_audio() -> tuple[Any, Any]:
@@ -217,16 +243,9 @@ def _check_header(file: Any, name: str, announced: int | None, sampling_rate: in
     rate, channels = file.samplerate, file.channels
     if file.format not in FORMATS:
         raise AudioError(f"{name} must be WAV, FLAC, OGG or MP3, got {file.format}")
-    if not MIN_RATE <= rate <= MAX_RATE:
-        raise AudioError(f"{name} must have a sampling rate of {MIN_RATE} to {MAX_RATE} Hz, got {rate} Hz")
     if not 1 <= channels <= MAX_CHANNELS:
         raise AudioError(f"{name} must have 1 to {MAX_CHANNELS} channels, got {channels}")
-    divisor = math.gcd(rate, sampling_rate)
-    if rate != sampling_rate and (rate // divisor) * (sampling_rate // divisor) > MAX_RESAMPLER_TAPS:
-        raise AudioError(
-            f"{name} must have a sampling rate with a larger common divisor with {sampling_rate} Hz, "
-            f"got {rate} Hz (greatest common divisor {divisor})"
-        )
+    check_rates(name, rate, sampling_rate)
     if announced is None:
         return
     if announced >= UNKNOWN_FRAMES:
