@@ -9,6 +9,20 @@ except ModuleNotFoundError as error:
 
 from palkernels.model.attach import LalConfig, LalHandle, LalReport, attach
 from palkernels.model.audio_state import AudioState
+from palkernels.model.configuration_pal import PalConfig
+from palkernels.model.modeling_pal import AudioFeatures, PalForConditionalGeneration
+from palkernels.model.processing_pal import PalProcessor
 from palkernels.model.training import freeze_ffn
 
-__all__ = ["AudioState", "LalConfig", "LalHandle", "LalReport", "attach", "freeze_ffn"]
+__all__ = [
+    "AudioFeatures",
+    "AudioState",
+    "LalConfig",
+    "LalHandle",
+    "LalReport",
+    "PalConfig",
+    "PalForConditionalGeneration",
+    "PalProcessor",
+    "attach",
+    "freeze_ffn",
+]

@@ -76,6 +76,7 @@ class Row:
     ids: torch.Tensor
     states: list
     insert_at: torch.Tensor  # (n,)
+    embeds: torch.Tensor | None = None  # (T, d) instead of the text's own embeddings: PLITS tokens among them
 
 
 def rows_of(ids, lengths, state: AudioState, num_layers):
@@ -102,7 +103,7 @@ def oracle_logits(model, row: Row, layers, rope):
     is_audio[row.insert_at + torch.arange(n)] = True
     positions = torch.arange(n + text)
     own = (~is_audio).cumsum(0) - 1  # each text token's place in the text
-    embedded = model.get_input_embeddings()(row.ids)
+    embedded = model.get_input_embeddings()(row.ids) if row.embeds is None else row.embeds
     hidden = torch.zeros(n + text, embedded.shape[-1], dtype=embedded.dtype).masked_scatter(
         ~is_audio[:, None], embedded
     )

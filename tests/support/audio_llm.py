@@ -1,0 +1,58 @@
+"""Small audio LLMs around the models of oracles.py, sounds, and the batches that a processor makes of them."""
+
+import math
+
+import torch
+from oracles import FAMILIES, SIZES, STOCK_ATTENTION
+from transformers import AutoConfig
+
+from palkernels.bench.ask import AUDIO, byte_tokenizer
+from palkernels.model import PalConfig, PalForConditionalGeneration, PalProcessor
+
+TOWERS = {
+    "whisper": {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 1, "encoder_ffn_dim": 16},
+    "clap": {"patch_embeds_hidden_size": 4, "depths": [1] * 4, "num_attention_heads": [1] * 4},
+    "sslam": {"hidden_size": 16, "num_layers": 1, "num_heads": 1},
+}
+CONNECTORS = {
+    "mlp": {},
+    "qformer": {"num_queries": 5, "num_layers": 1, "width": 16, "num_heads": 2, "dropout": 0.0},
+    "lfst": {"width": 16, "num_heads": 2, "depth": 1},
+}
+LAYERS = 3
+TOKENIZER = byte_tokenizer()
+AUDIO_ID = TOKENIZER.convert_tokens_to_ids(AUDIO)
+
+
+def entry(kind, integration="lal", connector="mlp"):
+    config = [TOWERS[x] for x in kind] if isinstance(kind, list) else TOWERS[kind]
+    settings = {"type": connector, "config": CONNECTORS[connector]}
+    return {"type": kind, "config": config, "integration": integration, "connector": settings}
+
+
+def text_config(family="llama", **changes):
+    model_type, own = FAMILIES[family]
+    vocabulary = {"vocab_size": len(TOKENIZER), "pad_token_id": TOKENIZER.pad_token_id}
+    config = AutoConfig.for_model(model_type, **(SIZES | own | vocabulary | changes))
+    config._attn_implementation = STOCK_ATTENTION.get(model_type, "sdpa")
+    return config
+
+
+def build_pal(*entries, family="llama", dtype=torch.float32, text=None, **settings):
+    torch.manual_seed(0)
+    config = PalConfig(
+        text_config=text_config(family, **(text or {})),
+        encoders=list(entries),
+        **({"audio_token_id": AUDIO_ID} | settings),
+    )
+    return PalForConditionalGeneration(config).to(dtype).eval()
+
+
+def processor_of(model, **settings):
+    return PalProcessor.from_config(TOKENIZER, model.config, **settings)
+
+
+def tone(hertz=440.0, seconds=0.1, rate=16_000):
+    """(samples,) of a decaying tone with an overtone."""
+    time = torch.arange(round(seconds * rate)) / rate
+    return (torch.sin(2 * math.pi * hertz * time) + 0.3 * torch.sin(4.4 * math.pi * hertz * time)) * torch.exp(-time)
