@@ -11,7 +11,7 @@ from palkernels.model.towers import TOWERS
 
 __all__ = ["PalConfig"]
 
-INTEGRATIONS = ("lal", "plits")
+INTEGRATIONS = ("lal", "plits", "flamingo")
 PROJECTIONS = ("shared", "per_layer")
 PAIR = ("sslam", "clap")  # the towers of an entry whose connector is LFST, in this order
 ENTRY_KEYS = ("type", "config", "integration", "connector")
@@ -35,6 +35,8 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
         rope, impl, recompute_audio_kv: :class:`LalConfig`'s.
         projection: "shared": all layers take the connector's output; "per_layer": each projects it once more, by a
             linear map of its own. The paper does not say which; the default is ours.
+        flamingo: arguments of :func:`attach_flamingo` such as {"every": 4}, where audio enters by Flamingo. LAL and
+            Flamingo exclude each other.
         summary_tokens: tokens by PLITS per clip of the one encoder whose audio enters by LAL; 0: none. They are means
             over the connector's output.
         audio_token_id: the placeholder that each PLITS token replaces, within the vocabulary; may be None if there are
@@ -57,6 +59,7 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
     impl: str = "auto"
     recompute_audio_kv: bool = False
     projection: str = "shared"
+    flamingo: Any = None
     summary_tokens: int = 0
     audio_token_id: int | None = None
     freeze_encoders: bool = True
@@ -109,6 +112,10 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
         ways = [entry["integration"] for entry in self.encoders]
         if self.summary_tokens and ways != ["lal"]:
             raise ValueError(f'summary_tokens must be 0 unless one encoder enters, by "lal", got {ways}')
+        if {"lal", "flamingo"} <= set(ways):
+            raise ValueError(f"audio must enter by LAL or by Flamingo, besides PLITS, got {ways}")
+        if self.flamingo is not None and not (isinstance(self.flamingo, dict) and self.uses("flamingo")):
+            raise ValueError(f"flamingo must be a dict where audio enters by it, else None, got {self.flamingo!r}")
         vocabulary, given = self.text_config.vocab_size, self.audio_token_id
         if given is None and self.uses("plits"):
             raise ValueError("audio_token_id must be given where audio enters by PLITS, got None")

@@ -15,11 +15,12 @@ from transformers import (
 )
 from transformers import initialization as init
 
-from palkernels.model.attach import LalHandle, attach
+from palkernels.model.attach import HANDLE, LalHandle, attach, base_model
 from palkernels.model.audio_state import AudioState
 from palkernels.model.clips import Clips, join, places, rows_of, summaries
 from palkernels.model.configuration_pal import PalConfig
 from palkernels.model.connectors import Connector
+from palkernels.model.flamingo import FlamingoHandle, GatedLayer, attach_flamingo
 from palkernels.model.pal_parts import build_connectors, build_towers, connect, tower_types, with_configs
 from palkernels.model.training import freeze_ffn
 
@@ -48,9 +49,9 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
     - audio_lengths (C,) or (C, towers): the valid states of each clip; None: all.
     - audio_index (B, K): the clips of each text in their order, -1 where there is none; None: clip b belongs to text
       b, and C == B. Texts may share a clip.
-    - insert_at (B,) or (B, K): where each clip's LAL audio stands in the text, in tokens without padding, not
-      decreasing; None: before the text. Placeholders count as text: with an ``insert_at`` in front of a clip's
-      placeholders they see its LAL audio. The paper leaves this open.
+    - insert_at (B,) or (B, K): where the audio of each clip that enters by LAL or Flamingo stands in the text, in
+      tokens without padding, not decreasing; None: before the text. Placeholders count as text: with an ``insert_at``
+      in front of a clip's placeholders they see its other audio. The paper leaves this open.
 
     In a sequence that continues a cache (B, T) are the new tokens. All clips of the conversation are given again, as
     ``audio_features`` if they are not to be encoded again, for LAL's audio lies in no text cache; PLITS tokens do, and
@@ -65,7 +66,6 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
     """
 
     config: PalConfig
-    base_model_prefix = "language_model"
     main_input_name = "input_ids"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
@@ -89,10 +89,13 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         width, layers = config.text_config.hidden_size, config.lal_layers()
         own = layers if config.projection == "per_layer" else []
         self.layer_projector = nn.ModuleDict({str(layer): nn.Linear(width, width) for layer in own})
-        for part in (self.multi_modal_projector, self.layer_projector):
+        self.gated_layer = nn.ModuleDict()
+        handle = self._attached()  # refuses a language model that cannot be attached
+        if isinstance(handle, FlamingoHandle):
+            self.gated_layer = handle.layers
+        for part in (self.multi_modal_projector, self.layer_projector, self.gated_layer):
             _keep_weights(part)
         self._freeze()
-        self._lal()  # refuses a language model that cannot be attached
         self.post_init()
 
     @classmethod
@@ -141,16 +144,21 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         if isinstance(module, Connector):  # its queries and the like, which are no module
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, std=0.02)
+        elif isinstance(module, GatedLayer):
+            init.zeros_(module.attention_gate)
+            init.zeros_(module.ffn_gate)
 
-    def _lal(self) -> LalHandle | None:
-        """The attached language model's handle, None where no layer takes audio by LAL."""
-        return attach(self.language_model, self.config.lal()) if self.config.lal_layers() else None
-
-    def _causal_lm(self) -> PreTrainedModel:
-        """The language model within its adapters, if it has any."""
-        wrapped = not isinstance(self.language_model, PreTrainedModel)
-        found: PreTrainedModel = self.language_model.get_base_model() if wrapped else self.language_model
-        return found
+    def _attached(self) -> LalHandle | FlamingoHandle | None:
+        """The attached language model's handle; None where none of its layers takes audio."""
+        if self.config.lal_layers():
+            return attach(self.language_model, self.config.lal())
+        if not self.config.uses("flamingo"):
+            return None
+        if self.gated_layer:
+            handle: FlamingoHandle = getattr(base_model(self.language_model), HANDLE)
+            return handle
+        settings = {"impl": self.config.impl, **(self.config.flamingo or {})}
+        return attach_flamingo(self.language_model, **settings)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()  # type: ignore[no-any-return]
@@ -265,7 +273,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         arguments = self._with_audio(prompt, inputs_embeds, features, audio_index, insert_at, None)
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
-        self._causal_lm().generation_config = self.generation_config
+        base_model(self.language_model).generation_config = self.generation_config
         return self.language_model.generate(**arguments, **kwargs)
 
     def _features(
@@ -308,8 +316,9 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
                 raise ValueError("input_ids must be given alone where audio enters by PLITS, got inputs_embeds")
             if not continued or bool(found.any()):
                 arguments["inputs_embeds"] = self._embed(input_ids, found, features.plits, index)
-        if features.lal is not None and self._lal() is not None:
-            arguments["audio"] = self._state(features.lal, index, insert_at)
+        inside = features.lal or features.flamingo
+        if inside is not None and self._attached() is not None:
+            arguments["audio"] = self._state(inside, index, insert_at)
         return arguments
 
     def _placeholders(self, input_ids: Tensor) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from audio_llm import AUDIO, AUDIO_ID, LAYERS, build_pal, entry, processor_of, tone
+from audio_llm import AUDIO, AUDIO_ID, LAYERS, build_pal, entry, open_gates, processor_of, tone
 from oracles import Row, oracle_logits
 from transformers import StaticCache
 
@@ -158,15 +158,34 @@ MIXED = [
     [entry("whisper")],
     [entry("whisper", "plits")],
     [entry("whisper", "plits"), entry("sslam")],
+    [entry("whisper", "plits"), entry("sslam", "flamingo")],
     [entry("clap", "lal", "qformer"), entry("whisper")],
 ]
+WAYS = ["lal", "plits", "plits+lal", "plits+flamingo"]
+
+
+def build_any(entries):
+    settings = {"flamingo": {"every": 2}} if any(x["integration"] == "flamingo" for x in entries) else {}
+    return open_gates(build_pal(*entries, dtype=torch.float64, **settings))
+
+
+def test_flamingo_begins_as_the_text_alone():
+    model = build_pal(entry("whisper", "flamingo"), flamingo={"every": 1})
+    batch = batch_of(model)
+    with torch.no_grad():
+        want = model.language_model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        closed = model(**batch).logits
+        opened = open_gates(model)(**batch).logits
+    valid = batch["attention_mask"] != 0
+    torch.testing.assert_close(closed[valid], want[valid], **CLOSE)
+    assert not torch.allclose(opened[valid], want[valid], rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("entries", MIXED, ids=["lal", "plits", "plits+lal", "lal+lal"])
+@pytest.mark.parametrize("entries", MIXED, ids=[*WAYS, "lal+lal"])
 def test_rows_are_what_they_are_alone(entries, side):
     """With and without audio, several clips, clips of different lengths, padding on either side."""
-    model = build_pal(*entries, dtype=torch.float64)
+    model = build_any(entries)
     audio = clips()
     batch = batch_of(model, padding_side=side)
     with torch.no_grad():
@@ -211,9 +230,9 @@ def test_labels_of_placeholders_do_not_count():
     torch.testing.assert_close(found.loss, want)
 
 
-@pytest.mark.parametrize("entries", MIXED[:3], ids=["lal", "plits", "plits+lal"])
+@pytest.mark.parametrize("entries", MIXED[:4], ids=WAYS)
 def test_generation_is_the_forward_without_a_cache(entries, monkeypatch):
-    model = build_pal(*entries, dtype=torch.float64)
+    model = build_any(entries)
     batch = batch_of(model)
     calls = []
     real = model.audio_tower[0].forward
@@ -232,9 +251,9 @@ def test_generation_is_the_forward_without_a_cache(entries, monkeypatch):
     assert torch.equal(model.generate(**batch, **settings, cache_implementation="static", disable_compile=True), got)
 
 
-@pytest.mark.parametrize("entries", MIXED[:3], ids=["lal", "plits", "plits+lal"])
+@pytest.mark.parametrize("entries", MIXED[:4], ids=WAYS)
 def test_beams_and_samples(entries):
-    model = build_pal(*entries, dtype=torch.float64)
+    model = build_any(entries)
     batch = batch_of(model)
     settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "eos_token_id": None}
     together = model.generate(**batch, **settings)
@@ -246,10 +265,10 @@ def test_beams_and_samples(entries):
     assert sampled.shape == (6, batch["input_ids"].shape[1] + 3)
 
 
-@pytest.mark.parametrize("entries", MIXED[:3], ids=["lal", "plits", "plits+lal"])
+@pytest.mark.parametrize("entries", MIXED[:4], ids=WAYS)
 def test_a_conversation_goes_on_with_its_cache(entries):
     """Second question after a second clip: as from the start, the first text not computed again."""
-    model = build_pal(*entries, dtype=torch.float64)
+    model = build_any(entries)
     first, second = tone(), tone(300, 0.06)
     settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
     start = batch_of(model, [f"one {AUDIO}?"], [first])

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from audio_llm import AUDIO, AUDIO_ID, TOKENIZER, build_pal, entry, processor_of, text_config, tone
+from audio_llm import AUDIO, AUDIO_ID, TOKENIZER, build_pal, entry, open_gates, processor_of, text_config, tone
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,6 +24,7 @@ KINDS = {
     "lal": ([entry("sslam")], {}),
     "plits": ([entry("sslam", "plits")], {}),
     "plits+lal": ([entry("whisper", "plits"), entry("sslam")], {}),
+    "flamingo": ([entry("sslam", "flamingo")], {"flamingo": {"every": 1, "ffn_multiplier": 1}}),
     "lfst": ([entry(["sslam", "clap"], "lal", "lfst")], {}),
     "summary": ([entry("sslam")], {"summary_tokens": 2, "projection": "per_layer"}),
 }
@@ -41,7 +42,7 @@ def batch_of(model, texts=(f"hear {AUDIO}: what?", f"{AUDIO} then"), audio=None,
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_model_is_the_same_to_the_bit(kind, tmp_path):
     entries, settings = KINDS[kind]
-    model = build_pal(*entries, layers=[0, 2], freeze_ffn=True, **settings)
+    model = open_gates(build_pal(*entries, layers=[0, 2], freeze_ffn=True, **settings))
     batch = batch_of(model)
     model.save_pretrained(tmp_path)
     processor_of(model).save_pretrained(tmp_path)
@@ -229,7 +230,7 @@ def test_the_trainer_learns_ten_sounds(kind, tmp_path):
     entries, settings = KINDS[kind]
     model = build_pal(*entries, **settings)
     arguments = TrainingArguments(
-        tmp_path, max_steps=40, per_device_train_batch_size=10, learning_rate=5e-3, lr_scheduler_type="constant",
+        tmp_path, max_steps=80, per_device_train_batch_size=10, learning_rate=5e-3, lr_scheduler_type="constant",
         report_to=[], disable_tqdm=True, logging_steps=1, save_strategy="no", use_cpu=True,
     )  # fmt: skip
     several = len(model.audio_tower) > 1
@@ -288,6 +289,8 @@ WRONG = [
     ((entry("clap"),), {"summary_tokens": -1}, "summary_tokens must be an integer, at least 0"),
     ((entry("clap", "plits"),), {"audio_token_id": None}, "audio_token_id must be given where audio enters by PLITS"),
     ((entry("clap"),), {"audio_token_id": 259}, "audio_token_id must be from 0 to 258, got 259"),
+    ((entry("clap"), entry("sslam", "flamingo")), {}, "audio must enter by LAL or by Flamingo, besides PLITS, got"),
+    ((entry("clap"),), {"flamingo": {"every": 2}}, "flamingo must be a dict where audio enters by it, else None"),
     ((entry("clap"),), {"freeze_ffn": 1}, "freeze_ffn must be a bool"),
     ((entry("clap"),), {"text_config": {"hidden_size": 8}}, "text_config must have a model_type"),
     ((entry("clap"),), {"text_config": None}, "text_config must be a config or a dict"),

@@ -48,6 +48,14 @@ def build_pal(*entries, family="llama", dtype=torch.float32, text=None, **settin
     return PalForConditionalGeneration(config).to(dtype).eval()
 
 
+def open_gates(model):
+    """Flamingo's gates begin at 0, where no audio passes."""
+    for layer in model.gated_layer.values():
+        layer.attention_gate.data.fill_(0.7)
+        layer.ffn_gate.data.fill_(-0.4)
+    return model
+
+
 def processor_of(model, **settings):
     return PalProcessor.from_config(TOKENIZER, model.config, **settings)
 
