@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from transformers.utils import logging
 
 from palkernels.bench.errors import UserError, one_line
+from palkernels.bench.settings import parse_device
 from palkernels.model import PalForConditionalGeneration, PalProcessor
 from palkernels.model.audio_files import AudioError
 
@@ -76,20 +77,21 @@ def ask(directory: Path, audio: Path, question: str, max_new_tokens: int = 64, d
     """Print the answer of a saved model to a question about a sound, token by token.
 
     Raises:
-        UserError: the directory holds no such model, or the file is refused.
+        UserError: the directory holds no such model, the file is refused, or there is no such device.
     """
     if not (directory / "config.json").is_file():
         raise UserError(f"--model must be a directory with a saved model, got {str(directory)!r}")
+    where = parse_device(device)
     logging.disable_progress_bar()
     try:
-        model = PalForConditionalGeneration.from_pretrained(directory, local_files_only=True).to(device).eval()
+        model = PalForConditionalGeneration.from_pretrained(directory, local_files_only=True).to(where).eval()
         processor = PalProcessor.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"--model must be a saved audio LLM, got {one_line(error)}") from error
     item = {"type": "audio", "path": audio}
     messages = [{"role": "user", "content": [item, {"type": "text", "text": question}]}]
     try:
-        inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True).to(device)
+        inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True).to(where)
     except (AudioError, ValueError) as error:
         raise UserError(one_line(error)) from error
     if (directory / MADE).is_file():

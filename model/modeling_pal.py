@@ -100,8 +100,9 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own; what the config says is frozen is so again, which loading forgets."""
-        found = super().from_pretrained(*args, **kwargs)
+        """transformers' own, from safetensors unless ``use_safetensors`` says otherwise. What the config says is frozen
+        is so again, which loading forgets."""
+        found = super().from_pretrained(*args, **{"use_safetensors": True, **kwargs})
         (found[0] if isinstance(found, tuple) else found)._freeze()
         return found
 

@@ -78,6 +78,14 @@ def test_tied_embeddings_and_dtypes(tmp_path):
     assert torch.equal(logits(same, batch), logits(again, batch))
 
 
+def test_pickles_are_not_read(tmp_path):
+    model = build_pal(entry("sslam"))
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModel.from_pretrained(tmp_path)
+
+
 def test_a_checkpoint_without_the_connector_gets_a_new_one(tmp_path):
     """Nothing is left as memory happened to be."""
     from safetensors.torch import load_file, save_file

@@ -1,0 +1,99 @@
+"""`palkernels init` and `ask`, end to end."""
+
+import json
+import subprocess
+import sys
+import wave
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+from palkernels.bench.ask import AUDIO, UNTRAINED, byte_tokenizer
+from palkernels.bench.cli import main
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.fixture(scope="module", params=["lal", "plits"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("init") / "model"
+    assert run("init", directory, "--integration", request.param) == 0
+    return directory
+
+
+def test_a_question_about_a_file(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(2)
+        file.setframerate(44_100)
+        file.writeframes(bytes(range(256)) * 200)
+    answers = []
+    for audio in (["--audio", tmp_path / "a.wav"], []):  # a file, and the bundled clip
+        assert run("ask", "--model", made, *audio, "What is it?", "--max-new-tokens", 8) == 0
+        said, _, answer = capsys.readouterr().out.partition("\n")
+        assert said == UNTRAINED
+        answers.append(answer)
+    (made / "untrained.json").rename(tmp_path / "untrained.json")
+    assert run("ask", "--model", made, "What is it?", "--max-new-tokens", 8) == 0
+    assert capsys.readouterr().out == answers[1]
+    (tmp_path / "untrained.json").rename(made / "untrained.json")
+
+
+def test_what_init_writes_is_a_model_like_any(made: Path) -> None:
+    assert not [path for path in made.iterdir() if path.suffix not in (".json", ".jinja", ".safetensors")]
+    model, processor = AutoModelForMultimodalLM.from_pretrained(made), AutoProcessor.from_pretrained(made)
+    assert processor.audio_token_id == model.config.audio_token_id
+    assert json.loads((made / "untrained.json").read_text()) == {"weights": "random", "seed": 0}
+
+
+def test_bytes_and_back() -> None:
+    tokenizer = byte_tokenizer()
+    text = "Grüße, 世界\n\t🎵"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer(f"a{AUDIO}b")["input_ids"][1] == tokenizer.convert_tokens_to_ids(AUDIO)
+
+
+def test_every_mistake_is_one_line(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "text.wav").write_text("no sound")
+    for arguments, message in (
+        (["init", made], "must be a new or empty directory"),
+        (["init", tmp_path / "new", "--integration", "x"], "--integration must be lal or plits, got 'x'"),
+        (["ask", "--model", tmp_path / "empty", "?"], "--model must be a directory with a saved model"),
+        (["ask", "--model", tmp_path / "other", "?"], "--model must be a saved audio LLM"),
+        (["ask", "--model", made, "--audio", tmp_path / "text.wav", "?"], "must hold intact WAV, FLAC, OGG or MP3"),
+        (["ask", "--model", made, "--audio", tmp_path / "none.wav", "?"], "must exist, got no such file"),
+        (["ask", "--model", made, "--device", "tpu", "?"], "--device must be auto, cpu, cuda or cuda:INDEX"),
+        (["ask", "--model", made, f"{AUDIO}?"], "content must be"),
+    ):
+        assert run(*arguments) == 2
+        said = capfd.readouterr().err.strip().splitlines()
+        assert said[-1].startswith("error: ")
+        assert message in said[-1]
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """As a user runs it, in a process of its own and without a network."""
+    code = f"""
+import socket
+def refuse(*arguments):
+    raise OSError("no network")
+socket.socket.connect = refuse
+from palkernels.bench.cli import main
+main({["init", str(tmp_path / "m")]!r})
+"""
+    ask = code.replace(repr(["init", str(tmp_path / "m")]), repr(["ask", "--model", str(tmp_path / "m"), "What?"]))
+    for script, found in ((code, f"Model: {tmp_path / 'm'}\n"), (ask, f"{UNTRAINED}\n")):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+        assert done.stdout.startswith(found)
