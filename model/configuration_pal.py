@@ -147,6 +147,8 @@ def _entry(given: Any, width: int) -> dict[str, Any]:
     configs = entry["config"] if several else [entry["config"]]
     if not isinstance(configs, list) or len(configs) != len(types) or any(not isinstance(x, dict) for x in configs):
         raise ValueError(f"an encoder's config must be a dict, or a list of one per type, got {entry['config']!r}")
+    if any("freeze" in config for config in configs):
+        raise ValueError(f"an encoder's config must not say freeze, as freeze_encoders does, got {entry['config']!r}")
     settings = connector.get("config") or {}
     if settings.get("hidden_size", width) != width:
         raise ValueError(f"a connector's hidden_size must be the language model's {width}, got {settings}")

@@ -195,7 +195,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
             if audio_lengths.numel() != rows * count:
                 got = tuple(audio_lengths.shape)
                 raise ValueError(f"audio_lengths must be (C, towers) = {(rows, count)}, got {got}")
-            audio_lengths = audio_lengths.reshape(rows, count)
+            audio_lengths = audio_lengths.reshape(rows, count).to(encoded[0].device)
         found: dict[str, list[Clips]] = {}
         first = 0
         for entry, connector in zip(self.config.encoders, self.multi_modal_projector, strict=True):
@@ -304,7 +304,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         if not arguments:
             raise ValueError("input_ids or inputs_embeds must be given, got neither")
         found = None if input_ids is None else self._placeholders(input_ids)
-        if features is None:
+        if features is None or not any(features):
             if found is not None and not torch.compiler.is_compiling() and bool(found.any()):
                 raise ValueError(f"audio must be given for {int(found.sum())} placeholders in input_ids, got none")
             return arguments
@@ -352,7 +352,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
             own = self.layer_projector
             states = [own[layer](states) if layer in own else None for layer in layers]
         if insert_at is not None:
-            given = insert_at.reshape(index.shape[0], -1)
+            given = insert_at.reshape(index.shape[0], -1).to(index.device)
             if given.shape != index.shape:
                 raise ValueError(f"insert_at must be (B, K) = {tuple(index.shape)}, got {tuple(insert_at.shape)}")
             before = given.masked_fill(index < 0, 0).cummax(dim=1).values
@@ -378,7 +378,7 @@ def _index(audio_index: Tensor | None, batch: int, clips: Clips) -> Tensor:
         return torch.arange(batch, device=clips.lengths.device).unsqueeze(1)
     if audio_index.ndim not in (1, 2) or audio_index.shape[0] != batch:
         raise ValueError(f"audio_index must be (B, K) with B = {batch}, got shape {tuple(audio_index.shape)}")
-    index = audio_index.reshape(batch, -1).long()
+    index = audio_index.reshape(batch, -1).to(clips.lengths.device, torch.long)
     if index.device.type == "cpu" and index.numel() and not -1 <= int(index.min()) <= int(index.max()) < count:
         raise ValueError(f"audio_index must be from -1 to {count - 1}, got {index.tolist()}")
     return index

@@ -33,7 +33,9 @@ def with_configs(encoders: Sequence[dict[str, Any]], towers: Sequence[nn.Module 
         count = len(tower_types(entry)) if isinstance(entry, dict) and "type" in entry else 1
         given, rest = rest[:count], rest[count:]
         if any(tower is not None for tower in given):
-            configs = [getattr(tower, "config", {}) for tower in given]
+            configs = [dict(getattr(tower, "config", {})) for tower in given]
+            for config in configs:
+                config.pop("freeze", None)  # PalConfig.freeze_encoders says it
             entry = {**entry, "config": configs if isinstance(entry["type"], list | tuple) else configs[0]}
         found.append(entry)
     return found

@@ -1,6 +1,7 @@
 """Clips as a caller gives them, arrays or files, as waveforms that an encoder can take, within limits."""
 
 import os
+from numbers import Integral
 from typing import Any
 
 import numpy
@@ -37,8 +38,9 @@ def waveform(clip: Any, rate: int | None, sampling_rate: int, *, max_seconds: fl
         raise AudioError(f"audio must be floating point, in [-1, 1] by custom, got {clip.dtype}")
     if rate is None:
         raise AudioError("sampling_rate must be given with arrays, got None")
-    if isinstance(rate, bool) or not isinstance(rate, int):
+    if isinstance(rate, bool) or not isinstance(rate, Integral):
         raise AudioError(f"sampling_rate must be an integer, got {rate!r}")
+    rate = int(rate)  # NumPy's, too
     check_rates("audio", rate, sampling_rate)
     samples = clip.shape[0]
     if not samples:

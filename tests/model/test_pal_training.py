@@ -124,6 +124,10 @@ def test_from_parts(tmp_path):
     model.save_pretrained(tmp_path)
     again = PalForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(logits(again, batch), logits(model, batch))
+    free = PalForConditionalGeneration.from_pretrained(tmp_path, freeze_encoders=False).train()
+    assert all(parameter.requires_grad for parameter in free.audio_tower.parameters())
+    assert free.audio_tower[1].encoder.training
+    assert not again.train().audio_tower[1].encoder.training
     with pytest.raises(TypeError, match="a tower must be a WhisperTower, got SslamTower"):
         PalForConditionalGeneration.from_parts(language_model, entries, [tower, None], audio_token_id=AUDIO_ID)
     with pytest.raises(ValueError, match="towers must be 2, each a module or None, got 1"):
@@ -286,6 +290,7 @@ WRONG = [
     ((entry("sslam") | {"connector": {"type": "lfst"}},), {}, r"the type must be \['sslam', 'clap'\] for"),
     ((entry(["sslam", "clap"], "lal", "lfst") | {"connector": {"type": "mlp"}},), {}, "the type must be one encoder's"),
     ((entry(["sslam", "clap"], "lal", "lfst") | {"config": {"hidden_size": 8}},), {}, "an encoder's config must be"),
+    ((entry("clap") | {"config": {"freeze": True}},), {}, "an encoder's config must not say freeze"),
     ((entry("clap") | {"connector": {"type": "mlp", "config": {"hidden_size": 8}}},), {}, "hidden_size must be the"),
     ((entry("clap"),), {"layers": [3]}, "layers must be from 0 to 2"),
     ((entry("clap"),), {"layers": "some"}, 'layers must be "all" or layer indices'),
