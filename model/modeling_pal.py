@@ -338,7 +338,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
                 f"input_ids must hold a placeholder, token {self.config.audio_token_id}, for each PLITS token, "
                 f"{audio.lengths.tolist()} in the texts, got {counts.tolist()}"
             )
-        embeds: Tensor = self.get_input_embeddings()(input_ids.masked_fill(found, 0))
+        embeds: Tensor = self.get_input_embeddings()(input_ids)
         tokens = audio.states[audio.valid()].to(embeds.dtype)
         return embeds.masked_scatter(found.unsqueeze(-1), tokens)
 

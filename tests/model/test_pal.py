@@ -41,7 +41,7 @@ def row_of(batch, b):
 
 def embeds_of(model, ids, tokens):
     """The text's embeddings, placeholders replaced by ``tokens`` in their order."""
-    embeds = model.get_input_embeddings()(ids.masked_fill(ids == AUDIO_ID, 0)).clone()
+    embeds = model.get_input_embeddings()(ids).clone()
     embeds[ids == AUDIO_ID] = tokens
     return embeds
 
@@ -194,6 +194,22 @@ def test_rows_are_what_they_are_alone(entries, side):
             alone = model(**batch_of(model, [TEXTS[b]], own)).logits[0]
             got = together[b][batch["attention_mask"][b] != 0]
             torch.testing.assert_close(got, alone, **CLOSE)
+
+
+@pytest.mark.parametrize("entries", MIXED, ids=[*WAYS, "lal+lal"])
+def test_several_clips_of_any_length(entries):
+    """Rows whose clips fill them unevenly, one clip twice, texts in any order of clips."""
+    model = build_any(entries)
+    short, middle, long = tone(seconds=0.02), tone(200, 0.1), tone(300, 0.3)
+    texts = [f"{AUDIO}a{AUDIO}", f"b{AUDIO}{AUDIO}c{AUDIO}", f"{AUDIO} d"]
+    audio = [[short, middle], [long, short, long], [middle]]
+    batch = dict(processor_of(model)(texts, audio, 16_000))
+    assert len(batch["audio_lengths"]) == 3
+    with torch.no_grad():
+        together = model(**batch).logits
+        for b, own in enumerate(audio):
+            alone = model(**batch_of(model, [texts[b]], own)).logits[0]
+            torch.testing.assert_close(together[b][batch["attention_mask"][b] != 0], alone, **CLOSE)
 
 
 def test_texts_share_a_clip():

@@ -43,6 +43,7 @@ def batch_of(model, texts=(f"hear {AUDIO}: what?", f"{AUDIO} then"), audio=None,
 def test_a_saved_model_is_the_same_to_the_bit(kind, tmp_path):
     entries, settings = KINDS[kind]
     model = open_gates(build_pal(*entries, layers=[0, 2], freeze_ffn=True, **settings))
+    model.generation_config.max_new_tokens = 2
     batch = batch_of(model)
     model.save_pretrained(tmp_path)
     processor_of(model).save_pretrained(tmp_path)
@@ -54,6 +55,7 @@ def test_a_saved_model_is_the_same_to_the_bit(kind, tmp_path):
         for name, tensor in model.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor), name
         assert torch.equal(logits(again, batch), logits(model, batch))
+        assert again.generate(**batch).shape[1] == batch["input_ids"].shape[1] + 2
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert [name for name, parameter in again.named_parameters() if parameter.requires_grad] == trained
     assert AutoConfig.from_pretrained(tmp_path).to_dict()["encoders"] == model.config.encoders
@@ -86,18 +88,28 @@ def test_pickles_are_not_read(tmp_path):
         AutoModel.from_pretrained(tmp_path)
 
 
+def test_parts_of_several_dtypes():
+    """A connector in float32 before a language model in half of it."""
+    model = build_pal(entry("whisper", "plits"), entry("sslam"))
+    batch = batch_of(model)
+    want = logits(model, batch)
+    model.language_model.to(torch.bfloat16)
+    torch.testing.assert_close(logits(model, batch).float(), want, rtol=0.1, atol=0.2)
+
+
 def test_a_checkpoint_without_the_connector_gets_a_new_one(tmp_path):
     """Nothing is left as memory happened to be."""
     from safetensors.torch import load_file, save_file
 
-    model = build_pal(entry("sslam", "lal", "qformer"))
+    model = open_gates(build_pal(entry("sslam", "flamingo", "qformer"), flamingo={"every": 2}))
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
-    tensors = {name: x for name, x in load_file(path).items() if not name.startswith("multi_modal_projector")}
+    tensors = {name: x for name, x in load_file(path).items() if name.startswith(("language", "audio"))}
     save_file(tensors, path, metadata={"format": "pt"})
     again = PalForConditionalGeneration.from_pretrained(tmp_path)
     queries = again.multi_modal_projector[0].queries
     assert 0.005 < float(queries.detach().std()) < 0.08
+    assert [(float(x.attention_gate), float(x.ffn_gate)) for x in again.gated_layer.values()] == [(0.0, 0.0)]
     assert logits(again, batch_of(model)).isfinite().all()
 
 
@@ -119,6 +131,9 @@ def test_from_parts(tmp_path):
     for found, want in ((language_model.state_dict(), before), (model.audio_tower[1].state_dict(), weights)):
         assert all(torch.equal(found[name], want[name]) for name in want)
     assert model.config.encoders[1]["config"]["hidden_size"] == 16
+    drawn = model.multi_modal_projector[1].linear_1.weight  # as nn.Linear draws it, not as the language model's
+    assert drawn.abs().max() <= 0.25
+    assert drawn.std() > 0.12
     batch = batch_of(model)
     assert model.generate(**batch).shape[1] == batch["input_ids"].shape[1] + 3
     model.save_pretrained(tmp_path)

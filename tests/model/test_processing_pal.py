@@ -12,6 +12,7 @@ import pytest
 import torch
 from audio_llm import AUDIO, AUDIO_ID, TOKENIZER, build_pal, entry, processor_of, tone
 from hostile import HOSTILE
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from palkernels.model import PalConfig, PalProcessor
@@ -129,6 +130,29 @@ def test_chat(both, tmp_path):
     item = {"type": "audio", "audio_url": "https://example.org/a.wav"}
     with pytest.raises(AudioError, match=r"a file on this machine, got the address"):
         both.apply_chat_template([{"role": "user", "content": [item]}], tokenize=True)
+
+
+def test_a_beginning_is_not_added_twice(both, tmp_path):
+    """A tokenizer that begins every text with a token of its own, as Llama's does."""
+    TOKENIZER.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, bos_token="<s>")
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    template = "<s>{{ messages[0]['content'] }}"
+    processor = PalProcessor(tokenizer, both.encoders, chat_template=template)
+    item = {"type": "audio", "audio": tone()}
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}, item]}]
+    for found in (
+        processor(f"a{AUDIO}", tone(), 16_000),
+        processor(f"<s>a{AUDIO}", tone(), 16_000),
+        processor.apply_chat_template(chat, tokenize=True, sampling_rate=16_000),
+    ):
+        assert (found["input_ids"] == bos).sum() == 1
+        assert found["insert_at"].tolist() == [[2]]
+    plain = PalProcessor(tokenizer, both.encoders, chat_template="{{ messages[0]['content'] }}")
+    found = plain.apply_chat_template(chat, tokenize=True, sampling_rate=16_000)
+    assert found["insert_at"].tolist() == [[1]]  # a template says all there is to say
+    assert processor(f"a{AUDIO}", tone(), 16_000, add_special_tokens=False)["insert_at"].tolist() == [[1]]
 
 
 def test_save_and_load(both, tmp_path):
