@@ -376,14 +376,19 @@ class LalHandle(Attached):
     def run(self, request: Request, arguments: dict[str, Any]) -> Any:
         """See :meth:`Attached.run`."""
         if None in self._checked.values():
-            self._check_again()
+            self.check()
         if arguments.get("attention_mask") is None and arguments.get("past_key_values") is None:
             # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
             arguments["attention_mask"] = torch.ones_like(arguments["position_ids"])
         return super().run(request, arguments)
 
-    def _check_again(self) -> None:
-        """What attach could not compare, now that there may be values."""
+    def check(self) -> None:
+        """Compare what attach could not, since weights had no values, now that they may. The first forward with audio
+        does it otherwise.
+
+        Raises:
+            ValueError: the model is not supported.
+        """
         if torch.compiler.is_compiling():
             raise RuntimeError("a model that was attached without values must run with audio before it is compiled")
         for index, checked in self._checked.items():

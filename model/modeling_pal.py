@@ -17,7 +17,7 @@ from transformers import initialization as init
 
 from palkernels.model.attach import HANDLE, LalHandle, attach, base_model
 from palkernels.model.audio_state import AudioState
-from palkernels.model.clips import Clips, join, places, rows_of, summaries
+from palkernels.model.clips import Clips, join, rows_of, summaries
 from palkernels.model.configuration_pal import PalConfig
 from palkernels.model.connectors import Connector
 from palkernels.model.flamingo import FlamingoHandle, GatedLayer, attach_flamingo
@@ -103,7 +103,11 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         """transformers' own, from safetensors unless ``use_safetensors`` says otherwise. What the config says is frozen
         is so again, which loading forgets."""
         found = super().from_pretrained(*args, **{"use_safetensors": True, **kwargs})
-        (found[0] if isinstance(found, tuple) else found)._freeze()
+        model: Self = found[0] if isinstance(found, tuple) else found
+        model._freeze()
+        handle = model._attached()
+        if isinstance(handle, LalHandle):
+            handle.check()  # it was attached before its weights had values
         return found
 
     @classmethod
@@ -330,8 +334,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
     def _embed(self, input_ids: Tensor | None, found: Tensor, clips: Clips, index: Tensor) -> Tensor:
         """The text's embeddings (B, T, d), each placeholder replaced by its PLITS token."""
         assert input_ids is not None
-        rows = rows_of(clips, index)
-        audio = Clips(rows.audio.states[rows.index], rows.audio.lengths[rows.index])
+        audio = rows_of(clips, index).each()
         counts = found.sum(dim=1)
         if not torch.compiler.is_compiling() and not torch.equal(counts, audio.lengths):
             raise ValueError(
@@ -357,7 +360,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
                 raise ValueError(f"insert_at must be (B, K) = {tuple(index.shape)}, got {tuple(insert_at.shape)}")
             before = given.masked_fill(index < 0, 0).cummax(dim=1).values
             given = torch.where(index < 0, before, given)  # no clip, no place: that of the clip before it
-            insert_at = given.squeeze(1) if given.shape[1] == 1 else places(rows, given)
+            insert_at = given.squeeze(1) if given.shape[1] == 1 else rows.places(given)
         return AudioState(states, rows.audio.lengths, rows.index, insert_at)
 
 

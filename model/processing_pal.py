@@ -114,10 +114,8 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
             raise ValueError(f'return_tensors must be "pt", got {return_tensors!r}')
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(isinstance(x, str) for x in texts):
-            raise ValueError(f"text must be a string or a list of them, got {text!r}")
-        bos = self.tokenizer.bos_token
-        add_special_tokens = add_special_tokens and not (bos and texts[0].startswith(bos))
-        rows = self.tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+            raise ValueError(f"text must be a string or a list of them, got {type(text).__name__}")
+        rows = [self._ids(x, add_special_tokens) for x in texts]
         heard = self._heard(audio, [row.count(self.audio_token_id) for row in rows])
         clips, index = _distinct(heard)
         found, lengths = self.audio_features(clips, sampling_rate) if clips else (None, None)
@@ -230,6 +228,11 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
                     raise ValueError(f'content must be "text", or "audio" with an array or a path, got {got}')
             flat.append({**message, "content": "".join(parts)})
         return flat, clips
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        begun = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens and not begun)["input_ids"]
+        return ids
 
     def _heard(self, audio: Any, tokens: list[int]) -> list[list[Any]]:
         """The clips of each text, as many as it has audio tokens."""

@@ -55,6 +55,8 @@ def test_a_saved_model_is_the_same_to_the_bit(kind, tmp_path):
         for name, tensor in model.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor), name
         assert torch.equal(logits(again, batch), logits(model, batch))
+        if again.config.uses("lal"):
+            assert attach(again.language_model, again.config.lal()).why_not_fused() is None
         assert again.generate(**batch).shape[1] == batch["input_ids"].shape[1] + 2
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert [name for name, parameter in again.named_parameters() if parameter.requires_grad] == trained
@@ -109,7 +111,7 @@ def test_a_checkpoint_without_the_connector_gets_a_new_one(tmp_path):
     again = PalForConditionalGeneration.from_pretrained(tmp_path)
     queries = again.multi_modal_projector[0].queries
     assert 0.005 < float(queries.detach().std()) < 0.08
-    assert [(float(x.attention_gate), float(x.ffn_gate)) for x in again.gated_layer.values()] == [(0.0, 0.0)]
+    assert [(x.attention_gate.item(), x.ffn_gate.item()) for x in again.gated_layer.values()] == [(0.0, 0.0)]
     assert logits(again, batch_of(model)).isfinite().all()
 
 

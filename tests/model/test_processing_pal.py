@@ -149,6 +149,8 @@ def test_a_beginning_is_not_added_twice(both, tmp_path):
     ):
         assert (found["input_ids"] == bos).sum() == 1
         assert found["insert_at"].tolist() == [[2]]
+    found = processor([f"<s>a{AUDIO}", f"a{AUDIO}"], [tone(), tone()], 16_000)
+    assert torch.equal(found["input_ids"][0], found["input_ids"][1])
     plain = PalProcessor(tokenizer, both.encoders, chat_template="{{ messages[0]['content'] }}")
     found = plain.apply_chat_template(chat, tokenize=True, sampling_rate=16_000)
     assert found["insert_at"].tolist() == [[1]]  # a template says all there is to say
