@@ -90,9 +90,10 @@ def test_pickles_are_not_read(tmp_path):
         AutoModel.from_pretrained(tmp_path)
 
 
-def test_parts_of_several_dtypes():
+@pytest.mark.parametrize("projection", ["shared", "per_layer"])
+def test_parts_of_several_dtypes(projection):
     """A connector in float32 before a language model in half of it."""
-    model = build_pal(entry("whisper", "plits"), entry("sslam"))
+    model = build_pal(entry("whisper", "plits"), entry("sslam"), projection=projection)
     batch = batch_of(model)
     want = logits(model, batch)
     model.language_model.to(torch.bfloat16)
