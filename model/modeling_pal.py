@@ -345,12 +345,15 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
     def _state(self, clips: Clips, index: Tensor, insert_at: Tensor | None) -> AudioState:
         rows = rows_of(clips, index)
         states: Any = rows.audio.states
-        if not torch.is_autocast_enabled(states.device.type):
-            states = states.to(self.get_input_embeddings().weight.dtype)
+        weight: Any = self.get_input_embeddings().weight
+        autocast = torch.is_autocast_enabled(states.device.type)
+        dtype = states.dtype if autocast else weight.dtype
         if self.layer_projector:
             layers = (str(layer) for layer in range(self.config.text_config.num_hidden_layers))
             own = self.layer_projector
-            states = [own[layer](states) if layer in own else None for layer in layers]
+            states = [own[layer](states).to(dtype) if layer in own else None for layer in layers]
+        else:
+            states = states.to(dtype)
         if insert_at is not None:
             given = insert_at.reshape(index.shape[0], -1).to(index.device)
             if given.shape != index.shape:

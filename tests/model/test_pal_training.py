@@ -88,9 +88,10 @@ def test_pickles_are_not_read(tmp_path):
         AutoModel.from_pretrained(tmp_path)
 
 
-def test_parts_of_several_dtypes():
+@pytest.mark.parametrize("projection", ["shared", "per_layer"])
+def test_parts_of_several_dtypes(projection):
     """A connector in float32 before a language model in half of it."""
-    model = build_pal(entry("whisper", "plits"), entry("sslam"))
+    model = build_pal(entry("whisper", "plits"), entry("sslam"), projection=projection)
     batch = batch_of(model)
     want = logits(model, batch)
     model.language_model.to(torch.bfloat16)
@@ -192,6 +193,31 @@ def test_lora_on_the_language_model():
     assert sum("lora_B" in name for name in grads) == 9
 
 
+def test_lora_on_the_whole_model(tmp_path):
+    """Adapters of the language model alone, saved and loaded as peft does; connectors are trained with them."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    entries = [entry("whisper", "plits"), entry("sslam")]
+    lora = LoraConfig(
+        target_modules=r".*language_model.*(q|v)_proj",
+        modules_to_save=["multi_modal_projector.0", "multi_modal_projector.1"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(build_pal(*entries), lora)
+    batch = batch_of(adapted.base_model.model)
+    adapted(**batch, labels=batch["input_ids"]).loss.backward()
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.grad is not None]
+    assert {("lora" in name, "multi_modal_projector" in name) for name in trained} == {(True, False), (False, True)}
+    for parameter in adapted.base_model.model.multi_modal_projector.parameters():
+        parameter.data.mul_(1.1)
+    adapted.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build_pal(*entries), tmp_path).eval()
+    assert torch.equal(logits(again, batch), logits(adapted, batch))
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(again.generate(**batch, **settings), adapted.generate(**batch, **settings))
+
+
 @pytest.mark.parametrize("entries", [[entry("sslam")], [entry("whisper", "plits"), entry("sslam")]])
 def test_gradient_checkpointing(entries):
     def gradients(checkpoint):
@@ -267,6 +293,32 @@ def test_the_trainer_learns_ten_sounds(kind, tmp_path):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] > 2
     assert min(losses) < 0.1
+
+
+def test_the_trainer_with_texts_and_clips(tmp_path):
+    """The processor as collator; rows without audio; checkpointed layers; a checkpoint is a whole model."""
+    model = build_pal(entry("whisper", "plits"), entry("sslam"))
+    processor = processor_of(model)
+    rows = [{"text": f"{AUDIO}is a", "clips": [tone()]}, {"text": "none", "clips": []}] * 2
+
+    def collate_texts(rows):
+        texts, clips = [row["text"] for row in rows], [row["clips"] for row in rows]
+        batch = processor(texts, clips, 16_000, padding_side="right")
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=4, save_steps=2, eval_strategy="steps", eval_steps=1,
+        report_to=[], disable_tqdm=True, use_cpu=True, remove_unused_columns=False, gradient_checkpointing=True,
+    )  # fmt: skip
+    data = {"train_dataset": rows, "eval_dataset": rows, "data_collator": collate_texts}
+    trainer = Trainer(model, arguments, **data, processing_class=processor)
+    trainer.train()
+    losses = [found["eval_loss"] for found in trainer.state.log_history if "eval_loss" in found]
+    assert losses[1] < losses[0]
+    saved = tmp_path / "checkpoint-2"
+    again, processor = AutoModelForMultimodalLM.from_pretrained(saved), AutoProcessor.from_pretrained(saved)
+    batch = processor([f"{AUDIO}is"], [tone()], 16_000)
+    assert torch.equal(logits(again, batch), logits(model.eval(), batch))
 
 
 def test_the_language_model_is_attached_as_the_config_says():
