@@ -87,6 +87,23 @@ def simulated_table(*documents: dict) -> str:
     return f"{picture}\n\n{said}\n\n{markdown(table)}"
 
 
+def methods_table(document: dict) -> str:
+    """A row per method, at one number of audio tokens: memory, and throughput on one GPU as a multiple."""
+    points = Points(document["rows"])
+    methods = [name for name in points.methods("train") if name not in LEVERS]
+    table = tables.Table("", [tables.Column("", text=True)])
+    for mode in ("training", "inference"):
+        table.columns += [tables.Column(f"{mode} {what}") for what in ("GiB", "vs PLITS", f"{short(GPU)} vs PLITS")]
+    for method in methods:
+        cells = [label(method)]
+        for mode in MODES:
+            at = (mode, method, "plits", LENGTH)
+            cells += [tables.gib(points.value(MEMORY, mode, method, LENGTH)), tables.change(points.change(MEMORY, *at))]
+            cells.append(tables.factor(points.change(RATE, *at, GPU)))
+        table.rows.append(cells)
+    return markdown(table)
+
+
 def paper_table(document: dict) -> str:
     return markdown(tables.paper(Points(document["rows"]), published_alone=True))
 
@@ -187,6 +204,7 @@ def goals_table(document: dict) -> str:
 TABLES: tuple[tuple[str, str, Callable[..., str], tuple[str, ...]], ...] = (
     ("README.md", "figure1-cpu", measured_table, ("figure1-cpu",)),
     ("README.md", "simulated", simulated_table, SIMULATED),
+    ("README.md", "methods", methods_table, SIMULATED[:1]),
     ("README.md", "paper", paper_table, SIMULATED[:1]),
     ("README.md", "levers", levers_table, SIMULATED[:1]),
     ("README.md", "serving", serving_table, SIMULATED[:1]),
