@@ -61,7 +61,7 @@ def lal_attention(
         return_lse: also return the log-sum-exp of the visible scores.
         impl: "triton", "sdpa" (PyTorch's fused kernels, any device), "reference" (the definition), or "auto":
             triton for CUDA tensors that it supports, sdpa otherwise. Triton takes CPU tensors iff
-            TRITON_INTERPRET=1.
+            TRITON_INTERPRET=1, and fake tensors anywhere: no kernel runs for them.
 
     Integer tensors may have any integer dtype. Their values are checked on CPU tensors; on CUDA only with
     PALKERNELS_CHECK=1, otherwise they are clamped there and nothing is read out of bounds. Keys and values that no

@@ -1,4 +1,4 @@
-"""`palkernels simulate`: predictions against tracked runs, the issue's bounds at full size, the committed results."""
+"""`palkernels simulate`: predictions against tracked runs, what LAL saves at full size, the committed results."""
 
 import json
 from pathlib import Path
