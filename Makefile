@@ -1,5 +1,5 @@
 # make figure1   Figure 1 from the bundled clip, into figure1-out/
-# make figure1-all   the same with every method, and questions about shared clips
+# make figure1-all   the same with every method
 # make simulate  Figure 1 at full size on two GPUs, without one, into simulate-out/
 # make test      lint, types and tests, on the installed wheel
 # make mutants   seeded faults in the kernels, which the tests must catch, into tests/mutants.json

@@ -51,8 +51,10 @@ def _root(
 
 
 PRESETS = "llama-3.2-1b, llama-3.2-3b, qwen2.5-1.5b, or a directory with a config.json."
+# Not read from methods.py, whose import takes seconds; a test compares the two.
 METHODS = (
-    "Any of plits, plits-tuned, plits-pooled, lal-eager, lal, lal-recompute, lal-checkpoint and lal-fused-loss, or all."
+    "Any of plits, plits-tuned, plits-pooled, lal-eager, lal, pal-multi, pal-unified, flamingo, lal-recompute, "
+    "lal-checkpoint and lal-fused-loss, or all."
 )
 
 

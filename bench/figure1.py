@@ -17,6 +17,7 @@ the sweep goes on.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import math
 import platform
 import warnings
@@ -93,13 +94,25 @@ def _resume(document: dict[str, Any], before: dict[str, Any], settings: Settings
         UserError: the conditions differ; the message names those that do.
     """
     old, new = before["meta"], document["meta"]
+    if not isinstance(old.get("options"), dict) or not isinstance(old.get("repeats"), dict):
+        raise UserError("--resume must find a run of this version of figure1 in --out, got a file without its options")
     fixed = {key: value for key, value in new.items() if key not in FREE_TO_CHANGE}
-    for was, now in ((old.get("options", {}), new["options"]), (old, fixed)):  # options first: others follow from them
+    for was, now in ((old["options"], new["options"]), (old, fixed)):  # options first: others follow from them
         differ = [key for key in now if was.get(key) != now[key]]
         if differ:
             pairs = ", ".join(f"{key} {was.get(key)!r} and now {now[key]!r}" for key in differ)
             raise UserError(f"--resume must be given what the run in --out was given, got {pairs}")
-    document |= {"rows": before["rows"], "serving": before["serving"], "meta": {**old, "complete": False}}
+    # A point counts if it has every method; the rest of a file that was cut or edited is measured again.
+    wanted = {mode: {x.name for x in settings.methods if mode in x.modes} for mode in MODES}
+    points: dict[tuple[str, int], list[results.Row]] = {}
+    for row in before["rows"]:
+        points.setdefault((row["mode"], row["audio_tokens"]), []).append(row)
+    whole = [rows for (mode, _), rows in points.items() if {row["method"] for row in rows} == wanted.get(mode)]
+    document |= {
+        "rows": [row for rows in whole for row in rows],
+        "serving": before.get("serving", []),
+        "meta": {**old, "complete": False},
+    }
     return replace(settings, repeats=old["repeats"])
 
 
@@ -135,7 +148,8 @@ def _build(options: Options, settings: Settings, waveform: Tensor) -> Bench:
         raise UserError(f"{settings.llm.name} must fit into memory, got too little: try fewer --layers") from error
     except (TypeError, ValueError) as error:
         raise UserError(one_line(error)) from error
-    bench = Bench(settings, llm.model, connector, clips, llm.weights, encoder.size, encoder.weights)
+    digest = _digest(waveform.numpy().tobytes())
+    bench = Bench(settings, llm.model, connector, clips, llm.weights, encoder.size, encoder.weights, digest)
     bench.parameters = [*llm.model.parameters(), *connector.parameters()]
     return bench
 
@@ -178,6 +192,7 @@ def _sweep(bench: Bench, rates: estimate.Rates, console: Console, document: dict
             progress.update(task, description=f"{questions} questions about {clips} clips")
             if (clips, questions) not in served:
                 serving += measure_serving(bench, clips, questions)
+                progress.console.print(f"serving, {questions} questions about {clips} clips: done", highlight=False)
                 results.write_all(out, {FILES[0]: report.json_text(document)})
 
 
@@ -216,6 +231,10 @@ def _point_line(mode: str, count: int, rows: list[results.Row]) -> str:
     return f"{mode}, {count} audio tokens: {', '.join(parts)}"
 
 
+def _digest(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
+
+
 def _meta(options: Options, settings: Settings, bench: Bench, audio_file: str) -> dict[str, Any]:
     cuda = settings.device.type == "cuda"
     gpu = torch.cuda.get_device_name(settings.device) if cuda else None
@@ -237,6 +256,7 @@ def _meta(options: Options, settings: Settings, bench: Bench, audio_file: str) -
         "encoder_weights": bench.encoder_weights,
         "connector": f"MLP, random (seed {settings.seed})",
         "audio_file": audio_file,
+        "digests": {"model config": _digest(settings.llm.config.to_json_string()), "audio": bench.audio_digest},
         "text_tokens": settings.text_tokens,
         "new_tokens": settings.new_tokens,
         "train_batch": settings.batch["train"],

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from palkernels.bench import machine, results
+from palkernels.bench.costs import function_inside, scratch_bytes
 from palkernels.bench.errors import UserError
 from palkernels.bench.memory import AllocationTracker, MemoryReport
 from palkernels.bench.methods import Batch, Method, make_adamw
@@ -37,6 +38,7 @@ class Bench:
     llm_weights: str
     encoder_size: str
     encoder_weights: str
+    audio_digest: str
     parameters: list[nn.Parameter] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None
     own_parameters: list[nn.Parameter] = field(default_factory=list)  # of the method at work
@@ -251,7 +253,8 @@ def _measure_memory(bench: Bench, batch: Batch, work: Callable[[], None]) -> Mem
     # alike.
     bench.model.zero_grad(set_to_none=True)
     bench.connector.zero_grad(set_to_none=True)
-    with AllocationTracker(static=bench.static(), device=device.type) as tracker:
+    hidden: dict[str, Any] = {"scratch": scratch_bytes, "inside": function_inside}
+    with AllocationTracker(static=bench.static(), device=device.type, **hidden) as tracker:
         work()
     report: MemoryReport = tracker.report(static=bench.static())
     if device.type == "cuda":

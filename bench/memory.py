@@ -44,6 +44,7 @@ ACTIVATIONS, TEMPORARIES = "activations", "temporaries"
 # Of the memory that an operation, with its arguments, made a tensor in; None: it has no name of its own.
 Name = Callable[[Any, tuple[Any, ...], torch.Tensor], str | None]
 Scratch = Callable[[Any, tuple[Any, ...]], int]  # of an operation and its arguments
+Inside = Callable[[Any, tuple[Any, ...]], Callable[..., Any] | None]
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         loss = step()
     report = tracker.report(static=[p.grad for p in model.parameters()])
 
-    `name` is asked once for each new block of memory, for `breakdown`. `scratch` is asked for the bytes that an
-    operation takes for itself and gives back, which no dispatch shows.
+    `name` is asked once for each new block of memory, for `breakdown`. An operator written in Python hides what it
+    allocates for itself: `inside` is asked for its function, which then runs in its place and is seen, `scratch` for
+    the bytes, where that cannot be.
     """
 
     def __init__(
@@ -81,11 +83,13 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         device: str | None = None,
         name: Name | None = None,
         scratch: Scratch | None = None,
+        inside: Inside | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self._name = name
         self._scratch = scratch
+        self._inside = inside
         self._names: dict[int, str] = {}  # by block, what `name` said
         self._marks: list[int] = []  # how many events there were at each
         self.current_bytes = 0
@@ -157,6 +161,10 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)]
         for tensor in inputs:
             self._block(tensor, counted=False)  # first met as an input: it existed before
+        function = None if self._inside is None else self._inside(func, args)
+        if function is not None:
+            with self:
+                return function(*args, **kwargs)
         out = func(*args, **kwargs)
         operands: list[int] = []
         replaces: int | None = None

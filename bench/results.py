@@ -83,16 +83,20 @@ def read(path: Path) -> dict[str, Any]:
         for row in document["rows"]:
             if lacking := [key for key in COLUMNS if key not in row]:
                 raise ValueError(f"a row without {lacking[0]}")
+            figures = (row["samples_per_second"]["p50"], row["peak_memory_bytes"], row["peak_above_static_bytes"])
+            numbers = [x for x in (*figures, row["audio_tokens"]) if isinstance(x, int | float)]
+            if row["status"] == "ok" and len(numbers) < 4:
+                raise ValueError("a row that is ok and lacks a figure")
     except (OSError, ValueError, KeyError, TypeError) as error:
         wanted = "the results of palkernels figure1 or simulate"
         raise UserError(f"{str(path)!r} must hold {wanted}, got: {one_line(error)}") from error
     return document
 
 
-def add_errors(rows: list[Row], measured: dict[str, Any]) -> None:
+def add_errors(rows: list[Row], measured: dict[str, Any]) -> int:
     """To each simulated row whose point was measured on its device: by how much the prediction is off, 0.05 where it is
-    5 % too high. A time that is a lower bound gives a throughput that is too high."""
-    device = measured["meta"]["device_name"]
+    5 % too high. A time that is a lower bound gives a throughput that is too high. Returns how many rows have one."""
+    device, found = measured["meta"].get("device_name"), 0
     for row in rows:
         for other in measured["rows"]:
             same = [key for key in (*POINT[:-1], "method") if other[key] != row[key]]
@@ -100,6 +104,8 @@ def add_errors(rows: list[Row], measured: dict[str, Any]) -> None:
                 memory = row["peak_memory_bytes"] / other["peak_memory_bytes"] - 1
                 rate = row["samples_per_second"]["p50"] / other["samples_per_second"]["p50"] - 1
                 row["error_against_measured"] = {"peak_memory_bytes": memory, "samples_per_second": rate}
+                found += 1
+    return found
 
 
 def serving_row(
@@ -111,7 +117,7 @@ def serving_row(
     heads = config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
-    decoded = questions * (new_tokens - 1)
+    decoded, rest = questions * (new_tokens - 1), other_tokens_seconds or 0.0  # below 0 where noise is larger
     return {
         "method": method.name,
         "clips": clips,
@@ -121,7 +127,7 @@ def serving_row(
         "new_tokens": new_tokens,
         "dtype": str(dtype).removeprefix("torch."),
         "first_token_seconds": first_token_seconds,
-        "tokens_per_second": decoded / other_tokens_seconds if decoded and other_tokens_seconds else None,
+        "tokens_per_second": decoded / rest if decoded and rest > 0 else None,
         "kv_bytes_per_clip": per_token * method.cached_tokens(clips, questions, audio, text + new_tokens) // clips,
         "status": "ok",
     }

@@ -200,15 +200,15 @@ def check_methods(names: tuple[str, ...]) -> None:
         raise UserError(f"--methods must be distinct names out of {', '.join(METHODS)}, got {', '.join(names)!r}")
 
 
-def check_length(llm: LlmPlan, longest: int) -> None:
-    """Audio, text and new tokens of a row together.
+def check_length(llm: LlmPlan, longest: int, of: str = "") -> None:
+    """Audio, text and new tokens of a row together; `of` says what for, where the user did not.
 
     Raises:
         UserError: they are more than the model has positions.
     """
     most = getattr(llm.config, "max_position_embeddings", None)
     if most is not None and longest > most:
-        raise UserError(f"audio, text and new tokens together must be at most {most} for {llm.name}, got {longest}")
+        raise UserError(f"{of}audio, text and new tokens together must be at most {most} for {llm.name}, got {longest}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch import Tensor, nn
 
 from palkernels.bench import machine, report, results
-from palkernels.bench.costs import GPUS, CostCounter, Costs, Gpu, scratch_bytes
+from palkernels.bench.costs import GPUS, CostCounter, Costs, Gpu, function_inside, scratch_bytes
 from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.measure import COMPARED, SERVING
 from palkernels.bench.memory import AllocationTracker
@@ -84,8 +84,10 @@ def run(options: Options, console: Console) -> Path:
     with results.writable_folder(options.out, FILES), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers renames what both of its versions have
         document = simulate(options, llm, console)
-        if measured is not None:
-            results.add_errors(document["rows"], measured)
+        if measured is not None and not results.add_errors(document["rows"], measured):
+            wanted = f"a run of {llm.name} on {' or '.join(gpu.name for gpu in GPUS.values())} at one of these points"
+            got = f"{measured['meta'].get('model')} on {measured['meta'].get('device_name')}"
+            raise UserError(f"--measured must hold {wanted}, got {got}")
         results.write_all(options.out, report.files(document, FILES))
     console.print(results.simulation_table(document["rows"]))
     return options.out / FILES[-1]
@@ -104,10 +106,16 @@ def _check(options: Options) -> LlmPlan:
     if options.optimizer not in OPTIMIZERS:
         raise UserError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {options.optimizer!r}")
     llm = plan_llm(options.model, options.layers)
-    audio, text = options.audio_tokens, options.text_tokens
+    check_length(llm, max(options.audio_tokens) + max(options.text_tokens) + options.new_tokens)
     if options.lengths:
-        audio, text = (*audio, *LENGTHS["audio_tokens"]), (*text, *LENGTHS["text_tokens"])
-    check_length(llm, max(audio) + max(text) + options.new_tokens)
+        longest = [
+            sum((AT | {varies: max(counts)})[name] for name in ("audio_tokens", "text_tokens"))
+            for varies, counts in LENGTHS.items()
+        ]
+        check_length(llm, max(longest) + 1, "--lengths needs (--no-lengths leaves it out): ")
+    if options.serving:
+        needed = AT["audio_tokens"] + AT["text_tokens"] + options.new_tokens
+        check_length(llm, needed, "--serving needs (--no-serving leaves it out): ")
     return llm
 
 
@@ -272,7 +280,7 @@ class World:
         self.mode, self.dtype, self.width, self.impl = Shapes(), dtype, width, impl
         self.vocab_size: int = llm.config.vocab_size
         with self.mode, _default_dtype(dtype):
-            self.model = llm.build(dtype, torch.device("cpu"), 0).model
+            self.model = replace(llm, directory=None).build(dtype, torch.device("cpu"), 0).model  # weights have no say
             self.connector = MlpConnector(width, llm.config.hidden_size)
         self.parameters: list[nn.Parameter] = [*self.model.parameters(), *self.connector.parameters()]
 
@@ -358,7 +366,7 @@ class World:
             joins = func is torch.ops.aten.cat.default and args[1:] == (-2,)
             return KV_CACHE if caches and (joins or func._schema.name.startswith("palkernels::audio_kv")) else None
 
-        return AllocationTracker(static, name=name, scratch=scratch_bytes)
+        return AllocationTracker(static, name=name, scratch=scratch_bytes, inside=function_inside)
 
 
 @contextlib.contextmanager

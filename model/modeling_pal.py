@@ -133,6 +133,19 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
             part.to(device=language_model.device, dtype=language_model.dtype)
         return model
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, of the whole model in safetensors.
+
+        Raises:
+            ValueError: the language model is a peft model, whose weights have names that nothing would load.
+        """
+        if base_model(self.language_model) is not self.language_model:
+            raise ValueError(
+                "language_model must be a plain model to be saved: "
+                "model.language_model = model.language_model.merge_and_unload()"
+            )
+        return super().save_pretrained(*args, **kwargs)
+
     def _freeze(self) -> None:
         if self.config.freeze_encoders:
             self.audio_tower.requires_grad_(False)
@@ -379,6 +392,8 @@ def _index(audio_index: Tensor | None, batch: int, clips: Clips) -> Tensor:
         if count != batch:
             raise ValueError(f"audio_index must be given for {count} clips and {batch} texts, got None")
         return torch.arange(batch, device=clips.lengths.device).unsqueeze(1)
+    if audio_index.is_floating_point() or audio_index.is_complex() or audio_index.dtype == torch.bool:
+        raise TypeError(f"audio_index must have an integer dtype, got {audio_index.dtype}")
     if audio_index.ndim not in (1, 2) or audio_index.shape[0] != batch:
         raise ValueError(f"audio_index must be (B, K) with B = {batch}, got shape {tuple(audio_index.shape)}")
     index = audio_index.reshape(batch, -1).to(clips.lengths.device, torch.long)

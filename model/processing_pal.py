@@ -116,8 +116,10 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         if not texts or not all(isinstance(x, str) for x in texts):
             raise ValueError(f"text must be a string or a list of them, got {text!r}")
         bos = self.tokenizer.bos_token
-        add_special_tokens = add_special_tokens and not (bos and texts[0].startswith(bos))
-        rows = self.tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+        rows = [
+            self.tokenizer(x, add_special_tokens=add_special_tokens and not (bos and x.startswith(bos)))["input_ids"]
+            for x in texts
+        ]
         heard = self._heard(audio, [row.count(self.audio_token_id) for row in rows])
         clips, index = _distinct(heard)
         found, lengths = self.audio_features(clips, sampling_rate) if clips else (None, None)

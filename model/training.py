@@ -18,8 +18,9 @@ def projecting_again(attend: Callable[[], Tensor]) -> Tensor:
 
 
 def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    attention = "attention" in operator.name() and "backward" not in operator.name()
-    return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
+    name = operator.name()  # of PyTorch's operators, and of ours
+    attends = name == "palkernels::lal_forward" or ("attention" in name and "backward" not in name)
+    return CheckpointPolicy.MUST_SAVE if attends else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def freeze_ffn(model: PreTrainedModel) -> int:

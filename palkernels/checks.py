@@ -314,7 +314,7 @@ def triton_reasons(call: Call) -> list[str]:
 
 def device_reasons(tensor: Tensor) -> list[str]:
     """Why no Triton kernel runs where a tensor is, or on its dtype; on a fake tensor none has to."""
-    if is_fake(tensor) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and is_fake(tensor):
         return []
     reasons = []
     if not HAS_TRITON:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, embedding, scaled_dot_product_att
 from torch.profiler import ProfilerActivity, profile
 
 from palkernels import audio_kv
-from palkernels.bench.costs import GPUS, CostCounter, Costs, scratch_bytes
+from palkernels.bench.costs import GPUS, CostCounter, Costs, function_inside, scratch_bytes
 from palkernels.bench.memory import AllocationTracker
 from palkernels.bench.methods import DEFAULT_METHODS, METHODS
 from palkernels.bench.presets import plan_llm
@@ -92,20 +92,21 @@ def peak_by_the_profiler(work: Callable[[], Any], tmp_path: Path) -> int:
     return peak
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_scratch_of_our_projection(layers: int, tmp_path: Path) -> None:
-    """What the operator allocates for itself, which no dispatch shows, is what the formula says."""
+@pytest.mark.parametrize(("layers", "impl"), [(1, "triton"), (3, "triton"), (1, "sdpa"), (3, "sdpa")])
+def test_scratch_of_our_projection(layers: int, impl: str, tmp_path: Path) -> None:
+    """What the operator allocates for itself, which no dispatch shows, is what the formula says, or what its function
+    does in its place."""
     states, norm = torch.randn(2, 200, 64), torch.ones(64)
     weights = [torch.randn(32, 64) for _ in range(2 * layers)]
     given: dict[str, Any] = {"norm_weight": [norm] * layers, "k_weight": weights[:layers], "v_weight": weights[layers:]}
 
     def work() -> Any:
-        return audio_kv(states, **given, num_kv_heads=2, eps=1e-5, impl="triton")
+        return audio_kv(states, **given, num_kv_heads=2, eps=1e-5, impl=impl)
 
     work()  # what is made once
     with torch.no_grad():
         found = peak_by_the_profiler(work, tmp_path)
-        with AllocationTracker(scratch=scratch_bytes) as tracker:
+        with AllocationTracker(scratch=scratch_bytes, inside=function_inside) as tracker:
             kept = work()
     assert tracker.report().peak_bytes == pytest.approx(found, rel=0.01)
     del kept

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from palkernels.bench import results
 from palkernels.bench.cli import main
-from palkernels.bench.costs import GPUS
+from palkernels.bench.costs import GPUS, function_inside
 from palkernels.bench.machine import package_version
 from palkernels.bench.memory import AllocationTracker
 from palkernels.bench.methods import DEFAULT_METHODS, LEVERS, METHODS, Batch, make_adamw
@@ -48,7 +48,7 @@ def tracked(name: str, mode: str, optimizer: str = "none") -> tuple[int, int]:
         parameters = [*model.parameters(), *connector.parameters(), *method.own_parameters(model)]
         step = make_adamw(parameters) if mode == "train" and optimizer == "adamw" else None
         states = [] if step is None else [x for found in step.state.values() for x in found.values()]
-        with AllocationTracker([*parameters, *states]) as tracker:
+        with AllocationTracker([*parameters, *states], inside=function_inside) as tracker:
             if mode == "train":
                 method.loss(model, connector, batch).backward()  # type: ignore[no-untyped-call]
                 if step is not None:
@@ -288,16 +288,41 @@ def test_errors_against_a_measured_run() -> None:
         "status": "ok", "peak_memory_bytes": 100, "samples_per_second": {"p50": 2.0},
     }  # fmt: skip
     simulated = [{**row, "device": "NVIDIA H200", "peak_memory_bytes": 103}, {**row, "device": "NVIDIA A100"}]
-    results.add_errors(
+    found = results.add_errors(
         simulated, {"meta": {"device_name": "NVIDIA H200"}, "rows": [{**row, "samples_per_second": {"p50": 1.6}}]}
     )
+    assert found == 1
     assert simulated[0]["error_against_measured"]["peak_memory_bytes"] == pytest.approx(0.03)
     assert simulated[0]["error_against_measured"]["samples_per_second"] == pytest.approx(0.25)
     assert "error_against_measured" not in simulated[1]
 
 
+def test_weights_in_the_directory_change_nothing(tiny: Path, tmp_path: Path) -> None:
+    """A downloaded checkpoint is simulated by its config alone."""
+    with_weights = tmp_path / "model"
+    small_plan().build(torch.float32, torch.device("cpu"), 0).model.save_pretrained(with_weights)
+    rows = []
+    for folder in (tiny, with_weights):
+        options = ["--methods", "lal", "--audio-tokens", 16, "--new-tokens", 2, "--no-lengths", "--no-serving"]
+        assert run("simulate", "--model", folder, *options, "--out", tmp_path / "out") == 0
+        rows.append(json.loads((tmp_path / "out" / "simulate.json").read_text())["rows"])
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(("name", "calls"), [("lal", 1), ("lal-recompute", 1), ("lal-checkpoint", 2)])
+def test_recomputed_keys_do_not_attend_again(name: str, calls: int) -> None:
+    """The attention's output is kept; a checkpointed layer runs as a whole again."""
+    world = World(small_plan(), torch.bfloat16, WIDTH)
+    found = world.train(METHODS[name], AUDIO, TEXT, ROWS).costs["attention_flops"]
+    pairs = TEXT * AUDIO + TEXT * (TEXT + 1) / 2
+    assert found == (10 + 4 * calls) * ROWS * 3 * 128 * pairs  # layers, heads x head dim
+
+
 def test_every_mistake_is_one_line(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "no.json").write_text("{}")
+    (tmp_path / "other.json").write_text('{"meta": {"model": "x", "device_name": "y"}, "rows": []}')
+    short = tmp_path / "short"
+    LlamaConfig(**{**small_plan().config.to_dict(), "max_position_embeddings": 1000}).save_pretrained(short)
     before = sorted(tmp_path.rglob("*"))
     for arguments in (
         ["--model", "llama-9"],
@@ -312,6 +337,9 @@ def test_every_mistake_is_one_line(tiny: Path, tmp_path: Path, capfd: pytest.Cap
         ["--measured", tmp_path / "no.json"],
         ["--measured", tmp_path / "none.json"],
         ["--out", "/proc/none"],
+        ["--model", short, "--audio-tokens", "16"],
+        ["--model", short, "--audio-tokens", "16", "--no-lengths"],
+        ["--measured", tmp_path / "other.json", "--layers", 1, "--methods", "lal", "--audio-tokens", 9, "--no-lengths"],
     ):
         assert run("simulate", "--model", tiny, "--out", tmp_path / "out", *arguments) == 2, arguments
         error = capfd.readouterr().err
