@@ -137,13 +137,10 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         """transformers' own, of the whole model in safetensors.
 
         Raises:
-            ValueError: the language model is a peft model, whose weights have names that nothing would load.
+            ValueError: it holds peft's adapters, among which weights have names that nothing would load.
         """
-        if base_model(self.language_model) is not self.language_model:
-            raise ValueError(
-                "language_model must be a plain model to be saved: "
-                "model.language_model = model.language_model.merge_and_unload()"
-            )
+        if any(".base_layer." in name for name, _ in self.named_parameters()):
+            raise ValueError("the model must hold no adapters to be saved: peft's merge_and_unload() merges them")
         return super().save_pretrained(*args, **kwargs)
 
     def _freeze(self) -> None:

@@ -168,7 +168,7 @@ def test_what_is_trained():
     assert {name.split(".")[-3] for name in plain - ffn} == {"mlp"}
 
 
-def test_lora_on_the_language_model():
+def test_lora_on_the_language_model(tmp_path):
     """Adapters in place, or around the language model: the same, and they act on audio."""
     from peft import LoraConfig, get_peft_model
 
@@ -191,6 +191,15 @@ def test_lora_on_the_language_model():
     wrapped.train()(**batch, labels=batch["input_ids"]).loss.backward()
     grads = [name for name, x in wrapped.named_parameters() if x.grad is not None and x.grad.abs().max() > 0]
     assert sum("lora_B" in name for name in grads) == 9
+    for model in (wrapped, inside):
+        with pytest.raises(ValueError, match="the model must hold no adapters to be saved"):
+            model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    want = logits(wrapped.eval(), batch)
+    wrapped.language_model = wrapped.language_model.merge_and_unload()
+    wrapped.save_pretrained(tmp_path)
+    again = PalForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again, batch), want)
 
 
 def test_lora_on_the_whole_model(tmp_path):

@@ -1,5 +1,6 @@
 """What a processor makes of texts and clips, and what it refuses."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -153,6 +154,18 @@ def test_a_beginning_is_not_added_twice(both, tmp_path):
     found = plain.apply_chat_template(chat, tokenize=True, sampling_rate=16_000)
     assert found["insert_at"].tolist() == [[1]]  # a template says all there is to say
     assert processor(f"a{AUDIO}", tone(), 16_000, add_special_tokens=False)["insert_at"].tolist() == [[1]]
+
+
+def test_a_text_that_begins_with_bos_gets_no_other(both):
+    """Each text for itself, whatever stands before it in the batch."""
+    processor = copy.deepcopy(both)
+    tokenizer = processor.tokenizer
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    for texts in (["<s>a", "b"], ["b", "<s>a"]):
+        ids = processor(texts)["input_ids"]
+        assert (ids == bos).sum(dim=1).tolist() == [1, 1]
 
 
 def test_save_and_load(both, tmp_path):
