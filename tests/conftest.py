@@ -5,14 +5,8 @@ pytest --device cuda    on a GPU: the tests marked gpu, compiled
 """
 
 import os
-from pathlib import Path
 
 import pytest
-
-# The interpreter multiplies by NumPy. Which of OpenBLAS' kernels it takes depends on the processor, and some of them
-# sum less exactly than the bounds allow, which are held against PyTorch's own products.
-if "avx512f" in Path("/proc/cpuinfo").read_text(errors="replace"):
-    os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
 
 # A child process imports the installed package, not the source tree that it happens to start in.
 os.environ["PYTHONSAFEPATH"] = "1"
