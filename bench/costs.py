@@ -57,10 +57,6 @@ ROWS_ALONE = (aten.embedding, aten.index_select, aten.index, aten.gather)
 class Costs(Counter[str]):
     """`attention_flops`, `other_flops`, `bytes`, `kernels`, and seconds by the GPU's key."""
 
-    @property
-    def flops(self) -> float:
-        return self["attention_flops"] + self["other_flops"]
-
 
 class CostCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Context manager: counts what runs inside. `segments` has an entry for what comes before the first mark, and one

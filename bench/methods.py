@@ -338,7 +338,9 @@ class Flamingo(Lal):
 
     name = "flamingo"
     label = "Flamingo"
-    about = f"gated cross-attention to the audio and an FFN, with new weights, before every {EVERY}th layer"
+    about = (
+        f"gated cross-attention to the audio and an FFN, new weights, before every {EVERY}th layer (of fewer, the last)"
+    )
 
     @contextmanager
     def ready(self, model: Any, impl: str = "auto") -> Iterator[str]:
