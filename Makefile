@@ -33,7 +33,7 @@ test: lint
 	PALKERNELS_TEST_WHEEL=1 OMP_NUM_THREADS=1 $(BLAS) $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 aot: .venv/installed
-	PALKERNELS_AOT=all $(BIN)/pytest tests/palkernels/test_aot.py
+	PALKERNELS_AOT=all $(BIN)/pytest tests/kernels/test_aot.py
 
 lint: .venv/installed
 	$(BIN)/ruff check

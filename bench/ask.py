@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from transformers.utils import logging
 
 from palkernels.bench.errors import UserError, one_line
-from palkernels.bench.settings import parse_device
+from palkernels.bench.experiments.settings import parse_device
 from palkernels.model import PalForConditionalGeneration, PalProcessor
-from palkernels.model.audio_files import AudioError
+from palkernels.model.audio.files import AudioError
 
 __all__ = ["ask", "byte_tokenizer", "init"]
 

@@ -123,8 +123,8 @@ def figure1(
         _simulate(**common, **given, **switches, text_tokens=(text_tokens,))
         return
 
-    from palkernels.bench.figure1 import run
-    from palkernels.bench.settings import Options
+    from palkernels.bench.experiments.figure1 import run
+    from palkernels.bench.experiments.settings import Options
 
     options = Options(**common, **given, text_tokens=text_tokens, serving=serving, resume=resume)
     picture = run(options, _console())
@@ -172,7 +172,7 @@ def simulate(
 
 
 def _simulate(**given: Any) -> None:
-    from palkernels.bench.simulate import Options, run
+    from palkernels.bench.experiments.simulate import Options, run
 
     typer.echo(f"Report: {run(Options(**given), _console())}")
 
@@ -181,7 +181,7 @@ def _methods(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if names != ("all",):
         return names
-    from palkernels.bench.methods import METHODS
+    from palkernels.bench.methods.methods import METHODS
 
     return tuple(METHODS)
 
@@ -217,7 +217,7 @@ def doctor(
         return
     dims = None if head_dims is None else _counts("--head-dims", head_dims)
 
-    from palkernels.bench.tiles import report, select
+    from palkernels.bench.kernels.tiles import report, select
 
     report(select(arch, dtype, tuple(kernel) if kernel else None, dims), json, _console())
 
@@ -251,8 +251,8 @@ def microbench(
     On a CPU it compares the portable path with PyTorch's attention on concatenated tensors. A result is checked against
     the definition in float64 before it is timed. The exit code is 1 if one was wrong, or broke the device.
     """
-    from palkernels.bench.cases import OPS
-    from palkernels.bench.microbench import Options, run
+    from palkernels.bench.kernels.cases import OPS
+    from palkernels.bench.kernels.microbench import Options, run
 
     options = Options(
         models=tuple(model) if model else None,

@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from palkernels.bench.conditions import label, rates, short
-from palkernels.bench.gains import ABOVE_STATIC, MEMORY, RATE, value
-from palkernels.bench.results import Row, read
-from palkernels.bench.tables import gib, number
+from palkernels.bench.report.conditions import label, rates, short
+from palkernels.bench.report.document import Row, read
+from palkernels.bench.report.points import ABOVE_STATIC, MEMORY, RATE, value
+from palkernels.bench.report.tables import gib, number
 
 __all__ = ["Comparison", "compare", "differences", "ratio", "run"]
 

@@ -64,7 +64,8 @@ if $sanitize; then
         stage "$tool" 110 compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" scripts/launches.py
     done
 else
-    stage tests 210 "$PYTHON" -m pytest --device cuda -q --numprocesses 14 --junitxml "$out/tests.xml" tests/palkernels
+    stage tests 210 "$PYTHON" -m pytest --device cuda -q --numprocesses 14 --junitxml "$out/tests.xml" \
+        tests/attention tests/kernels tests/projection
     stage microbench 100 "${command[@]}" microbench --device cuda --audio-tokens 1500 --seconds 0.05 \
         --json "$out/microbench.json"
     # All methods at full size. At the limit it writes the points it has, and --resume goes on with them.

@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from palkernels import checks, flops, ops, packed, projection, projection_checks, recipes, reference, sdpa
-from palkernels.call import Call, Projection
+from palkernels import op_costs as flops
+from palkernels import reference
+from palkernels.attention import checks, ops, packed, sdpa
+from palkernels.attention.call import Call
+from palkernels.projection import checks as projection_checks
+from palkernels.projection import ops as projection
+from palkernels.projection import recipes
+from palkernels.projection.call import Projection
 
 
 def lal_attention(

@@ -8,8 +8,8 @@ expanded, and the whole (B, Hq, T, N + S) score matrix is held.
 import torch
 from torch import Tensor
 
-from palkernels import packed
-from palkernels.call import Call
+from palkernels.attention import packed
+from palkernels.attention.call import Call
 
 
 def lal_mask(

@@ -21,20 +21,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTCOME = ROOT / "tests" / "mutants.json"
-SMALL = "tests/palkernels/test_small_cases.py"
-GUARDED = "tests/palkernels/test_memory.py::test_between_unreadable_pages"
-SUBSETS = "tests/palkernels/test_gradcheck.py::test_a_subset_does_only_its_work"
-SPECIAL = ("tests/palkernels/test_decode.py", "tests/palkernels/test_varlen.py")
+SMALL = "tests/attention/test_small_cases.py"
+GUARDED = "tests/attention/test_memory.py::test_between_unreadable_pages"
+SUBSETS = "tests/attention/test_gradcheck.py::test_a_subset_does_only_its_work"
+SPECIAL = ("tests/attention/test_decode.py", "tests/attention/test_varlen.py")
 SELECTION = (SMALL, SUBSETS, GUARDED, *SPECIAL)
-AUDIO_KV = ("tests/palkernels/test_audio_kv.py", GUARDED)
+AUDIO_KV = ("tests/projection/test_audio_kv.py", GUARDED)
 AT_ONCE = 2
 TIMEOUT = 480  # seconds, per mutant; all tests together take half of it while another mutant runs
 DOES_NOT_RUN = ("AttributeError", "CompilationError", "ImportError", "NameError", "SyntaxError", "TypeError")
 
 PRIMITIVES, KEYS = "kernels/primitives.py", "kernels/keys.py"
 FORWARD, BACKWARD, DECODE = "kernels/forward.py", "kernels/backward.py", "kernels/decode.py"
-OPERANDS, OPS = "kernels/operands.py", "ops.py"
-STEPS, PROJECTION, PLAIN, RECOMPUTE = "kernels/projection.py", "projection.py", "steps.py", "recipes.py"
+OPERANDS, OPS = "kernels/operands.py", "attention/ops.py"
+STEPS, PROJECTION = "kernels/projection.py", "projection/ops.py"
+PLAIN, RECOMPUTE = "projection/steps.py", "projection/recipes.py"
 
 CLASSES = (
     "masks",

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from palkernels.bench import plot, tables
-from palkernels.bench.conditions import label, rates, short
-from palkernels.bench.gains import MEMORY, RATE, Points
-from palkernels.bench.methods import LEVERS, MODES
-from palkernels.bench.peers import OURS
+from palkernels.bench.kernels.peers import OURS
+from palkernels.bench.methods.methods import LEVERS, MODES
+from palkernels.bench.report import plot, tables
+from palkernels.bench.report.conditions import label, rates, short
+from palkernels.bench.report.points import MEMORY, RATE, Points
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palkernels.call import Call
+from palkernels.attention.call import Call
 from palkernels.kernels import tiles
 from palkernels.kernels.forward import attend
 from palkernels.kernels.keys import audio_row, next_reader, text_row, visit_text, visit_whole_blocks

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palkernels.call import Call
+from palkernels.attention.call import Call
 from palkernels.kernels import tiles
 from palkernels.kernels.keys import audio_read_by, text_row, visit_keys
 from palkernels.kernels.launch import Launch, attention_launch

@@ -1,4 +1,4 @@
-"""The steps around the matrix products of audio_kv as Triton kernels; :mod:`palkernels.steps` defines each function.
+"""The steps around the matrix products of audio_kv as Triton kernels; :mod:`palkernels.projection.steps` defines each.
 
 All are bound by memory. Sums over rows are left by each program in memory and added up in a fixed order.
 """
@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palkernels.call import Projection
 from palkernels.kernels.launch import Launch
 from palkernels.kernels.operands import Matrix
 from palkernels.kernels.primitives import accumulator_type
+from palkernels.projection.call import Projection
 
 KEY_BLOCK = 32  # tokens per program
 ROWS_PER_PROGRAM = 16  # in the norm's gradient, so that the weight's is summed in registers

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from palkernels.bench.clip import bundled_clip
-from palkernels.model.audio_files import load_audio
+from palkernels.model.audio.files import load_audio
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_clip.py"
 

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import documents
 import pytest
+from support import documents
 
 from palkernels.bench.cli import main
 from palkernels.bench.compare import compare, differences, ratio

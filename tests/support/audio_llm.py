@@ -3,11 +3,11 @@
 import math
 
 import torch
-from oracles import FAMILIES, SIZES, STOCK_ATTENTION
 from transformers import AutoConfig
 
 from palkernels.bench.ask import AUDIO, byte_tokenizer
 from palkernels.model import PalConfig, PalForConditionalGeneration, PalProcessor
+from support.oracles import FAMILIES, SIZES, STOCK_ATTENTION
 
 TOWERS = {
     "whisper": {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 1, "encoder_ffn_dim": 16},

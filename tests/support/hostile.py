@@ -4,10 +4,10 @@ import resource
 
 import numpy
 import torch
-from audio_llm import AUDIO, TOKENIZER, entry, tone
 
 from palkernels.model import PalProcessor
-from palkernels.model.audio_files import AudioError
+from palkernels.model.audio.files import AudioError
+from support.audio_llm import AUDIO, TOKENIZER, entry, tone
 
 # clip, sampling rate, what is said of it
 HOSTILE = {

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from palkernels import checks
+from palkernels.attention import checks
 
 
 @contextmanager

@@ -2,11 +2,11 @@
 
 import contextlib
 
-import interpreter
 import torch
 
 from palkernels import lal_attention
 from palkernels.testing import LalCase
+from support import interpreter
 
 
 def attention(case: LalCase, impl: str, seed: int = 0, with_lse: bool = True) -> list[torch.Tensor]:

@@ -4,11 +4,11 @@ import os
 
 import torch
 import torch.distributed as dist
-from oracles import build
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from palkernels.model import AudioState, attach
+from support.oracles import build
 
 
 def run(rank, world, folder, empty):

@@ -1,0 +1,1 @@
+"""What is run: Figure 1 measured, and simulated."""

@@ -1,0 +1,1 @@
+"""What measures or predicts: memory, FLOPs and bytes, times."""

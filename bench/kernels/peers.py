@@ -1,0 +1,211 @@
+"""What users would call instead: the same results from other libraries, each with its backend pinned and named.
+
+Attention peers concatenate keys and values inside what is timed; that is their way to take audio.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from palkernels.bench.kernels.cases import EPS, Case
+
+__all__ = ["OURS", "PEERS", "Peer", "Run", "peers_of"]
+
+Run = Callable[[dict[str, Any]], list[Tensor]]
+OURS = "palkernels"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``prepare`` makes what is not timed, and returns what is: a function of a case's inputs."""
+
+    key: str
+    name: str
+    prepare: Callable[[Case], Run]
+    has_gradients: bool = True
+    is_projection: bool = False  # of audio_kv, not of attention
+    module: str | None = None  # that must be installed
+    devices: tuple[str, ...] = ("cuda",)
+
+    @property
+    def is_installed(self) -> bool:
+        if self.module is None:
+            return True
+        try:
+            return importlib.util.find_spec(self.module) is not None
+        except ModuleNotFoundError:  # of the package around it
+            return False
+
+
+def _concatenated(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    key = torch.cat([inputs["audio_key"], inputs["key"]], dim=2)
+    return inputs["query"], key, torch.cat([inputs["audio_value"], inputs["value"]], dim=2)
+
+
+def _sdpa(backend: SDPBackend | None) -> Callable[[Case], Run]:
+    def prepare(case: Case) -> Run:
+        # Query t sees the audio and the text up to itself: causal, aligned at the lower right.
+        bias = causal_lower_right(case.queries, case.audio + case.text) if case.queries > 1 else None
+        group = case.heads // case.kv_heads
+
+        def run(inputs: dict[str, Any]) -> list[Tensor]:
+            query, key, value = _concatenated(inputs)
+            if backend is None:
+                return [F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)]
+            grouped = backend is not SDPBackend.EFFICIENT_ATTENTION
+            if not grouped:  # it knows no groups of heads
+                key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+            with sdpa_kernel(backend):
+                return [F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=grouped)]
+
+        return run
+
+    return prepare
+
+
+def _two_calls(case: Case) -> Run:
+    return lambda inputs: case.ours(inputs, "sdpa")
+
+
+def _flex(case: Case) -> Run:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    audio = case.audio
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key - audio <= query
+
+    torch._dynamo.reset()  # after some recompilations it would run uncompiled
+    attention: Any = torch.compile(flex_attention, dynamic=False)
+    mask = None
+    if case.queries > 1:
+        mask = create_block_mask(visible, None, None, case.queries, audio + case.text, device=str(case.device))
+
+    def run(inputs: dict[str, Any]) -> list[Tensor]:
+        return [attention(*_concatenated(inputs), block_mask=mask, enable_gqa=True)]
+
+    return run
+
+
+def _tokens_first(inputs: dict[str, Any]) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in _concatenated(inputs)]
+
+
+def _flash_attn(module: str) -> Callable[[Case], Run]:
+    """Its causal mask is aligned at the lower right."""
+
+    def prepare(case: Case) -> Run:
+        attention = importlib.import_module(module).flash_attn_func
+
+        def run(inputs: dict[str, Any]) -> list[Tensor]:
+            found = attention(*_tokens_first(inputs), causal=True)
+            return [(found[0] if isinstance(found, tuple) else found).transpose(1, 2)]
+
+        return run
+
+    return prepare
+
+
+def _flashinfer(case: Case) -> Run:
+    flashinfer: Any = importlib.import_module("flashinfer")
+    keys = case.audio + case.text
+    workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=case.device)
+    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
+    starts = torch.arange(case.batch + 1, dtype=torch.int32, device=case.device)
+    wrapper.plan(
+        starts * case.queries, starts * keys, case.heads, case.kv_heads, case.head_dim, causal=True,
+        q_data_type=case.dtype,
+    )  # fmt: skip
+
+    def run(inputs: dict[str, Any]) -> list[Tensor]:
+        query, key, value = (x.flatten(0, 1) for x in _tokens_first(inputs))
+        return [wrapper.run(query, key, value).view(case.batch, case.queries, *query.shape[1:]).transpose(1, 2)]
+
+    return run
+
+
+def _eager_projection(case: Case) -> Run:
+    """A decoder layer's own way, layer by layer."""
+
+    def rotate(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        low, high = key.chunk(2, dim=-1)
+        return key * cos + torch.cat([-high, low], dim=-1) * sin
+
+    def run(inputs: dict[str, Any]) -> list[Tensor]:
+        keys, values = [], []
+        for norm, k_weight, v_weight in zip(*(inputs[x] for x in ("norm_weight", "k_weight", "v_weight")), strict=True):
+            normed = F.rms_norm(inputs["states"], (case.width,), norm, EPS)
+            key, value = (F.linear(normed, x).view(*normed.shape[:2], case.kv_heads, -1) for x in (k_weight, v_weight))
+            keys.append(rotate(key.transpose(1, 2), inputs["cos"], inputs["sin"]))
+            values.append(value.transpose(1, 2))
+        return [*keys, *values]
+
+    return run
+
+
+def _layer_modules(case: Case) -> Run:
+    """What an attached model runs where audio_kv may not: the modules of Llama's decoder layers, layer by layer."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    from palkernels.model.causal_lm.layers import project_audio, rotate
+
+    config = LlamaConfig(
+        hidden_size=case.width, intermediate_size=1, num_attention_heads=case.heads, num_key_value_heads=case.kv_heads,
+        head_dim=case.head_dim, rms_norm_eps=EPS, attn_implementation="eager",
+    )  # fmt: skip
+    with torch.device("meta"):
+        layers = [LlamaDecoderLayer(config, index) for index in range(case.layers)]
+
+    def run(inputs: dict[str, Any]) -> list[Tensor]:
+        weights = zip(*(inputs[x] for x in ("norm_weight", "k_weight", "v_weight")), strict=True)
+        rotation = inputs["cos"].unsqueeze(0), inputs["sin"].unsqueeze(0)
+        keys, values = [], []
+        for layer, (norm, k_weight, v_weight) in zip(layers, weights, strict=True):
+            attention: Any = layer.self_attn
+            modules = (layer.input_layernorm, norm), (attention.k_proj, k_weight), (attention.v_proj, v_weight)
+            for module, weight in modules:
+                module.weight = torch.nn.Parameter(weight, requires_grad=False)
+            key, value = project_audio(layer, inputs["states"])
+            keys.append(rotate(attention, key, rotation))
+            values.append(value)
+        return [*keys, *values]
+
+    return run
+
+
+PEERS = (
+    Peer("sdpa-flash", "cat + SDPA (flash)", _sdpa(SDPBackend.FLASH_ATTENTION)),
+    Peer("sdpa-cudnn", "cat + SDPA (cuDNN)", _sdpa(SDPBackend.CUDNN_ATTENTION)),
+    Peer("sdpa-efficient", "cat + SDPA (efficient)", _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
+    Peer("two-sdpa", "2 x SDPA + merge", _two_calls),
+    Peer("flex", "cat + FlexAttention", _flex),
+    Peer("flash-attn-2", "cat + flash-attn 2", _flash_attn("flash_attn"), module="flash_attn"),
+    Peer("flash-attn-3", "cat + flash-attn 3", _flash_attn("flash_attn_interface"), module="flash_attn_interface"),
+    Peer("flash-attn-4", "cat + flash-attn 4", _flash_attn("flash_attn.cute"), module="flash_attn.cute"),
+    Peer("flashinfer", "cat + FlashInfer", _flashinfer, has_gradients=False, module="flashinfer"),
+    Peer("sdpa", "cat + SDPA (PyTorch's choice)", _sdpa(None), devices=("cpu",)),
+    Peer("eager", "RMSNorm, Linear, RoPE (eager)", _eager_projection, is_projection=True, devices=("cuda", "cpu")),
+    Peer("modules", "Llama's modules (transformers)", _layer_modules, is_projection=True, devices=("cuda", "cpu")),
+)  # fmt: skip
+
+
+def peers_of(case: Case, chosen: tuple[str, ...] | None = None) -> list[Peer]:
+    """Those of the operation's kind on the case's device, installed or not."""
+    return [
+        peer
+        for peer in PEERS
+        if case.is_projection == peer.is_projection
+        and case.device.type in peer.devices
+        and (chosen is None or peer.key in chosen)
+    ]

@@ -1,0 +1,1 @@
+"""What is compared: one class for each way of putting audio into a language model."""

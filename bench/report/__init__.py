@@ -1,0 +1,1 @@
+"""What a result document holds, and how it is shown: tables, plots, HTML."""

@@ -1,0 +1,1 @@
+"""LAL, and Flamingo for comparison, in a stock causal language model."""

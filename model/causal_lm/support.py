@@ -1,0 +1,237 @@
+"""Which models can be attached, found out by looking at the layers and by running them; which audio fits them."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from transformers import AttentionInterface, PreTrainedModel
+
+from palkernels.model.causal_lm.attention import REQUEST_KEYWORD
+from palkernels.model.causal_lm.fast_path import Checked, deviation, find_offset, norms_of, why_not_plain
+from palkernels.model.causal_lm.layers import Rotary, project_audio, rotate
+from palkernels.model.causal_lm.state import AudioState
+
+PROBE_NAME = "palkernels_probe"
+# What an attention function may be given besides tensors and mask: ours honours these, or they change nothing.
+KNOWN_KEYWORDS = frozenset(
+    {"key", "value", "attention_mask", "scaling", "dropout", "sliding_window", "softcap", "position_ids"}
+    | {"position_embeddings", "past_key_values", "use_cache", "cache_position"}
+)
+CHECK_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+def refusal(model: PreTrainedModel, reason: str) -> ValueError:
+    return ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {type(model).__name__}: {reason}")
+
+
+def find_decoder(model: PreTrainedModel) -> Any:
+    """The stack of decoder layers; refuses what we cannot patch, by name."""
+    if not model.can_generate():
+        raise refusal(model, "it is not a causal LM")
+    if model.config.get_text_config() is not model.config:
+        raise refusal(model, "it is composed of several models, give its language model")
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
+    missing = [part for part in ("layers", "rotary_emb") if not hasattr(decoder, part)]
+    if missing:
+        raise refusal(model, f"its decoder has no {' and no '.join(missing)}")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise refusal(model, "its attention function cannot be chosen")
+    return decoder
+
+
+def find_rotary(model: PreTrainedModel, decoder: Any) -> Rotary:
+    rotary = Rotary(decoder.rotary_emb, decoder.config, len(decoder.layers))
+    if rotary.several_dimensions:
+        raise refusal(model, "its positions have several dimensions")
+    return rotary
+
+
+def devices_of(module: nn.Module, brought_to: Any = None) -> Iterator[torch.device]:
+    """Where a module's tensors are, one by one, or where accelerate's hooks bring them for a call."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        device = getattr(part, "execution_device", None)
+        brought_to = brought_to if device is None else device
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        yield torch.device(brought_to) if tensor.is_meta and brought_to is not None else tensor.device
+    for child in module.children():
+        yield from devices_of(child, brought_to)
+
+
+def check_state(state: AudioState, model: PreTrainedModel, num_layers: int, selected: Sequence[int]) -> None:
+    """The audio must fit the model and, where it is given per layer, be there for the selected layers alone."""
+    if not isinstance(state, AudioState):
+        raise TypeError(f"audio must be an AudioState, got {type(state).__name__}")
+    embedding: Any = model.get_input_embeddings()
+    width, dtype, device = embedding.weight.shape[1], embedding.weight.dtype, next(devices_of(embedding))
+    if state.hidden_size != width:
+        raise ValueError(f"audio states must have the model's hidden size {width}, got {state.hidden_size}")
+    if state.dtype != dtype and not torch.is_autocast_enabled(device.type):
+        raise TypeError(f"audio states must have the model's dtype {dtype}, got {state.dtype}")
+    if state.device != device:
+        raise ValueError(f"audio states must be on the model's device {device}, got {state.device}")
+    if not isinstance(state.states, Tensor):
+        given = [index for index, states in enumerate(state.states) if states is not None]
+        if len(state.states) != num_layers or given != list(selected):
+            raise ValueError(
+                f"a list of states must have an entry for each of {num_layers} layers, a tensor exactly at "
+                f"layers {list(selected)}, got {len(state.states)} entries with tensors at {given}"
+            )
+
+
+def check_reentrant(model: PreTrainedModel, layers: list[nn.Module]) -> None:
+    """Reentrant checkpointing would drop the gradients of the audio, which is no positional argument of a layer."""
+    for layer in layers:
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if getattr(layer, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient checkpointing must be non-reentrant with audio: "
+                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+            )
+
+
+class _Recorder:
+    """Stands in for the cache and for a request: notes what the layer caches, and how it calls its attention."""
+
+    def __init__(self) -> None:
+        self.cached: list[tuple[Tensor, Tensor]] = []
+        self.calls: list[dict[str, Any]] = []
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.cached.append((key, value))
+        return key, value
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 0
+
+
+def _probe_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """An attention function that only notes how it is called."""
+    recorder = kwargs.pop(REQUEST_KEYWORD, None)
+    if recorder is None:
+        raise TypeError("keywords do not reach its attention function")
+    recorder.calls.append({"key": key, "value": value, "attention_mask": attention_mask, **kwargs})
+    return torch.zeros_like(query).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PROBE_NAME, _probe_attention)
+
+
+def check_order(model: PreTrainedModel, layers: list[nn.Module]) -> None:
+    """A layer is known by its attention's number: audio would be projected with another one's weights."""
+    for index, layer in enumerate(layers):
+        number = getattr(getattr(layer, "self_attn", None), "layer_idx", index)
+        if number != index:
+            raise refusal(model, f"layer {index} has the attention of layer {number}")
+
+
+@contextmanager
+def _unsharded(layer: Any) -> Iterator[None]:
+    """FSDP2 gathers a layer's weights for its calls, not for those of its forward."""
+    sharded = hasattr(layer, "unshard")
+    if sharded:
+        layer.unshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            layer.reshard()
+
+
+def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Rotary) -> Checked | None:
+    """Run the layer once on random states. Refuse it unless its K and V are those that we compute for audio, and its
+    attention is no more than scaled, capped, causal and windowed. Returns None where its weights have no values yet, or
+    zeros, so that there is nothing to compare."""
+    attention: Any = getattr(layer, "self_attn", None)
+    projections = () if hasattr(attention, "qkv_proj") else ("k_proj", "v_proj")
+    missing = [part for part in (*projections, "config", "head_dim", "layer_idx") if not hasattr(attention, part)]
+    missing += [] if hasattr(layer, "input_layernorm") else ["input_layernorm"]
+    if missing:
+        raise refusal(model, f"a layer has no {', no '.join(missing)}")
+    if getattr(attention.config, "clip_qkv", None) is not None:  # random states may lie within
+        raise refusal(model, "it clips its keys and values (clip_qkv)")
+    embedding: Any = model.get_input_embeddings()
+    weight = embedding.weight
+    if is_fake(weight):  # it never gets values, so no offset is wrong
+        return Checked(0.0 if why_not_plain(layer) is None else None, norms_of(layer))
+    device = next(devices_of(embedding))
+    if any(found.type == "meta" for found in (device, *devices_of(layer))):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, 4, weight.shape[1], generator=generator).to(device, weight.dtype)
+    with _unsharded(layer), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return _compare(model, layer, index, rotary, states)
+
+
+def _compare(model: PreTrainedModel, layer: Any, index: int, rotary: Rotary, states: Tensor) -> Checked | None:
+    attention = layer.self_attn
+    positions = torch.arange(4, device=states.device).unsqueeze(0)
+    mask = torch.zeros(1, 1, 4, 4, device=states.device, dtype=states.dtype)
+    recorder: Any = _Recorder()
+    stock_config = attention.config
+    attention.config = copy.copy(stock_config)
+    attention.config._attn_implementation = PROBE_NAME
+    checkpointed = getattr(layer, "gradient_checkpointing", False)  # such a layer drops its cache
+    layer.gradient_checkpointing = False
+    try:
+        rotation = rotary.of_layer(index, states, positions)
+        layer.forward(
+            states,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=recorder,
+            position_embeddings=rotation,
+            **{REQUEST_KEYWORD: recorder},
+        )
+        key, value = project_audio(layer, states)
+        key = rotate(attention, key, rotation)
+    except Exception as error:  # whatever a foreign layer raises means that it is not one of ours
+        raise refusal(model, f"a layer cannot be run as Llama's is: {' '.join(str(error).split())}") from error
+    finally:
+        attention.config, layer.gradient_checkpointing = stock_config, checkpointed
+
+    reason = _difference(recorder, mask, (key, value)) or _other_attention(recorder.calls[0], stock_config, index)
+    if reason:
+        raise refusal(model, reason)
+    if not (bool(key.any()) and bool(value.any())):
+        return None
+    tolerance = CHECK_TOLERANCE.get(states.dtype, 1e-2)
+    return Checked(find_offset(layer, states, rotation, (key, value), tolerance), norms_of(layer))
+
+
+def _difference(recorder: _Recorder, mask: Tensor, ours: tuple[Tensor, Tensor]) -> str | None:
+    """What in the layer's keys, values and mask is not as we would have it."""
+    if len(recorder.calls) != 1 or len(recorder.cached) != 1:
+        return f"a layer calls its attention function {len(recorder.calls)} times"
+    call, cached = recorder.calls[0], recorder.cached[0]
+    if call["key"] is not cached[0] or call["value"] is not cached[1]:
+        return "a layer changes its keys or values after caching them"
+    if call["attention_mask"] is not mask:
+        return "a layer changes its attention mask"
+    for what, got, want in zip(("keys", "values"), ours, cached, strict=True):
+        if not deviation(got, want) <= CHECK_TOLERANCE.get(want.dtype, 1e-2):  # NaN is no less
+            return f"its {what} differ from those of its projections and rotary embedding"
+    return None
+
+
+def _other_attention(call: dict[str, Any], config: Any, index: int) -> str | None:
+    """What in the layer's attention is beyond our kernels."""
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention is not causal"
+    extra = [name for name, given in call.items() if name not in KNOWN_KEYWORDS and given is not None]
+    if extra:
+        return f"its attention takes {', '.join(extra)}"
+    types = getattr(config, "layer_types", None)
+    windowed = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+    kind = types[index] if types else ("sliding_attention" if windowed else "full_attention")
+    if kind not in ("full_attention", "sliding_attention"):
+        return f"layer {index} is of type {kind!r}"
+    if (kind == "sliding_attention") != bool(call.get("sliding_window")):
+        return f"layer {index} is of type {kind!r} and gives its attention sliding_window={call.get('sliding_window')}"
+    return None

@@ -1,0 +1,210 @@
+"""SSLAM's encoder: a ViT over patches of a spectrogram, and the loader of its published weights.
+
+The network is EAT's (arXiv 2401.03497), which follows AudioMAE and data2vec 2.0; SSLAM (ICLR 2025) trains it on
+mixtures, so that the weights of both load. In order:
+
+    patches    16 frames x 16 mel bins of (1024, 128), a linear map: 64 time x 8 frequency, time-major, 512 tokens
+    positions  fixed sines and cosines of the frequency index (first half of the width) and of the time index
+    CLS        a learned token before them, without a position
+    norm       LayerNorm, eps 1e-6
+    blocks     x = norm1(x + attention(x));  x = norm2(x + mlp(x)): post-norm, biases everywhere, exact GELU
+
+Tensors are named as in the Hugging Face ports of both, less their "model." in front.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from palkernels.model.encoders.weights import fill, named, one_line, outline, read_json, read_tensors
+
+__all__ = ["SslamEncoder", "load_sslam"]
+
+FRAMES, MEL_BINS, PATCH = 1_024, 128, 16
+TIME, FREQUENCY = FRAMES // PATCH, MEL_BINS // PATCH  # the grid of patches
+EPS = 1e-6
+HEAD_WIDTH = 64  # of every published size
+WHAT = "an SSLAM encoder"
+
+# Settings of a published config.json that change what the weights mean, and the one value built here.
+SETTINGS = {
+    "patch_size": PATCH,
+    "stride": PATCH,
+    "in_chans": 1,
+    "mel_bins": MEL_BINS,
+    "norm_eps": EPS,
+    "qkv_bias": True,
+    "layer_norm_first": False,
+    "fixed_positions": True,
+}
+
+FAIRSEQ_NORM = "context_encoder.norm."  # the ports' pre_norm
+# What the training of EAT and SSLAM leaves in a checkpoint beside the encoder: the teacher, decoders and projections
+# of its losses, and a classifier's head. A name in this list skips the tensors under it.
+SKIPPED = ("_ema", "decoder", "shared_decoder", "recon_proj", "cls_proj", "center", "fc_norm", "head")
+
+
+class SslamEncoder(nn.Module):
+    """The encoder. Published sizes: (768, 12, 12), EAT-large (1024, 24, 16).
+
+    Args:
+        hidden_size: Width, a multiple of 4 and of `num_heads`.
+        num_layers: Blocks.
+        num_heads: Attention heads.
+
+    Raises:
+        ValueError: An argument is no positive integer, or the width does not divide.
+    """
+
+    def __init__(self, hidden_size: int = 768, num_layers: int = 12, num_heads: int = 12) -> None:
+        super().__init__()
+        sizes = {"hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads}
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+        if hidden_size % 4 or hidden_size % num_heads:
+            raise ValueError(f"hidden_size must be a multiple of 4 and of num_heads {num_heads}, got {hidden_size}")
+        self.sizes = sizes
+        self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(1, hidden_size, PATCH, stride=PATCH)})
+        # Saved with the weights: a buffer that is not would be lost when a model is built without memory and filled.
+        self.fixed_positional_encoder = nn.Module()
+        self.fixed_positional_encoder.register_buffer("positions", _positions(hidden_size))
+        self.extra_tokens = nn.Parameter(torch.randn(1, 1, hidden_size) * 0.02)
+        self.pre_norm = nn.LayerNorm(hidden_size, EPS)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_layers))
+
+    def forward(self, input_features: Tensor) -> Tensor:
+        """(B, 1024 frames, 128 mel bins) to (B, 1 + 512, hidden_size): CLS, then the tokens, time-major."""
+        x: Tensor = self.local_encoder["proj"](input_features[:, None])  # (B, hidden_size, 64, 8)
+        positions = self.fixed_positional_encoder.get_buffer("positions")
+        x = x.flatten(2).transpose(1, 2) + positions.to(x.dtype)  # from_pretrained(dtype=...) leaves buffers as saved
+        x = self.pre_norm(torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], dim=1))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.norm1 = nn.LayerNorm(width, EPS)
+        layers = OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(layers)
+        self.norm2 = nn.LayerNorm(width, EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.attn(x))
+        x = self.norm2(x + self.mlp(x))
+        return x
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, head width)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        x = nn.functional.scaled_dot_product_attention(query, key, value)
+        output: Tensor = self.proj(x.transpose(1, 2).flatten(2))
+        return output
+
+
+def _positions(width: int) -> Tensor:
+    """(1, 512, width): sines and cosines of the frequency index, then of the time index, a quarter each."""
+    rates = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    time, frequency = torch.meshgrid(torch.arange(TIME), torch.arange(FREQUENCY), indexing="ij")
+    angles = [index.reshape(-1, 1) * rates for index in (frequency, time)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()[None]
+
+
+def load_sslam(path: Path) -> SslamEncoder:
+    """The encoder of a checkpoint of SSLAM or EAT, float32 on the CPU.
+
+    Args:
+        path: A directory as the Hugging Face ports have it (config.json and safetensors), a safetensors file, or
+            a .pt or .pth file as fairseq writes it. The last is read with `weights_only=True`: tensors and plain
+            values, never code. Pretrained and fine-tuned layouts are known, with and without the port's names.
+            Without a config.json that says otherwise, heads are 64 wide.
+
+    Raises:
+        ValueError: The checkpoint is none of these, or a tensor of the encoder is missing, has another shape,
+            or one is there that neither the encoder nor the list of what training leaves behind knows.
+    """
+    if not path.exists():
+        raise ValueError(f"{named(path)} must be an existing directory or file, got none there")
+    tensors = _pickled(path) if path.suffix in (".pt", ".pth") and path.is_file() else read_tensors(path, _our_name)
+    cls, positions = tensors.get("extra_tokens"), tensors.get("fixed_positional_encoder.positions")
+    if cls is None or cls.ndim != 3 or positions is None:
+        found = f"{len(tensors)} tensors, the first {', '.join(map(repr, sorted(tensors)[:3]))}" if tensors else "none"
+        raise ValueError(f"{named(path)} must hold extra_tokens (1, 1, width) and positions of {WHAT}, got {found}")
+    width = cls.shape[-1]
+    layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    heads = _settings(path).get("num_heads", width // HEAD_WIDTH)
+    encoder = outline(lambda: SslamEncoder(width, layers, heads), path, WHAT)
+    # Stored for longer clips too, 8 to a step of time. Only a grid 8 wide has these values: another would load
+    # and mean something else.
+    ours = _positions(width)
+    if positions.ndim == 3 and positions.shape[1] > ours.shape[1]:
+        positions = positions[:, : ours.shape[1]]
+    if positions.shape == ours.shape and not torch.allclose(positions.float(), ours, rtol=0, atol=0.01):
+        raise ValueError(f"{named(path)} must hold the positions of a grid {FREQUENCY} frequencies wide, got others")
+    tensors["fixed_positional_encoder.positions"] = positions
+    fill(encoder, tensors, path, WHAT, f"to fit extra_tokens of width {width}")
+    return encoder
+
+
+def _our_name(key: str) -> str | None:
+    """A published name as the encoder's own, None for what is no part of it."""
+    name = key.removeprefix("model.").removeprefix("modality_encoders.IMAGE.")
+    if name.split(".")[0] in SKIPPED:
+        return None
+    return f"pre_norm.{name.removeprefix(FAIRSEQ_NORM)}" if name.startswith(FAIRSEQ_NORM) else name
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever bytes that are no such file make torch raise
+        raise ValueError(
+            f"{named(path)} must load with torch.load(weights_only=True); if you trust it, store its tensors as "
+            f"safetensors; got {one_line(error)[:200]}"
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):  # fairseq's, beside its settings
+        content = content["model"]
+    if not isinstance(content, dict):
+        raise ValueError(f"{named(path)} must hold a state dict, got {type(content).__name__}")
+    tensors: dict[str, Tensor] = {}
+    for key, value in content.items():
+        name = _our_name(str(key))
+        if name is None:
+            continue
+        if not isinstance(value, Tensor) or name in tensors:
+            got = "it twice" if name in tensors else type(value).__name__
+            raise ValueError(f"{named(path)} must hold {name} once, as a tensor, got {got}")
+        tensors[name] = value
+    return tensors
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The directory's config.json, if there is one, and if it describes this network."""
+    if not (path / "config.json").is_file():
+        return {}
+    try:
+        settings = read_json(path / "config.json")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{named(path)} must hold a readable config.json, got {one_line(error)}") from error
+    for name, value in SETTINGS.items():
+        if settings.get(name, value) != value:
+            raise ValueError(f"{named(path)} must have {name} {json.dumps(value)}, got {settings[name]!r}")
+    return settings

@@ -1,0 +1,1 @@
+"""The whole audio LLM, with Hugging Face's conventions."""

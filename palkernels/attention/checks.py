@@ -1,0 +1,351 @@
+"""What must hold of a call's arguments, and what makes it ready to run. Nothing here launches anything."""
+
+import importlib.util
+import math
+import os
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+from palkernels.attention.call import PACKING, Call
+
+IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+MAX_TRITON_HEAD_DIM = 256
+MIN_CAPABILITY = (8, 0)
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for, not imported
+
+
+def check_impl(impl: str) -> None:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
+
+
+def problems_of(call: Call) -> list[Exception]:
+    """Everything that is wrong with the arguments themselves; later checks only where earlier ones pass."""
+    return _type_problems(call) or _shape_problems(call) or _value_problems(call)
+
+
+def packed_problems_of(call: Call) -> list[Exception]:
+    """The same for :func:`palkernels.lal_attention_varlen`, in its own layout."""
+    missing = [name for name in PACKING if getattr(call, name) is None]
+    problems: list[Exception] = [TypeError(f"{name} must be a tensor, got NoneType") for name in missing]
+    for name in ("max_seqlen", "max_audio"):
+        number = getattr(call, name)
+        if isinstance(number, bool) or not isinstance(number, int):
+            problems.append(TypeError(f"{name} must be an int, got {type(number).__name__}"))
+        elif number < 0:
+            problems.append(ValueError(f"{name} must be at least 0, got {number}"))
+    return problems or _type_problems(call) or _packed_shape_problems(call) or _packed_value_problems(call)
+
+
+def _packed_shape_problems(call: Call) -> list[Exception]:
+    layouts = {
+        "query": "(sum T, Hq, D)",
+        "key": "(sum T, Hkv, D)",
+        "value": "(sum T, Hkv, D)",
+        "audio_key": "(sum N, Hkv, D)",
+        "audio_value": "(sum N, Hkv, D)",
+        "cu_seqlens": "(B + 1,)",
+        "cu_audio": "(A + 1,)",
+    }
+    problems: list[Exception] = []
+    for name, layout in layouts.items():
+        shape = tuple(getattr(call, name).shape)
+        rank = 1 if name in PACKING else 3
+        if len(shape) != rank or (rank == 1 and not shape[0]):
+            problems.append(ValueError(f"{name} must be {layout}, got shape {shape}"))
+    if problems:
+        return problems
+
+    tokens, heads, head_dim = call.query.shape
+    kv_heads, audio_tokens = call.key.shape[1], call.audio_key.shape[0]
+    batch, audio_rows = call.num_batches, call.num_audio_rows
+
+    def want(name: str, shape: tuple[int, ...], why: str) -> None:
+        got = tuple(getattr(call, name).shape)
+        if got != shape:
+            problems.append(ValueError(f"{name} must be {why} = {shape}, got shape {got}"))
+
+    if head_dim < 1:
+        problems.append(ValueError(f"query must have D >= 1, got shape {tuple(call.query.shape)}"))
+    want("key", (tokens, kv_heads, head_dim), "(sum T, Hkv, D) with query's tokens and D")
+    want("value", tuple(call.key.shape), "of key's shape")
+    want("audio_key", (audio_tokens, kv_heads, head_dim), "(sum N, Hkv, D) with key's Hkv and D")
+    want("audio_value", tuple(call.audio_key.shape), "of audio_key's shape")
+    if kv_heads < 1 or heads % kv_heads:
+        problems.append(ValueError(f"Hq must be a multiple of Hkv, got Hq={heads}, Hkv={kv_heads}"))
+    if call.audio_index is None:
+        if audio_rows != batch:
+            problems.append(ValueError(f"without audio_index, A must equal B, got A={audio_rows}, B={batch}"))
+    else:
+        want("audio_index", (batch,), "(B,)")
+        if batch and not audio_rows:
+            problems.append(ValueError(f"cu_audio must have a row for audio_index to name, got A=0, B={batch}"))
+        if call.audio_visible_from is not None:
+            problems.append(ValueError("audio_visible_from must not be given with audio_index, got both"))
+    if call.audio_visible_from is not None:
+        want("audio_visible_from", (audio_tokens,), "(sum N,)")
+    return problems
+
+
+def _packed_value_problems(call: Call) -> list[Exception]:
+    if not _values_are_checked(call):
+        return []
+    problems: list[Exception] = []
+    packed = (("cu_seqlens", "sum T", call.query, "max_seqlen"), ("cu_audio", "sum N", call.audio_key, "max_audio"))
+    for name, total, tensor, longest in packed:
+        places = _as_int64(getattr(call, name))
+        lengths = places.diff()
+        ends = int(places[0]), int(places[-1])
+        if ends != (0, tensor.shape[0]):
+            problems.append(
+                ValueError(f"{name} must run from 0 to {total} = {tensor.shape[0]}, got {ends[0]} to {ends[1]}")
+            )
+        elif lengths.numel() and int(lengths.min()) < 0:
+            problems.append(ValueError(f"{name} must not decrease, got a row of {int(lengths.min())} tokens"))
+        elif lengths.numel() and int(lengths.max()) > getattr(call, longest):
+            problems.append(
+                ValueError(
+                    f"{longest} must be at least the longest row's {int(lengths.max())}, got {getattr(call, longest)}"
+                )
+            )
+    if call.audio_index is not None and call.audio_index.numel():
+        low, high = (int(x) for x in torch.aminmax(_as_int64(call.audio_index)))
+        most = call.num_audio_rows - 1
+        if low < 0 or high > most:
+            problems.append(
+                ValueError(f"audio_index must be 0 to A - 1 = 0 to {most}, got values from {low} to {high}")
+            )
+    return problems
+
+
+def _values_are_checked(call: Call) -> bool:
+    """On CPU tensors, and with PALKERNELS_CHECK=1 on a GPU; never while tracing."""
+    tracing = torch.compiler.is_compiling() or is_fake(call.query)
+    return not tracing and (call.query.device.type == "cpu" or os.environ.get("PALKERNELS_CHECK") == "1")
+
+
+def _type_problems(call: Call) -> list[Exception]:
+    problems: list[Exception] = []
+    tensors = {**call.floats(), **call.integers()}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            problems.append(TypeError(f"{name} must be a tensor, got {type(tensor).__name__}"))
+    if problems:
+        return problems
+
+    floats = call.floats()
+    if call.query.dtype not in FLOAT_DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        problems.append(TypeError(f"query must be {known}, got {call.query.dtype}"))
+    elif len({dtype for _, dtype in _autocast_dtypes(call)}) > 1:
+        found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in floats.items())
+        problems.append(TypeError(f"query, key, value, audio_key and audio_value must share one dtype, got {found}"))
+    for name, tensor in call.integers().items():
+        if tensor.dtype not in INTEGER_DTYPES:
+            problems.append(TypeError(f"{name} must have an integer dtype, got {tensor.dtype}"))
+    for name, tensor in tensors.items():
+        if tensor.device != call.query.device:
+            problems.append(ValueError(f"{name} must be on query's device {call.query.device}, got {tensor.device}"))
+
+    for name in ("scale", "softcap"):
+        number = getattr(call, name)
+        if number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            problems.append(TypeError(f"{name} must be a number or None, got {type(number).__name__}"))
+        elif not -math.inf < number < math.inf:  # as torch.compile can trace it
+            problems.append(ValueError(f"{name} must be finite, got {number}"))
+        elif name == "softcap" and number <= 0:
+            problems.append(ValueError(f"softcap must be positive, got {number}"))
+    if call.window is not None:
+        if isinstance(call.window, bool) or not isinstance(call.window, int):
+            problems.append(TypeError(f"window must be an int or None, got {type(call.window).__name__}"))
+        elif call.window < 1:
+            problems.append(ValueError(f"window must be at least 1, got {call.window}"))
+    return problems
+
+
+def _shape_problems(call: Call) -> list[Exception]:
+    layouts = {
+        "query": "(B, Hq, T, D)",
+        "key": "(B, Hkv, S, D)",
+        "value": "(B, Hkv, S, D)",
+        "audio_key": "(A, Hkv, N, D)",
+        "audio_value": "(A, Hkv, N, D)",
+    }
+    problems: list[Exception] = [
+        ValueError(f"{name} must be {layouts[name]}, got shape {tuple(tensor.shape)}")
+        for name, tensor in call.floats().items()
+        if tensor.ndim != 4
+    ]
+    if problems:
+        return problems
+
+    batch, heads, num_queries, head_dim = call.query.shape
+    kv_heads, num_keys = call.key.shape[1:3]
+    audio_rows, num_audio = call.audio_key.shape[0], call.audio_key.shape[2]
+
+    def want(name: str, shape: tuple[int, ...], why: str) -> None:
+        got = tuple(getattr(call, name).shape)
+        if got != shape:
+            problems.append(ValueError(f"{name} must be {why} = {shape}, got shape {got}"))
+
+    if head_dim < 1:
+        problems.append(ValueError(f"query must have D >= 1, got shape {tuple(call.query.shape)}"))
+    want("key", (batch, kv_heads, num_keys, head_dim), "(B, Hkv, S, D) with query's B and D")
+    want("value", tuple(call.key.shape), "of key's shape")
+    want("audio_key", (audio_rows, kv_heads, num_audio, head_dim), "(A, Hkv, N, D) with key's Hkv and D")
+    want("audio_value", tuple(call.audio_key.shape), "of audio_key's shape")
+    if kv_heads < 1 or heads % kv_heads:
+        problems.append(ValueError(f"Hq must be a multiple of Hkv, got Hq={heads}, Hkv={kv_heads}"))
+    if num_keys < num_queries:
+        problems.append(ValueError(f"S must be at least T, got S={num_keys}, T={num_queries}"))
+    if call.audio_index is None:
+        if audio_rows != batch:
+            problems.append(ValueError(f"without audio_index, A must equal B, got A={audio_rows}, B={batch}"))
+    else:
+        want("audio_index", (batch,), "(B,)")
+        if batch and not audio_rows:
+            problems.append(ValueError(f"audio_key must have a row for audio_index to name, got A=0, B={batch}"))
+    if call.audio_lengths is not None:
+        want("audio_lengths", (audio_rows,), "(A,)")
+    if call.audio_visible_from is not None:
+        want("audio_visible_from", (batch, num_audio), "(B, N)")
+    for name in ("text_start", "text_end"):
+        if getattr(call, name) is not None:
+            want(name, (batch,), "(B,)")
+    return problems
+
+
+def _value_problems(call: Call) -> list[Exception]:
+    if not _values_are_checked(call):
+        return []
+    num_queries, num_keys = call.query.shape[2], call.key.shape[2]
+    audio_rows, num_audio = call.audio_key.shape[0], call.audio_key.shape[2]
+    bounds = {
+        "audio_lengths": (0, num_audio, "0 to N"),
+        "audio_index": (0, audio_rows - 1, "0 to A - 1"),
+        "text_start": (0, None, "at least 0"),
+        "text_end": (num_queries, num_keys, "T to S"),
+    }
+    problems: list[Exception] = []
+    for name, tensor in call.integers().items():
+        if name not in bounds or not tensor.numel():
+            continue
+        least, most, why = bounds[name]
+        low, high = (int(x) for x in torch.aminmax(_as_int64(tensor)))
+        if low < least or (most is not None and high > most):
+            allowed = f"{why} = {least} to {most}" if most is not None else why
+            problems.append(ValueError(f"{name} must be {allowed}, got values from {low} to {high}"))
+    return problems
+
+
+def _autocast_dtypes(call: Call) -> list[tuple[str, torch.dtype]]:
+    target = _autocast_target(call.query.device)
+    return [(name, _computed_in(tensor, target)) for name, tensor in call.floats().items()]
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that a tensor is computed in."""
+    return _computed_in(tensor, _autocast_target(tensor.device))
+
+
+def _autocast_target(device: torch.device) -> torch.dtype | None:
+    if device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def _computed_in(tensor: Tensor, target: torch.dtype | None) -> torch.dtype:
+    """Autocast's dtype, if it is on; it leaves float64 alone, as SDPA does."""
+    return tensor.dtype if target is None or tensor.dtype == torch.float64 else target
+
+
+def prepared(call: Call) -> Call:
+    """Autocast applied, integers as int32 or int64, the scale filled in."""
+    changes: dict[str, object] = {
+        name: getattr(call, name).to(dtype)
+        for name, dtype in _autocast_dtypes(call)
+        if getattr(call, name).dtype != dtype
+    }
+    for name, tensor in call.integers().items():
+        if tensor.dtype not in (torch.int32, torch.int64):
+            changes[name] = _as_int64(tensor)
+    if not isinstance(call.scale, float):
+        changes["scale"] = call.query.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
+    if call.softcap is not None:
+        changes["softcap"] = float(call.softcap)
+    if call.window is not None and call.window >= call.num_keys:  # as long as the text: it hides nothing
+        changes["window"] = None
+    return replace(call, **changes) if changes else call  # type: ignore[arg-type]
+
+
+def _as_int64(tensor: Tensor) -> Tensor:
+    """uint64 values beyond int64 stay large: as a first visible position they mean never."""
+    converted = tensor.to(torch.int64)
+    if tensor.dtype == torch.uint64:
+        converted = torch.where(converted < 0, torch.iinfo(torch.int64).max, converted)
+    return converted
+
+
+def triton_reasons(call: Call) -> list[str]:
+    """Why the Triton kernels cannot take a call whose arguments are otherwise valid."""
+    query = call.query
+    reasons = device_reasons(query)
+    if query.ndim == 4 and query.shape[-1] > MAX_TRITON_HEAD_DIM:
+        reasons.append(f"D must be at most {MAX_TRITON_HEAD_DIM}, got {query.shape[-1]}")
+    return reasons
+
+
+def device_reasons(tensor: Tensor) -> list[str]:
+    """Why no Triton kernel runs where a tensor is, or on its dtype; on a fake tensor none has to."""
+    if not torch.compiler.is_compiling() and is_fake(tensor):
+        return []
+    reasons = []
+    if not HAS_TRITON:
+        reasons.append("triton must be installed")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted:
+        if tensor.dtype == torch.bfloat16:
+            reasons.append("bfloat16 must not be used with TRITON_INTERPRET=1: the interpreter computes it wrongly")
+    elif tensor.device.type != "cuda":
+        reasons.append(f"tensors must be on a CUDA device (or TRITON_INTERPRET=1 set), got {tensor.device}")
+    else:
+        if torch.version.hip is not None:
+            reasons.append("the device must be an NVIDIA GPU: ROCm is not supported yet")
+        elif torch.cuda.get_device_capability(tensor.device) < MIN_CAPABILITY:
+            capability = ".".join(map(str, torch.cuda.get_device_capability(tensor.device)))
+            reasons.append(f"the GPU must have compute capability 8.0 or more, got {capability}")
+        if tensor.dtype == torch.float64:
+            reasons.append("float64 must be run with TRITON_INTERPRET=1 or another implementation")
+    return reasons
+
+
+def clamped(call: Call) -> Call:
+    """Unchecked integers within bounds, on devices where they may be wrong; the Triton kernels do so themselves."""
+    if call.query.device.type == "cpu" or call.cu_seqlens is not None:  # packed rows are clamped one by one
+        return call
+    audio_rows, num_audio = call.audio_key.shape[0], call.audio_key.shape[2]
+    bounds = {
+        "audio_lengths": (0, num_audio),
+        "audio_index": (0, audio_rows - 1),
+        "text_end": (call.query.shape[2], call.key.shape[2]),
+    }
+    given = call.integers()
+    changes = {name: given[name].clamp(*limits) for name, limits in bounds.items() if name in given}
+    return replace(call, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,188 @@
+"""Audio keys and values from audio states: RMSNorm, the K and V projections, head norm, RoPE.
+
+One layer is differentiable and keeps nothing but its arguments for the backward pass, which normalises again. With the
+Triton steps and without gradients, all layers of a model share one normalisation and one batched product, the norms'
+weights folded into the projections'. Otherwise layers run one by one.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from palkernels import reference
+from palkernels.projection.call import PROJECTION, TURNS, Projection
+
+
+def _steps(fused: bool) -> ModuleType:
+    """The steps around the matrix products: Triton kernels, or plain PyTorch."""
+    if fused:
+        from palkernels.kernels import projection
+
+        return projection
+    from palkernels.projection import steps
+
+    return steps
+
+
+LAYER = (
+    "Tensor states, Tensor norm_weight, Tensor k_weight, Tensor v_weight, Tensor? k_bias, Tensor? v_bias, "
+    "Tensor? k_norm_weight, Tensor? cos, Tensor? sin, SymInt num_kv_heads, float eps, float norm_offset, bool fused"
+)
+
+
+@torch.library.custom_op("palkernels::audio_kv_forward", mutates_args=(), schema=f"({LAYER}) -> (Tensor, Tensor)")
+def audio_kv_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """K and V (A, Hkv, N, D) of one layer, laid out as (A, N, Hkv, D)."""
+    *layer, fused = arguments
+    steps, call = _steps(fused), Projection(*layer)
+    normalised = steps.normalise(call, call.norm_weight)
+    keys = call.heads(linear(normalised, call.k_weight, call.k_bias))
+    steps.finish_keys(keys, call)
+    values = call.heads(linear(normalised, call.v_weight, call.v_bias))
+    return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+@audio_kv_forward.register_fake
+def _(states: Tensor, norm_weight: Tensor, k_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    heads = rest[-4]
+    shape = (*states.shape[:2], heads, k_weight.shape[0] // heads)
+    return states.new_empty(shape).transpose(1, 2), states.new_empty(shape).transpose(1, 2)
+
+
+@torch.library.custom_op(
+    "palkernels::audio_kv_backward",
+    mutates_args=(),
+    schema=f"(Tensor? dkey, Tensor? dvalue, bool[] needed, {LAYER}) -> Tensor[]",
+)
+def audio_kv_backward(
+    dkey: Tensor | None, dvalue: Tensor | None, needed: Sequence[bool], *arguments: Any
+) -> list[Tensor]:
+    """Gradients of those of ``PROJECTION`` that are ``needed``, in order; at least one of dkey and dvalue is given."""
+    *layer, fused = arguments
+    steps, call = _steps(fused), Projection(*layer)
+    wants = dict(zip(PROJECTION, needed, strict=True))
+    found: dict[str, Tensor] = {}
+    num_rows = call.rows.shape[0]
+    normalised: Any = None
+    if wants["k_weight"] or wants["v_weight"] or (dkey is not None and call.k_norm_weight is not None):
+        normalised = steps.normalise(call, call.norm_weight)
+
+    dnormalised = None  # (A * N, d)
+    wants_rows = wants["states"] or wants["norm_weight"]
+    if dkey is not None:
+        dkeys = dkey.transpose(1, 2)
+        raw = None
+        if call.k_norm_weight is not None:
+            raw = call.heads(linear(normalised, call.k_weight, call.k_bias))
+        dkeys, found["k_norm_weight"] = steps.finish_gradient(dkeys, raw, call)
+        dkeys = dkeys.reshape(num_rows, call.k_weight.shape[0])
+        if wants["k_bias"]:
+            found["k_bias"] = dkeys.sum(0)
+        if wants["k_weight"]:
+            found["k_weight"] = dkeys.t() @ normalised
+        if wants_rows:
+            dnormalised = dkeys @ call.k_weight
+    if dvalue is not None:
+        dvalues = dvalue.transpose(1, 2).reshape(num_rows, call.v_weight.shape[0])
+        if wants["v_bias"]:
+            found["v_bias"] = dvalues.sum(0)
+        if wants["v_weight"]:
+            found["v_weight"] = dvalues.t() @ normalised
+        if wants_rows:
+            dnormalised = (
+                dvalues @ call.v_weight if dnormalised is None else torch.addmm(dnormalised, dvalues, call.v_weight)
+            )
+    if wants_rows:
+        dstates, found["norm_weight"] = steps.normalise_gradient(dnormalised, call, wants["norm_weight"])
+        found["states"] = dstates.view(call.states.shape)
+    # Without a gradient of the keys, what only they depend on gets zeros; so with the values.
+    return [
+        found[name].to(tensor.dtype) if found.get(name) is not None else torch.zeros_like(tensor)
+        for name in PROJECTION
+        if wants[name] and (tensor := getattr(call, name)) is not None
+    ]
+
+
+@audio_kv_backward.register_fake
+def _(dkey: Tensor | None, dvalue: Tensor | None, needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
+    tensors = arguments[: len(PROJECTION)]
+    return [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for need, x in zip(needed, tensors, strict=True)
+        if need and x is not None
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.numbers = inputs[9:]
+    ctx.save_for_backward(*inputs[:9])
+
+
+def _backward(ctx: Any, dkey: Tensor | None, dvalue: Tensor | None) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[: len(PROJECTION)])
+    if dkey is None and dvalue is None:
+        return (None,) * len(ctx.needs_input_grad)
+    found = iter(audio_kv_backward(dkey, dvalue, needed, *ctx.saved_tensors, *ctx.numbers))
+    return (
+        *(next(found) if need else None for need in needed),
+        *[None] * (len(ctx.needs_input_grad) - len(PROJECTION)),
+    )
+
+
+audio_kv_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+LAYERS = (
+    "Tensor states, Tensor[] norm_weight, Tensor[] k_weight, Tensor[] v_weight, Tensor?[] k_bias, Tensor?[] v_bias, "
+    "Tensor?[] k_norm_weight, Tensor?[] cos, Tensor?[] sin, SymInt num_kv_heads, float eps, float norm_offset"
+)
+
+
+@torch.library.custom_op("palkernels::audio_kv_layers", mutates_args=(), schema=f"({LAYERS}) -> Tensor")
+def audio_kv_layers(states: Tensor, *arguments: Any) -> Tensor:
+    """K and V of L layers, (L, 2, A, N, Hkv, D), without gradients, by the Triton steps."""
+    *lists, num_kv_heads, eps, norm_offset = arguments
+    numbers = (num_kv_heads, eps, norm_offset)
+    layers = [Projection(*(states, *layer, *numbers)) for layer in zip(*lists, strict=True)]
+    steps, first = _steps(fused=True), layers[0]
+    normalised = steps.normalise(first, None)
+    weights = first.k_weight.new_empty(len(layers), 2, *first.k_weight.shape)
+    for layer, folded in zip(layers, weights, strict=True):
+        gain = layer.norm_weight.to(torch.promote_types(layer.norm_weight.dtype, torch.float32)) + norm_offset
+        torch.mul(layer.k_weight, gain, out=folded[0])
+        torch.mul(layer.v_weight, gain, out=folded[1])
+    products = torch.bmm(normalised.expand(2 * len(layers), -1, -1), weights.flatten(0, 1).transpose(1, 2))
+    out = products.view(len(layers), 2, *states.shape[:2], num_kv_heads, first.head_dim)
+    for layer, (keys, values) in zip(layers, out, strict=True):
+        for projected, bias in ((keys, layer.k_bias), (values, layer.v_bias)):
+            if bias is not None:
+                projected += bias.view(num_kv_heads, -1)
+        steps.finish_keys(keys, layer)
+    return out
+
+
+@audio_kv_layers.register_fake
+def _(states: Tensor, norm_weight: list[Tensor], k_weight: list[Tensor], *rest: Any) -> Tensor:
+    heads = rest[-3]
+    return states.new_empty(len(k_weight), 2, *states.shape[:2], heads, k_weight[0].shape[0] // heads)
+
+
+def run(layers: list[Projection], impl: str) -> list[tuple[Tensor, Tensor]]:
+    """K and V of each layer, for validated arguments with one ``states``; "triton", "sdpa" or "reference"."""
+    if impl == "reference":
+        given: list[dict[str, Any]] = [layer.tensors() | layer.numbers() for layer in layers]
+        return [reference.audio_kv(**layer) for layer in given]
+    fused = impl == "triton"
+    tensors = [tensor for layer in layers for tensor in layer.tensors().values()]
+    with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if len(layers) == 1 or with_gradients or not fused:
+        return [audio_kv_forward(*layer.arguments(), fused) for layer in layers]
+    first = layers[0]
+    lists = [[getattr(layer, name) for layer in layers] for name in (*PROJECTION[1:], *TURNS)]
+    out = audio_kv_layers(first.states, *lists, *first.numbers().values())
+    return [(pair[0].transpose(1, 2), pair[1].transpose(1, 2)) for pair in out.unbind(0)]

@@ -1,0 +1,153 @@
+"""Decoding: up to 8 queries per row, keys split over programs, which the last one merges."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from support.kernel_runs import strict
+
+from palkernels import lal_attention
+from palkernels.attention.call import INTEGERS, Call
+from palkernels.kernels import decode, tiles
+from palkernels.kernels.forward import forward_launch
+from palkernels.testing import FEATURES, fill_unreachable, lal_case, max_error
+
+SHAPE = {"heads": 6, "kv_heads": 2, "keys": 50, "audio": 45, "dim": 20}
+
+
+def call_of(case):
+    options = dict.fromkeys(INTEGERS) | {"scale": case.tensors[0].shape[-1] ** -0.5} | case.options
+    return Call(*case.tensors, **options)
+
+
+def run(launch, call):
+    """Into memory that holds NaN."""
+    query = call.query
+    batch, heads, queries, dim = query.shape
+    out = query.new_full((batch, queries, heads, dim), math.nan).transpose(1, 2)
+    lse = query.new_full((batch, heads, queries), math.nan, dtype=torch.promote_types(query.dtype, torch.float32))
+    launch(call, out, lse, capability(query.device)).run()
+    return out, lse
+
+
+def capability(device):
+    return None if device.type == "cpu" else tiles.capability(device)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How many calls took this path."""
+    launches = []
+    launch = decode.decode_launch
+
+    def record(*args):
+        launches.append(args)
+        return launch(*args)
+
+    monkeypatch.setattr(decode, "decode_launch", record)
+    return launches
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 3, 8])
+@pytest.mark.parametrize("features", [(), ("index",), ("lengths", "text_start", "text_end"), FEATURES], ids=len)
+def test_equals_prefill(queries, features, device):
+    """The same rows through the kernel that does not split, and the definition."""
+    dtype, bound = (torch.float64, 1e-12) if device == "cpu" else (torch.float32, 1e-5)
+    case = lal_case(
+        batch=5, queries=queries, features=features, audio_rows=3, seed=queries, dtype=dtype, device=device,
+        poison=True, **SHAPE,
+    )  # fmt: skip
+    want = lal_attention(*case.to(torch.float64).tensors, **case.options, return_lse=True, impl="reference")
+    call = call_of(fill_unreachable(case, math.nan))
+    with tiles.use(tiles.Tile(32, 16, 4, 1)), strict(device):
+        assert decode.takes(call, capability(call.query.device))
+        for launch in (decode.decode_launch, forward_launch):
+            for got, exact in zip(run(launch, call), want, strict=True):
+                assert max_error(got, exact) <= bound
+
+
+@pytest.mark.cuda_only
+@pytest.mark.gpu
+def test_a_cuda_graph_decodes():
+    """Lengths live on the device: a captured graph follows them, and waits for nothing."""
+    features = ("lengths", "index", "text_end")
+    case = lal_case(batch=5, queries=1, features=features, audio_rows=3, device="cuda", **SHAPE)
+    case.options.update({name: case.options[name].long() for name in INTEGERS if name in case.options})
+    lal_attention(*case.tensors, **case.options, impl="triton")  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = lal_attention(*case.tensors, **case.options, impl="triton")
+    for length in (45, 7, 0):
+        case.options["audio_lengths"].fill_(length)
+        case.options["text_end"].fill_(length + 1)
+        graph.replay()
+        graph.replay()  # the counters are zeros again
+        assert max_error(out, lal_attention(*case.tensors, **case.options, impl="reference")) <= 1e-4
+
+
+@pytest.mark.parametrize(("queries", "taken"), [(0, False), (1, True), (8, True), (9, False)])
+def test_which_calls_decode(decoded, queries, taken):
+    case = lal_case(batch=2, queries=queries, **SHAPE)
+    lal_attention(*case.tensors, impl="triton")
+    assert bool(decoded) == taken
+
+
+def test_groups_that_do_not_fit_a_tile_do_not_decode(decoded):
+    case = lal_case(batch=1, queries=8, **SHAPE | {"heads": 64})
+    out = lal_attention(*case.tensors, impl="triton")
+    assert not decoded
+    assert max_error(out, lal_attention(*case.tensors, impl="reference")) <= 1e-5
+
+
+@pytest.mark.parametrize("readers", [1, 7, 40])
+def test_readers_of_one_clip_share_its_loads(readers, monkeypatch):
+    """As many as fit into a tile; a clip that nobody reads is not read at all."""
+    case = lal_case(batch=readers, queries=1, features=("index",), audio_rows=3, dtype=torch.float64, **SHAPE)
+    case.options["audio_index"] = torch.full((readers,), 1)
+    case.tensors[3][0::2] = case.tensors[4][0::2] = math.nan
+    out = lal_attention(*case.tensors, **case.options, impl="triton")
+    assert max_error(out, lal_attention(*case.tensors, **case.options, impl="reference")) <= 1e-12
+
+
+@pytest.mark.parametrize("features", [("lengths", "text_end"), ("lengths", "window")], ids="-".join)
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_any_number_of_splits(monkeypatch, programs, features):
+    """From one span for all keys to one for each block; and every launch leaves its counters at zero."""
+    monkeypatch.setattr(decode, "_multiprocessors", lambda *args: programs)
+    zeros = torch.zeros(4, dtype=torch.int32)
+    monkeypatch.setattr(decode, "_counters", lambda *args: zeros)
+    case = lal_case(batch=2, queries=2, features=features, dtype=torch.float64, **SHAPE)
+    want = lal_attention(*case.tensors, **case.options, return_lse=True, impl="reference")
+    with tiles.use(tiles.Tile(16, 16, 4, 1)):
+        for _ in range(2):
+            for got, exact in zip(run(decode.decode_launch, call_of(case)), want, strict=True):
+                assert max_error(got, exact) <= 1e-12
+            assert not zeros.any()
+
+
+def test_programs_may_end_in_any_order(monkeypatch):
+    """Whichever arrives last merges, to the same bits."""
+    from support import interpreter
+
+    case = lal_case(batch=2, queries=2, features=("index", "visible_from"), audio_rows=2, **SHAPE)
+    results = []
+    with tiles.use(tiles.Tile(32, 16, 4, 1)):
+        call = call_of(case)
+        for order in (lambda x: x, reversed, lambda x: [*x[1::2], *x[::2]]):
+            with interpreter.in_order(order):
+                results.append(run(decode.decode_launch, call))
+    for got, want in itertools.product(results[1:], results[:1]):
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def test_gradients_of_decoded_rows():
+    case = lal_case(batch=3, queries=2, features=("index",), audio_rows=2, dtype=torch.float64, **SHAPE)
+    results = []
+    for impl in ("triton", "reference"):
+        leaves = case.requires_grad().tensors
+        out, lse = lal_attention(*leaves, **case.options, return_lse=True, impl=impl)
+        results.append(torch.autograd.grad(out.square().sum() + lse.sum(), leaves))
+    for got, want in zip(*results, strict=True):
+        assert max_error(got, want) <= 1e-10

@@ -1,0 +1,348 @@
+"""`palkernels simulate`: predictions against tracked runs, what LAL saves at full size, the committed results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from palkernels.bench.cli import main
+from palkernels.bench.experiments.simulate import LENGTHS, OPTIMIZERS, World
+from palkernels.bench.instruments.costs import GPUS, function_inside
+from palkernels.bench.instruments.memory import AllocationTracker
+from palkernels.bench.machine import package_version
+from palkernels.bench.methods.methods import DEFAULT_METHODS, LEVERS, METHODS, Batch, make_adamw
+from palkernels.bench.presets import LlmPlan, plan_llm
+from palkernels.bench.report import document as results
+from palkernels.model.connectors.base import MlpConnector
+
+FILES = ["simulate.csv", "simulate.html", "simulate.json", "simulate.png"]
+COMMITTED = Path(__file__).parents[3] / "bench" / "results"
+ON_CPU = tuple(name for name in METHODS if name != "lal-fused-loss")
+AUDIO, TEXT, ROWS, NEW, WIDTH = 96, 24, 3, 9, 48
+
+
+def small_plan() -> LlmPlan:
+    config = LlamaConfig(
+        vocab_size=2000,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16_384,
+        tie_word_embeddings=True,
+    )
+    return LlmPlan("small", config, 3, None)
+
+
+def tracked(name: str, mode: str, optimizer: str = "none") -> tuple[int, int]:
+    """Peak bytes, and those above the static part, of a real run on this CPU."""
+    method = METHODS[name]
+    model = small_plan().build(torch.float32, torch.device("cpu"), 0).model
+    connector = MlpConnector(WIDTH, 128)
+    batch = Batch.make(torch.randn(AUDIO, WIDTH), ROWS, TEXT, 2000, 0)
+    with method.ready(model):
+        parameters = [*model.parameters(), *connector.parameters(), *method.own_parameters(model)]
+        step = make_adamw(parameters) if mode == "train" and optimizer == "adamw" else None
+        states = [] if step is None else [x for found in step.state.values() for x in found.values()]
+        with AllocationTracker([*parameters, *states], inside=function_inside) as tracker:
+            if mode == "train":
+                method.loss(model, connector, batch).backward()  # type: ignore[no-untyped-call]
+                if step is not None:
+                    step.step()
+            else:
+                with torch.no_grad():
+                    method.generate(model, connector, batch, NEW)
+    report = tracker.report([p.grad for p in parameters if p.grad is not None])
+    return report.peak_bytes, report.peak_above_static_bytes
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> World:
+    """Takes the paths that a CPU takes."""
+    return World(small_plan(), torch.float32, WIDTH, impl="auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "optimizer"),
+    [
+        *((name, "train", "none") for name in ON_CPU),
+        *((name, "infer", "none") for name in DEFAULT_METHODS),
+        ("plits", "train", "adamw"),
+        ("lal", "train", "adamw"),
+    ],
+)
+def test_memory_of_a_tracked_run(name: str, mode: str, optimizer: str, on_cpu: World) -> None:
+    """Within 1 % of what really is allocated for the same shapes, in all and above the static part."""
+    method = METHODS[name]
+    if mode == "train":
+        found = on_cpu.train(method, AUDIO, TEXT, ROWS, optimizer)
+    else:
+        found = on_cpu.infer(method, AUDIO, TEXT, ROWS, NEW)
+    peak, above = tracked(name, mode, optimizer)
+    assert found.peak_bytes == pytest.approx(peak, rel=0.01)
+    assert found.peak_above_static_bytes == pytest.approx(above, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["plits", "lal-eager", "lal"])
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 40])
+def test_decoding_steps_that_are_not_run(name: str, new_tokens: int) -> None:
+    """Costs and peak of all steps are those of running every one."""
+    world, method = World(small_plan(), torch.float16, WIDTH), METHODS[name]
+    sizes = (1, 2, ROWS, new_tokens)  # so short that decoding has the peak
+    found, whole = world.infer(method, *sizes), world.infer(method, *sizes, most_steps=new_tokens)
+    for key, value in whole.costs.items():
+        assert found.costs[key] == pytest.approx(value, rel=1e-3), key
+    assert found.costs["attention_flops"] == whole.costs["attention_flops"]
+    assert found.first_token == whole.first_token
+    assert found.peak_bytes == pytest.approx(whole.peak_bytes, rel=1e-3)
+    assert found.memory_breakdown["K/V cache"] == pytest.approx(whole.memory_breakdown["K/V cache"], rel=0.01)
+
+
+def test_what_memory_consists_of() -> None:
+    plan = small_plan()
+    world = World(plan, torch.bfloat16, WIDTH)
+    parameters = sum(p.numel() for p in world.parameters) * 2
+    train = world.train(METHODS["plits"], AUDIO, TEXT, ROWS, "adamw")
+    parts = train.memory_breakdown
+    assert sum(parts.values()) == train.peak_bytes
+    assert set(parts) <= {"parameters", "gradients", "optimizer", "activations", "temporaries", "logits"}
+    assert parts["parameters"] == parameters
+    assert parts["optimizer"] == pytest.approx(2 * parameters, rel=1e-3)  # two moments, and counters of steps
+    logits = ROWS * (AUDIO + TEXT) * 2000
+    assert parts["logits"] >= logits * 4  # at least once in float32
+    infer = world.infer(METHODS["lal"], AUDIO, TEXT, ROWS, 2)
+    parts = infer.memory_breakdown
+    assert sum(parts.values()) == infer.peak_bytes
+    assert infer.peak_above_static_bytes == infer.peak_bytes - parameters
+    assert parts["K/V cache"] >= 3 * 2 * ROWS * AUDIO * 64 * 2  # layers, K and V, rows, tokens, heads x head dim, bytes
+
+
+def test_adamw_adds_its_states() -> None:
+    world = World(small_plan(), torch.bfloat16, WIDTH)
+    without, with_it = (world.train(METHODS["lal"], AUDIO, TEXT, ROWS, name) for name in OPTIMIZERS)
+    states = 2 * sum(p.nbytes for p in world.parameters)
+    assert with_it.peak_bytes - without.peak_bytes >= states
+    assert with_it.peak_above_static_bytes == without.peak_above_static_bytes
+    assert with_it.costs["bytes"] > without.costs["bytes"]
+
+
+@pytest.fixture(scope="module")
+def llama() -> World:
+    return World(plan_llm("llama-3.2-1b", None), torch.bfloat16)
+
+
+def test_training_memory_of_llama_1b(llama: World) -> None:
+    """Batch 8, bfloat16, 128 text tokens, no optimizer: what LAL saves at least."""
+    names = ("plits", "plits-tuned", "lal")
+    plits, tuned, lal = (llama.train(METHODS[name], 1500, 128, 8).peak_bytes for name in names)
+    assert lal <= 0.15 * plits
+    assert lal <= 0.30 * tuned
+    plits, lal = (llama.train(METHODS[name], 512, 128, 8).peak_bytes for name in ("plits", "lal"))
+    assert lal <= 0.35 * plits
+
+
+@pytest.mark.parametrize("name", [*DEFAULT_METHODS, *LEVERS])
+def test_as_committed(name: str, llama: World) -> None:
+    """A change in the model layer or the operators that costs memory or work shows here; where it is meant, the
+    results are simulated anew."""
+    document = json.loads((COMMITTED / "simulate-llama-3.2-1b.json").read_text())
+    for package in ("torch", "transformers", "liger-kernel"):
+        assert document["meta"]["versions"][package] == package_version(package), package
+    (row,) = (
+        row
+        for row in document["rows"]
+        if (row["method"], row["mode"], row["audio_tokens"]) == (name, "train", 512)
+        and row["device"] == GPUS["h200"].name
+    )
+    found = llama.train(METHODS[name], 512, 128, 8)
+    assert found.peak_bytes == row["peak_memory_bytes"]
+    assert found.peak_above_static_bytes == row["peak_above_static_bytes"]
+    assert found.memory_breakdown == row["memory_breakdown"]
+    assert (found.costs["attention_flops"], found.costs["other_flops"], found.costs["bytes"]) == (
+        row["attention_flops"],
+        row["other_flops"],
+        row["traffic_bytes"],
+    )
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    small_plan().config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def document(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("out") / "deep"
+    points = ["--audio-tokens", "16,64", "--text-tokens", "8,16", "--new-tokens", 4, "--layers", 1]
+    assert run("simulate", "--model", tiny, *points, "--out", out) == 0
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    found: dict[str, Any] = json.loads((out / "simulate.json").read_text())
+    return found
+
+
+def test_rows(document: dict[str, Any]) -> None:
+    """A row for every method that has the mode, at every point, on both GPUs."""
+    rows = document["rows"]
+    assert len(rows) == 2 * 2 * 2 * (len(METHODS) + len(DEFAULT_METHODS))
+    assert {row["device"] for row in rows} == {gpu.name for gpu in GPUS.values()}
+    assert {row["method"] for row in rows if row["mode"] == "train"} == set(METHODS)
+    for row in rows:
+        assert (row["source"], row["status"]) == ("simulated", "ok")
+        assert row["batch_size"] == {"train": 8, "infer": 12}[row["mode"]]
+        assert row["dtype"] == {"train": "bfloat16", "infer": "float16"}[row["mode"]]
+        assert row["samples_per_second"]["p50"] > 0
+        assert sum(row["memory_breakdown"].values()) == row["peak_memory_bytes"] > row["peak_above_static_bytes"] > 0
+    assert {row["impl"] for row in rows if row["method"] == "lal"} == {"triton"}
+
+
+def test_lengths_and_their_exponents(document: dict[str, Any]) -> None:
+    """Attention grows linearly with audio in LAL, quadratically in PLITS."""
+    lengths = document["lengths"]
+    for varies, counts in LENGTHS.items():
+        points = {(row["mode"], row["method"], row[varies]) for row in lengths if row["varies"] == varies}
+        modes = ("train", "prefill") if varies == "audio_tokens" else ("train",)
+        assert points == {(m, x, n) for m in modes for x in ("plits", "lal") for n in counts}
+    found = {
+        (x["varies"], x["mode"], x["method"], x["quantity"]): x["exponent"]
+        for x in document["exponents"]
+        if x["device"] == GPUS["a100-80gb"].name
+    }
+    for mode in ("train", "prefill"):
+        assert found["audio_tokens", mode, "lal", "attention_flops"] == pytest.approx(1.0, abs=0.01)
+        assert found["audio_tokens", mode, "plits", "attention_flops"] == pytest.approx(1.85, abs=0.05)
+
+
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-3.2-3b", "qwen2.5-1.5b"])
+def test_lal_is_linear_in_audio(model: str) -> None:
+    """In memory and time, as committed."""
+    exponents = json.loads((COMMITTED / f"simulate-{model}.json").read_text())["exponents"]
+    found = [x for x in exponents if (x["varies"], x["mode"], x["method"]) == ("audio_tokens", "train", "lal")]
+    assert len(found) == 3 * len(GPUS)
+    for entry in found:
+        assert entry["exponent"] == pytest.approx(1.0, abs=0.1), entry
+
+
+def test_an_exponent_is_one_power() -> None:
+    """What does not grow, or first hardly and then much, has none."""
+
+    def rows(memory: list[int]) -> list[dict[str, Any]]:
+        common = {"varies": "audio_tokens", "mode": "train", "method": "lal", "device": "x", "batch_size": 1}
+        return [
+            {
+                **common,
+                "audio_tokens": n,
+                "peak_above_static_bytes": y,
+                "attention_flops": 1,
+                "samples_per_second": {"p50": 1.0},
+            }
+            for n, y in zip((1, 2, 4, 8, 16), memory, strict=True)
+        ]
+
+    def exponent(memory: list[int]) -> float | None:
+        by_quantity = {x["quantity"]: x["exponent"] for x in results.exponents(rows(memory))}
+        assert by_quantity["seconds"] is by_quantity["attention_flops"] is None
+        return by_quantity["peak_above_static_bytes"]
+
+    assert exponent([5 + 3 * (n - 1) for n in (1, 2, 4, 8, 16)]) == pytest.approx(1.0)
+    assert exponent([5 + (n - 1) ** 2 for n in (1, 2, 4, 8, 16)]) == pytest.approx(2.0)
+    assert exponent([100, 101, 102, 103, 900]) is None
+    assert exponent([100] * 5) is None
+
+
+def test_serving(document: dict[str, Any]) -> None:
+    """Questions about one clip share its keys and values with LAL; with PLITS each has its own."""
+    rows = {(x["method"], x["clips"], x["questions"]): x for x in document["serving"]}
+    per_token = 2 * 1 * 64 * 2
+    for questions in (1, 8, 32):
+        assert rows["lal", 1, questions]["kv_bytes_per_clip"] == per_token * (1500 + questions * (128 + 4))
+        assert rows["plits", 1, questions]["kv_bytes_per_clip"] == per_token * questions * (1500 + 128 + 4)
+    assert rows["lal", 1, 32]["first_token_seconds"] < rows["plits", 1, 32]["first_token_seconds"]
+    assert rows["lal", 1, 32]["tokens_per_second"] > rows["plits", 1, 32]["tokens_per_second"]
+
+
+def test_figure1_simulate_is_the_same(tiny: Path, tmp_path: Path) -> None:
+    common = ["--model", tiny, "--layers", 1, "--methods", "plits,lal", "--audio-tokens", "16", "--new-tokens", 2]
+    assert run("figure1", "--simulate", *common, "--no-serving", "--out", tmp_path / "a") == 0
+    assert run("simulate", *common, "--no-serving", "--no-lengths", "--out", tmp_path / "b") == 0
+    one, other = (json.loads((tmp_path / x / "simulate.json").read_text()) for x in "ab")
+    assert one["rows"] == other["rows"]
+    assert one["serving"] == []
+
+
+def test_errors_against_a_measured_run() -> None:
+    row = {
+        "method": "lal", "mode": "train", "audio_tokens": 4, "text_tokens": 2, "batch_size": 1, "dtype": "bfloat16",
+        "status": "ok", "peak_memory_bytes": 100, "samples_per_second": {"p50": 2.0},
+    }  # fmt: skip
+    simulated = [{**row, "device": "NVIDIA H200", "peak_memory_bytes": 103}, {**row, "device": "NVIDIA A100"}]
+    found = results.add_errors(
+        simulated, {"meta": {"device_name": "NVIDIA H200"}, "rows": [{**row, "samples_per_second": {"p50": 1.6}}]}
+    )
+    assert found == 1
+    assert simulated[0]["error_against_measured"]["peak_memory_bytes"] == pytest.approx(0.03)
+    assert simulated[0]["error_against_measured"]["samples_per_second"] == pytest.approx(0.25)
+    assert "error_against_measured" not in simulated[1]
+
+
+def test_weights_in_the_directory_change_nothing(tiny: Path, tmp_path: Path) -> None:
+    """A downloaded checkpoint is simulated by its config alone."""
+    with_weights = tmp_path / "model"
+    small_plan().build(torch.float32, torch.device("cpu"), 0).model.save_pretrained(with_weights)
+    rows = []
+    for folder in (tiny, with_weights):
+        options = ["--methods", "lal", "--audio-tokens", 16, "--new-tokens", 2, "--no-lengths", "--no-serving"]
+        assert run("simulate", "--model", folder, *options, "--out", tmp_path / "out") == 0
+        rows.append(json.loads((tmp_path / "out" / "simulate.json").read_text())["rows"])
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(("name", "calls"), [("lal", 1), ("lal-recompute", 1), ("lal-checkpoint", 2)])
+def test_recomputed_keys_do_not_attend_again(name: str, calls: int) -> None:
+    """The attention's output is kept; a checkpointed layer runs as a whole again."""
+    world = World(small_plan(), torch.bfloat16, WIDTH)
+    found = world.train(METHODS[name], AUDIO, TEXT, ROWS).costs["attention_flops"]
+    pairs = TEXT * AUDIO + TEXT * (TEXT + 1) / 2
+    assert found == (10 + 4 * calls) * ROWS * 3 * 128 * pairs  # layers, heads x head dim
+
+
+def test_every_mistake_is_one_line(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "no.json").write_text("{}")
+    (tmp_path / "other.json").write_text('{"meta": {"model": "x", "device_name": "y"}, "rows": []}')
+    short = tmp_path / "short"
+    LlamaConfig(**{**small_plan().config.to_dict(), "max_position_embeddings": 1000}).save_pretrained(short)
+    before = sorted(tmp_path.rglob("*"))
+    for arguments in (
+        ["--model", "llama-9"],
+        ["--methods", "plits,magic"],
+        ["--audio-tokens", "0"],
+        ["--audio-tokens", "x"],
+        ["--text-tokens", "1"],
+        ["--optimizer", "sgd"],
+        ["--new-tokens", "0"],
+        ["--layers", "9"],
+        ["--audio-tokens", "100000"],
+        ["--measured", tmp_path / "no.json"],
+        ["--measured", tmp_path / "none.json"],
+        ["--out", "/proc/none"],
+        ["--model", short, "--audio-tokens", "16"],
+        ["--model", short, "--audio-tokens", "16", "--no-lengths"],
+        ["--measured", tmp_path / "other.json", "--layers", 1, "--methods", "lal", "--audio-tokens", 9, "--no-lengths"],
+    ):
+        assert run("simulate", "--model", tiny, "--out", tmp_path / "out", *arguments) == 2, arguments
+        error = capfd.readouterr().err
+        assert error.startswith("error: "), (arguments, error)
+        assert error.count("\n") == 1, (arguments, error)
+        assert sorted(tmp_path.rglob("*")) == before, arguments

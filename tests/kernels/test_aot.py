@@ -1,0 +1,131 @@
+"""Every shipped tile compiles for the GPUs it is meant for, and fits them. No GPU is needed.
+
+bfloat16 on Ampere and Hopper; with ``PALKERNELS_AOT=all``, as ``make aot`` sets it, every dtype, and Blackwell.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from support.compiled import compile_ahead, run_compiling
+
+from palkernels.kernels import tiles
+from palkernels.kernels.aot import FEATURES, SHARED_MEMORY, shipped_variants
+
+SUPPORT = Path(__file__).parents[1] / "support"
+EVERYTHING = os.environ.get("PALKERNELS_AOT") == "all"
+CAPABILITIES = [80, 90, 100] if EVERYTHING else [80, 90]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32} if EVERYTHING else {
+    "bfloat16": torch.bfloat16
+}  # fmt: skip
+# Bytes per thread that ptxas may keep on the stack: a few scalars that it parks outside the inner loops. A tile that
+# spills its accumulators takes hundreds.
+STACK = {80: 32, 90: 0, 100: 16}
+# Chosen by their time on an H200 (bench/LOG.md), though they spill: (kernel, head dim, register limit) -> bytes.
+MEASURED = {("key_gradient", 64, 168): 104, ("key_gradient", 128, None): 112}
+ODD_GROUP = 8  # more of it where rows divide into groups of 7, as with padding
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    jobs = [(capability, "--dtypes", *DTYPES) for capability in CAPABILITIES]
+    return dict(zip(CAPABILITIES, compile_ahead(jobs, tmp_path_factory.mktemp("triton")), strict=True))
+
+
+def identity(row):
+    tile = tuple(row["tile"].values())
+    return row["kernel"], row["dtype"], row["head_dim"], row["features"], tile
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_shipped_tile_is_compiled(compiled, capability):
+    variants = shipped_variants(capability, tuple(DTYPES.values()))
+    want = {
+        (kernel, str(dtype).removeprefix("torch."), head_dim, features, tuple(vars(tile).values()))
+        for kernel, _, dtype, head_dim, tile, features in variants
+    }
+    assert {identity(row) for row in compiled[capability]} == want
+    assert {row["features"] for row in compiled[capability]} == set(FEATURES)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", tiles.KERNELS)
+def test_what_is_chosen_is_shipped(capability, kernel):
+    """Whatever the head dim, the options, and the number of rows in decoding."""
+    shipped = {
+        (dtype, head_dim, tile)
+        for name, _, dtype, head_dim, tile, _ in shipped_variants(capability, (torch.bfloat16, torch.float32))
+        if name == kernel
+    }
+    for dtype in (torch.bfloat16, torch.float32):
+        for head_dim in (1, 32, 64, 80, 96, 128, 256):
+            for intricate in (False, True):
+                tile = tiles.choose(kernel, capability, dtype, head_dim, intricate)
+                for rows in (1, 16, 17, 32, 33, 100_000) if kernel == "decode" else ():
+                    assert (dtype, tiles.padded_head_dim(head_dim), tiles.with_rows(tile, rows)) in shipped
+                assert (dtype, tiles.padded_head_dim(head_dim), tile) in shipped
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_fits_shared_memory(compiled, capability):
+    for row in compiled[capability]:
+        assert 0 < row["shared_bytes"] <= SHARED_MEMORY[capability], row
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_does_not_spill(compiled, capability):
+    for row in compiled[capability]:
+        odd = ODD_GROUP if row["features"] == "padding" else 0
+        allowed = STACK[capability] + odd
+        if capability == 90 and row["dtype"] != "float32" and row["features"] != "all":
+            allowed = MEASURED.get((row["kernel"], row["head_dim"], row["tile"]["max_registers"]), allowed)
+        assert row["stack_bytes"] <= allowed, row
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_keeps_to_its_register_limit(compiled, capability):
+    for row in compiled[capability]:
+        assert 0 < row["registers"] <= (row["tile"]["max_registers"] or 255), row
+
+
+def test_hopper_uses_its_tensor_cores(compiled):
+    """A warpgroup's wgmma takes 64 rows: of queries, or of keys where those are the held side."""
+    held = dict.fromkeys(tiles.KERNELS, "block_m") | {"key_gradient": "block_n"}
+    full = [row for row in compiled[90] if row["dtype"] != "float32" and row["tile"][held[row["kernel"]]] >= 64]
+    assert {row["kernel"] for row in full} == set(tiles.KERNELS)
+    assert all(row["wgmma"] > 0 for row in full)
+    # Only decoding has smaller tiles: a few rows are no work for it.
+    assert {row["kernel"] for row in compiled[90] if row["dtype"] != "float32" and row not in full} == {"decode"}
+
+
+def test_the_kernels_of_audio_kv(tmp_path):
+    jobs = [(capability, "--projection", "--dtypes", *DTYPES) for capability in CAPABILITIES]
+    rows = [row for job in compile_ahead(jobs, tmp_path) for row in job]
+    assert len(rows) == len(CAPABILITIES) * len(DTYPES) * 3 * 4
+    for row in rows:
+        assert row["stack_bytes"] == 0, row
+        assert row["shared_bytes"] <= SHARED_MEMORY[row["capability"]], row
+
+
+def test_consumer_gpus_take_the_table_that_fits_them():
+    """Compute capabilities 8.6, 8.9 and 12.0 have 101,376 bytes of shared memory."""
+    assert SHARED_MEMORY[80] == 101_376
+    assert [tiles.architecture(x) for x in (80, 86, 89, 90, 100, 103, 120)] == [80, 80, 80, 90, 100, 100, 80]
+
+
+def test_loads_are_asynchronous(compiled):
+    """Tiles with two or more stages copy ahead of the products."""
+    for rows in compiled.values():
+        pipelined = [row for row in rows if row["tile"]["num_stages"] > 1]
+        assert pipelined
+        assert all(row["async_copies"] > 0 for row in pipelined)
+
+
+def test_no_transposed_register_operand(compiled):
+    for rows in compiled.values():
+        assert all(row["transposed_register_dots"] == 0 for row in rows)
+
+
+def test_a_transposed_register_operand_is_found(tmp_path):
+    assert run_compiling([SUPPORT / "transposed.py"], tmp_path) == ["1"]

@@ -1,0 +1,1 @@
+"""What several tests share: oracles, models, inputs, and programs that tests start."""
