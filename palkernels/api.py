@@ -1,21 +1,47 @@
-"""The public functions, and which implementation runs."""
+"""The public functions. Each checks its arguments, chooses an implementation, and runs it."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from palkernels import op_costs as flops
-from palkernels import reference
-from palkernels.attention import checks, ops, packed, sdpa
-from palkernels.attention.call import Call
+from palkernels import recompute as recomputation
+from palkernels.arguments import Call
+from palkernels.attention import checks, packed
+from palkernels.attention import implementations as attention
+from palkernels.dispatch import check_impl, choose, raise_problems
 from palkernels.projection import checks as projection_checks
-from palkernels.projection import ops as projection
-from palkernels.projection import recipes
-from palkernels.projection.call import Projection
+from palkernels.projection import implementations as projection
+
+PerLayer: TypeAlias = Sequence[Tensor | None] | None
+
+
+@overload
+def lal_attention(
+    query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *,
+    audio_lengths: Tensor | None = ..., audio_index: Tensor | None = ..., audio_visible_from: Tensor | None = ...,
+    text_start: Tensor | None = ..., text_end: Tensor | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., window: int | None = ..., return_lse: Literal[False] = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def lal_attention(
+    query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *,
+    audio_lengths: Tensor | None = ..., audio_index: Tensor | None = ..., audio_visible_from: Tensor | None = ...,
+    text_start: Tensor | None = ..., text_end: Tensor | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., window: int | None = ..., return_lse: Literal[True], impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def lal_attention(
+    query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *,
+    audio_lengths: Tensor | None = ..., audio_index: Tensor | None = ..., audio_visible_from: Tensor | None = ...,
+    text_start: Tensor | None = ..., text_end: Tensor | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., window: int | None = ..., return_lse: bool, impl: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def lal_attention(
@@ -85,13 +111,39 @@ def lal_attention(
         query, key, value, audio_key, audio_value,
         audio_lengths, audio_index, audio_visible_from, text_start, text_end, scale, softcap, window,
     )  # fmt: skip
-    checks.check_impl(impl)
-    _raise_first(checks.problems_of(call))
-    prepared = checks.prepared(call)
-    if not torch.compiler.is_compiling():
-        _raise_first(recipes.problems_of(call, prepared))
-    out, lse = _run(prepared, impl)
+    check_impl(impl)
+    raise_problems(checks.problems_of(call))
+    ready = checks.prepared(call)
+    raise_problems(recomputation.problems_of(call, ready))
+    out, lse = _attend(ready, impl)
     return (out, lse) if return_lse else out
+
+
+@overload
+def lal_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *, cu_seqlens: Tensor,
+    cu_audio: Tensor, max_seqlen: int, max_audio: int, audio_index: Tensor | None = ...,
+    audio_visible_from: Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
+    window: int | None = ..., return_lse: Literal[False] = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def lal_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *, cu_seqlens: Tensor,
+    cu_audio: Tensor, max_seqlen: int, max_audio: int, audio_index: Tensor | None = ...,
+    audio_visible_from: Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
+    window: int | None = ..., return_lse: Literal[True], impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def lal_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *, cu_seqlens: Tensor,
+    cu_audio: Tensor, max_seqlen: int, max_audio: int, audio_index: Tensor | None = ...,
+    audio_visible_from: Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
+    window: int | None = ..., return_lse: bool, impl: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def lal_attention_varlen(
@@ -143,46 +195,30 @@ def lal_attention_varlen(
         scale=scale, softcap=softcap, window=window, cu_seqlens=cu_seqlens, cu_audio=cu_audio, max_seqlen=max_seqlen,
         max_audio=max_audio,
     )  # fmt: skip
-    checks.check_impl(impl)
-    _raise_first(checks.packed_problems_of(call))
-    if not torch.compiler.is_compiling():
-        _raise_first(recipes.problems_of(call, call))
-    out, lse = _run(checks.prepared(packed.heads_first(call)), impl)
+    check_impl(impl)
+    raise_problems(checks.packed_problems_of(call))
+    raise_problems(recomputation.problems_of(call, call))
+    out, lse = _attend(checks.prepared(packed.heads_first(call)), impl)
     out, lse = packed.tokens_first(out), lse.squeeze(0)
     return (out, lse) if return_lse else out
 
 
-def unsupported_reasons(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    audio_key: Tensor,
-    audio_value: Tensor,
-    *,
-    audio_lengths: Tensor | None = None,
-    audio_index: Tensor | None = None,
-    audio_visible_from: Tensor | None = None,
-    text_start: Tensor | None = None,
-    text_end: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    window: int | None = None,
-    return_lse: bool = False,
-    impl: str = "triton",
-) -> list[str]:
-    """Why :func:`lal_attention` would raise on these arguments: every reason at once, invalid arguments included.
+@overload
+def audio_kv(
+    states: Tensor, norm_weight: Tensor, k_weight: Tensor, v_weight: Tensor, *, num_kv_heads: int, eps: float,
+    norm_offset: float = ..., k_bias: Tensor | None = ..., v_bias: Tensor | None = ...,
+    k_norm_weight: Tensor | None = ..., cos: Tensor | None = ..., sin: Tensor | None = ..., recompute: bool = ...,
+    impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
-    An empty list says that ``impl`` runs them.
-    """
-    call = Call(
-        query, key, value, audio_key, audio_value,
-        audio_lengths, audio_index, audio_visible_from, text_start, text_end, scale, softcap, window,
-    )  # fmt: skip
-    checks.check_impl(impl)
-    reasons = [str(problem) for problem in checks.problems_of(call)]
-    if impl == "triton" and isinstance(query, Tensor):
-        reasons += checks.triton_reasons(call if reasons else checks.prepared(call))
-    return reasons
+
+@overload
+def audio_kv(
+    states: Tensor, norm_weight: Sequence[Tensor], k_weight: Sequence[Tensor],
+    v_weight: Sequence[Tensor], *, num_kv_heads: int, eps: float,
+    norm_offset: float = ..., k_bias: PerLayer = ..., v_bias: PerLayer = ..., k_norm_weight: PerLayer = ...,
+    cos: Tensor | PerLayer = ..., sin: Tensor | PerLayer = ..., recompute: bool = ..., impl: str = ...,
+) -> tuple[list[Tensor], list[Tensor]]: ...  # fmt: skip
 
 
 def audio_kv(
@@ -194,14 +230,14 @@ def audio_kv(
     num_kv_heads: int,
     eps: float,
     norm_offset: float = 0.0,
-    k_bias: Tensor | Sequence[Tensor | None] | None = None,
-    v_bias: Tensor | Sequence[Tensor | None] | None = None,
-    k_norm_weight: Tensor | Sequence[Tensor | None] | None = None,
-    cos: Tensor | Sequence[Tensor | None] | None = None,
-    sin: Tensor | Sequence[Tensor | None] | None = None,
+    k_bias: Tensor | PerLayer = None,
+    v_bias: Tensor | PerLayer = None,
+    k_norm_weight: Tensor | PerLayer = None,
+    cos: Tensor | PerLayer = None,
+    sin: Tensor | PerLayer = None,
     recompute: bool = False,
     impl: str = "auto",
-) -> tuple[Any, Any]:
+) -> tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
     """Audio keys and values of one layer, or of all layers of a model at once, from the audio states.
 
     ``y = states / rms(states) * (norm_weight + norm_offset)`` with ``rms(x) = sqrt(mean(x^2) + eps)``, then
@@ -237,78 +273,29 @@ def audio_kv(
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, device or value; or ``impl`` cannot run these inputs.
     """
-    checks.check_impl(impl)
+    check_impl(impl)
     per_layer = {
         "norm_weight": norm_weight, "k_weight": k_weight, "v_weight": v_weight, "k_bias": k_bias, "v_bias": v_bias,
         "k_norm_weight": k_norm_weight, "cos": cos, "sin": sin,
     }  # fmt: skip
     numbers = {"num_kv_heads": num_kv_heads, "eps": eps, "norm_offset": norm_offset}
-    layers, in_lists = projection_checks.layers_of(states, per_layer, numbers)
-    if recompute and torch.compiler.is_compiling():
-        raise NotImplementedError("recompute must be False under torch.compile, which chooses itself what to recompute")
-    chosen = _projection_impl(layers, impl)
-    results = projection.run(layers, chosen)
+    layers, problems = projection_checks.layers_of(states, per_layer, numbers)
+    raise_problems(problems + recomputation.compile_problems(recompute))
+    impl = choose(
+        impl,
+        projection_checks.triton_reasons(layers[0].states, layers[0].k_weight, num_kv_heads),
+        on_cuda=states.is_cuda,
+    )
     if recompute and torch.is_grad_enabled():
-        for layer, (key, value) in zip(layers, results, strict=True):
-            recipes.mark(key, value, recipes.Recipe(layer, chosen))
-    if not in_lists:
+        results = [projection.run_recomputed(layer, impl) for layer in layers]
+    else:
+        results = projection.run(layers, impl)
+    if not projection_checks.in_lists(k_weight):
         return results[0]
     keys, values = zip(*results, strict=True)
     return list(keys), list(values)
 
 
-def _projection_impl(layers: list[Projection], impl: str) -> str:
-    reasons = projection_checks.triton_reasons(layers) if impl in ("auto", "triton") else []
-    if impl == "triton" and reasons:
-        raise ValueError(f"impl='triton' cannot run: {'; '.join(reasons)}")
-    if impl == "auto":
-        return "triton" if layers[0].states.is_cuda and not reasons else "sdpa"
-    return impl
-
-
-def _raise_first(problems: list[Exception]) -> None:
-    if problems:
-        raise type(problems[0])("; ".join(str(problem) for problem in problems))
-
-
-def _run(call: Call, impl: str) -> tuple[Tensor, Tensor]:
-    if impl == "auto":
-        impl = "triton" if call.query.is_cuda and not checks.triton_reasons(call) else "sdpa"
-    elif impl == "triton":
-        reasons = checks.triton_reasons(call)
-        if reasons:
-            raise ValueError(f"impl='triton' cannot run: {'; '.join(reasons)}")
-    run = _RUN[impl]
-    if call.cu_seqlens is not None and impl != "triton":
-        run = partial(packed.row_by_row, attention=run)
-    if torch.compiler.is_compiling():
-        return run(call)
-    with recipes.instead_of_saving(call.audio_key, call.audio_value):
-        return run(call)
-
-
-def _run_triton(call: Call) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_compiling():
-        # Where no input requires a gradient, PyTorch would drop the tangents without a word.
-        unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
-        dual = [name for name, tensor in call.floats().items() if unpack(tensor).tangent is not None]
-        if dual:
-            raise NotImplementedError(f"impl='triton' must not be given forward-mode tangents, got them for {dual}")
-    out, lse = ops.lal_forward(*call.arguments())
-    return out, lse
-
-
-def _run_sdpa(call: Call) -> tuple[Tensor, Tensor]:
-    call = checks.clamped(call)
-    return sdpa.lal_attention(*call.floats().values(), settings=sdpa.Settings(**call.options()))
-
-
-def _run_reference(call: Call) -> tuple[Tensor, Tensor]:
-    call = checks.clamped(call)
-    result = reference.lal_attention(*call.floats().values(), **call.options(), return_lse=True)
-    assert isinstance(result, tuple)
-    return result
-
-
-_RUN = {"triton": _run_triton, "sdpa": _run_sdpa, "reference": _run_reference}
-flops.register()  # of the operators of both modules, ops and projection
+def _attend(call: Call, impl: str) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a prepared call by the implementation that ``impl`` stands for."""
+    return attention.run(call, choose(impl, checks.triton_reasons(call), on_cuda=call.query.is_cuda))

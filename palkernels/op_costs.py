@@ -1,23 +1,22 @@
-"""FLOP formulas of the operators, for ``torch.utils.flop_counter.FlopCounterMode``.
+"""What the operators cost: FLOPs, the bytes that they need while they run, and the plain code inside.
 
-That module imports triton, and ``import palkernels`` must not. So the formulas are registered when a program imports
-it, whichever of the two it imports first.
+Each function's parameters have the names of the operator's schema. :func:`register_flop_formulas` tells
+``torch.utils.flop_counter`` the FLOPs.
 """
 
-import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+import math
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from palkernels.attention.call import Call
+from palkernels.arguments import Call
+from palkernels.attention import ops as attention
+from palkernels.projection import ops as projection
 
-COUNTER = "torch.utils.flop_counter"
+# FLOPs
 
 
 def _text_pairs(num_queries: int, num_keys: int, window: int | None) -> int:
@@ -39,7 +38,7 @@ def _pairs(call: Call) -> tuple[int, int]:
         texts = call.cu_seqlens.diff().tolist()
         audios = call.cu_audio.diff().tolist()
         if call.audio_index is not None:
-            audios = [audios[row] for row in call.audio_index.tolist()]
+            audios = [audios[audio_row] for audio_row in call.audio_index.tolist()]
     audio = sum(text * tokens for text, tokens in zip(texts, audios, strict=True))
     return sum(_text_pairs(length, length, call.window) for length in texts), audio
 
@@ -49,12 +48,13 @@ def _product_flops(call: Call, pairs: int) -> int:
     return 2 * call.query.shape[1] * call.head_dim * pairs
 
 
-def forward_flops(*arguments: Any, **kwargs: Any) -> int:
+def lal_forward_flops(*arguments: Any, **kwargs: Any) -> int:
+    """Two products over all pairs: the scores, and the output."""
     call = Call(*arguments)
     return 2 * _product_flops(call, sum(_pairs(call)))
 
 
-def backward_flops(
+def lal_backward_flops(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needed: Sequence[bool], *arguments: Any, **kwargs: Any
 ) -> int:
     """The products that the gradients need, each once: S for all, dP for all but dV, one for each gradient."""
@@ -74,6 +74,7 @@ def _projection_flops(states: Tensor, weight: Tensor) -> int:
 
 
 def audio_kv_forward_flops(states: Tensor, norm_weight: Tensor, k_weight: Tensor, *rest: Any, **kwargs: Any) -> int:
+    """Two products: the keys, and the values."""
     return 2 * _projection_flops(states, k_weight)
 
 
@@ -91,8 +92,8 @@ def audio_kv_backward_flops(
     *rest: Any,
     **kwargs: Any,
 ) -> int:
-    """A product for each weight's gradient, one each for what the rows get from K and V, and the keys again for their
-    norm's."""
+    """A product for each weight's gradient, one each for what the states get from K and V, and the keys again where a
+    norm follows them."""
     of_states, of_norm, of_k, of_v = needed[:4]
     products = (dkey is not None) * (of_k + (of_states or of_norm) + (k_norm_weight is not None))
     products += (dvalue is not None) * (of_v + (of_states or of_norm))
@@ -102,47 +103,90 @@ def audio_kv_backward_flops(
 def audio_kv_layers_flops(
     states: Tensor, norm_weight: Sequence[Tensor], k_weight: Sequence[Tensor], *rest: Any, **kwargs: Any
 ) -> int:
+    """Two products for each layer."""
     return 2 * len(k_weight) * _projection_flops(states, k_weight[0])
 
 
-def register() -> None:
-    """Now, if PyTorch's counter is there; otherwise as soon as it is imported."""
-    if COUNTER in sys.modules:
-        _register(sys.modules[COUNTER])
-    else:
-        sys.meta_path.insert(0, _OnImport())
+FLOPS: dict[Any, Callable[..., int]] = {
+    attention.lal_forward: lal_forward_flops,
+    attention.lal_backward: lal_backward_flops,
+    projection.audio_kv_forward: audio_kv_forward_flops,
+    projection.audio_kv_backward: audio_kv_backward_flops,
+    projection.audio_kv_layers: audio_kv_layers_flops,
+}
 
 
-def _register(counter: ModuleType) -> None:
-    counter.register_flop_formula(torch.ops.palkernels.lal_forward, get_raw=True)(forward_flops)
-    counter.register_flop_formula(torch.ops.palkernels.lal_backward, get_raw=True)(backward_flops)
-    counter.register_flop_formula(torch.ops.palkernels.audio_kv_forward, get_raw=True)(audio_kv_forward_flops)
-    counter.register_flop_formula(torch.ops.palkernels.audio_kv_backward, get_raw=True)(audio_kv_backward_flops)
-    counter.register_flop_formula(torch.ops.palkernels.audio_kv_layers, get_raw=True)(audio_kv_layers_flops)
+def register_flop_formulas(counter: ModuleType) -> None:
+    """Tell ``torch.utils.flop_counter``, the module, how many FLOPs each operator computes."""
+    for operator, flops in FLOPS.items():
+        counter.register_flop_formula(operator._opoverload._overloadpacket, get_raw=True)(flops)
 
 
-class _OnImport(MetaPathFinder):
-    """Finds the counter where it lies, and registers the formulas once it has run."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != COUNTER:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader, self)
-        return spec
+# Scratch memory: what an operator allocates and frees while it runs by Triton, which no dispatch mode sees.
 
 
-class _Registering(Loader):
-    def __init__(self, loader: Loader, finder: MetaPathFinder):
-        self.loader = loader
-        self.finder = finder
+def _forward_scratch(*, states: Tensor, fused: bool, **rest: Any) -> int:
+    """The normalised states."""
+    return _bytes(states) if fused else 0
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
 
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        _register(module)
-        if self.finder in sys.meta_path:
-            sys.meta_path.remove(self.finder)
+def _backward_scratch(
+    *, dkey: Tensor | None, dvalue: Tensor | None, needed: Sequence[bool], states: Tensor, fused: bool, **rest: Any
+) -> int:
+    """The gradients of keys and values, the states normalised again, and the gradient of the normalised states."""
+    if not fused:
+        return 0
+    of_states, of_norm, of_k, of_v = needed[:4]
+    upstream = sum(_bytes(gradient) for gradient in (dkey, dvalue) if gradient is not None)
+    return _bytes(states) * ((of_k or of_v) + (of_states or of_norm)) + upstream
+
+
+def _layers_scratch(*, states: Tensor, k_weight: Sequence[Tensor], **rest: Any) -> int:
+    """The normalised states, and all layers' weights with the norms folded in."""
+    return _bytes(states) + sum(2 * _bytes(weight) for weight in k_weight)
+
+
+_SCRATCH: dict[Any, Callable[..., int]] = {
+    projection.audio_kv_forward: _forward_scratch,
+    projection.audio_kv_backward: _backward_scratch,
+    projection.audio_kv_layers: _layers_scratch,
+}
+
+
+def scratch_bytes(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> int:
+    """Bytes that an operator allocates and frees while it runs by Triton; 0 for every other operator.
+
+    Args:
+        operator: what a dispatch mode is given: an overload, such as ``torch.ops.palkernels.audio_kv_forward.default``.
+        args, kwargs: its arguments.
+    """
+    for ours, scratch in _SCRATCH.items():
+        if operator is ours._opoverload:
+            return scratch(**_by_name(operator, args, kwargs))
+    return 0
+
+
+def plain_function(
+    operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> Callable[..., Any] | None:
+    """The function of an operator that computes in plain PyTorch for these arguments; None for every other operator.
+
+    Called in the operator's place it does the same, and a dispatch mode sees what it allocates.
+    """
+    for ours in (projection.audio_kv_forward, projection.audio_kv_backward):
+        if operator is ours._opoverload and not _by_name(operator, args, kwargs)["fused"]:
+            function: Callable[..., Any] = ours._init_fn
+            return function
+    return None
+
+
+def _by_name(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """An operator's arguments by the names of its schema."""
+    names = (argument.name for argument in operator._schema.arguments)
+    return dict(zip(names, args, strict=False)) | dict(kwargs or {})
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes; an expanded one takes less memory than it has elements."""
+    elements = math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return elements * tensor.element_size() if tensor.numel() else 0

@@ -1,15 +1,14 @@
 """The definition of LAL attention: concatenate, mask, one softmax.
 
-Plain PyTorch in any floating dtype, differentiable by autograd. Everything else in this library is measured
-against these functions in float64. They favour being read over being fast: the keys are concatenated, the heads
-expanded, and the whole (B, Hq, T, N + S) score matrix is held.
+Plain PyTorch in any floating dtype, differentiable by autograd; imports torch alone. Everything else in this library
+is measured against these functions in float64. They favour being read over being fast: the keys are concatenated, the
+heads expanded, and the whole (B, Hq, T, N + S) score matrix is held.
 """
+
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
-
-from palkernels.attention import packed
-from palkernels.attention.call import Call
 
 
 def lal_mask(
@@ -58,6 +57,33 @@ def lal_mask(
     if audio_visible_from is not None:
         audio = audio & (audio_visible_from.to(torch.int64).unsqueeze(1) <= position)
     return torch.cat([audio, text], dim=2)
+
+
+@overload
+def lal_attention(
+    query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *,
+    audio_lengths: Tensor | None = ..., audio_index: Tensor | None = ..., audio_visible_from: Tensor | None = ...,
+    text_start: Tensor | None = ..., text_end: Tensor | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., window: int | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def lal_attention(
+    query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *,
+    audio_lengths: Tensor | None = ..., audio_index: Tensor | None = ..., audio_visible_from: Tensor | None = ...,
+    text_start: Tensor | None = ..., text_end: Tensor | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., window: int | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def lal_attention(
+    query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *,
+    audio_lengths: Tensor | None = ..., audio_index: Tensor | None = ..., audio_visible_from: Tensor | None = ...,
+    text_start: Tensor | None = ..., text_end: Tensor | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., window: int | None = ..., return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def lal_attention(
@@ -131,6 +157,33 @@ def lal_attention(
     return out, lse.squeeze(-1)
 
 
+@overload
+def lal_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *, cu_seqlens: Tensor,
+    cu_audio: Tensor, max_seqlen: int, max_audio: int, audio_index: Tensor | None = ...,
+    audio_visible_from: Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
+    window: int | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def lal_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *, cu_seqlens: Tensor,
+    cu_audio: Tensor, max_seqlen: int, max_audio: int, audio_index: Tensor | None = ...,
+    audio_visible_from: Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
+    window: int | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def lal_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *, cu_seqlens: Tensor,
+    cu_audio: Tensor, max_seqlen: int, max_audio: int, audio_index: Tensor | None = ...,
+    audio_visible_from: Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
+    window: int | None = ..., return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def lal_attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -149,20 +202,28 @@ def lal_attention_varlen(
     window: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`palkernels.lal_attention_varlen` by its definition: each row by :func:`lal_attention`, on its own."""
+    """:func:`palkernels.lal_attention_varlen` by its definition: :func:`lal_attention` of each row, on its own.
 
-    def attention(row: Call) -> tuple[Tensor, Tensor]:
-        result = lal_attention(*row.floats().values(), **row.options(), return_lse=True)
-        assert isinstance(result, tuple)
-        return result
-
-    call = Call(
-        query, key, value, audio_key, audio_value, audio_index=audio_index, audio_visible_from=audio_visible_from,
-        scale=scale, softcap=softcap, window=window, cu_seqlens=cu_seqlens, cu_audio=cu_audio, max_seqlen=max_seqlen,
-        max_audio=max_audio,
-    )  # fmt: skip
-    out, lse = packed.row_by_row(packed.heads_first(call), attention)
-    out, lse = packed.tokens_first(out), lse.squeeze(0)
+    ``max_seqlen`` and ``max_audio`` say nothing that ``cu_seqlens`` and ``cu_audio`` do not say.
+    """
+    outs = [query[:0]]
+    lses = [query.new_empty(query.shape[1], 0, dtype=torch.promote_types(query.dtype, torch.float32))]
+    for batch in range(cu_seqlens.shape[0] - 1):
+        audio_row = batch if audio_index is None else int(audio_index[batch])
+        text = slice(int(cu_seqlens[batch]), int(cu_seqlens[batch + 1]))
+        audio = slice(int(cu_audio[audio_row]), int(cu_audio[audio_row + 1]))
+        out, lse = lal_attention(
+            *(tensor[text].transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)),
+            *(tensor[audio].transpose(0, 1).unsqueeze(0) for tensor in (audio_key, audio_value)),
+            audio_visible_from=None if audio_visible_from is None else audio_visible_from[audio].unsqueeze(0),
+            scale=scale,
+            softcap=softcap,
+            window=window,
+            return_lse=True,
+        )
+        outs.append(out.squeeze(0).transpose(0, 1))
+        lses.append(lse.squeeze(0))
+    out, lse = torch.cat(outs), torch.cat(lses, dim=1)
     return (out, lse) if return_lse else out
 
 

@@ -18,12 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from palkernels.projection import ops as projection
+from palkernels.op_costs import plain_function as function_inside
+from palkernels.op_costs import scratch_bytes
 
 __all__ = ["GPUS", "CostCounter", "Costs", "Gpu", "function_inside", "scratch_bytes"]
 
 Arguments = dict[str, Any]  # of an operation, by name
-aten, ours = torch.ops.aten, torch.ops.palkernels
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -145,27 +146,3 @@ def _bytes(tensor: Tensor) -> int:
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
     return dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | dict(kwargs)
-
-
-def function_inside(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
-    """That of an operator of ours which computes in plain PyTorch, for AllocationTracker."""
-    functions: dict[Any, Any] = {
-        ours.audio_kv_forward: projection.audio_kv_forward,
-        ours.audio_kv_backward: projection.audio_kv_backward,
-    }
-    operator = functions.get(getattr(func, "_overloadpacket", None))
-    return None if operator is None or args[-1] else operator._init_fn  # the last argument: by Triton
-
-
-def scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
-    """What an operator of ours allocates and frees while it runs by Triton: normalised states, folded weights,
-    gradients that are summed into its results."""
-    packet = getattr(func, "_overloadpacket", None)
-    if packet is ours.audio_kv_layers:
-        return _bytes(args[0]) + sum(2 * _bytes(weight) for weight in args[2])
-    if packet not in (ours.audio_kv_forward, ours.audio_kv_backward) or not args[-1]:
-        return 0
-    if packet is ours.audio_kv_forward:
-        return _bytes(args[0])
-    gradients, needed, states = [x for x in args[:2] if x is not None], args[2], args[3]
-    return _bytes(states) * (any(needed[2:4]) + any(needed[:2])) + sum(map(_bytes, gradients))

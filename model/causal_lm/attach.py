@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from palkernels import unsupported_reasons
-from palkernels.attention.checks import IMPLEMENTATIONS
+from palkernels.dispatch import IMPLEMENTATIONS
 from palkernels.model.causal_lm.attention import ATTENTION_NAME, REQUEST_KEYWORD, STOCK_CONFIG, Request
 from palkernels.model.causal_lm.fast_path import alike, norms_of, why_not_plain
 from palkernels.model.causal_lm.generation import check_unchanged, current, generate, keys_in

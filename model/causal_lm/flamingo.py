@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from palkernels import lal_attention
-from palkernels.attention.checks import IMPLEMENTATIONS
+from palkernels.dispatch import IMPLEMENTATIONS
 from palkernels.model.causal_lm.attach import HANDLE, Attached, base_model
 from palkernels.model.causal_lm.attention import REQUEST_KEYWORD, Request
 from palkernels.model.causal_lm.generation import keys_in

@@ -1,6 +1,5 @@
 """What must hold of a call's arguments, and what makes it ready to run. Nothing here launches anything."""
 
-import importlib.util
 import math
 import os
 from dataclasses import replace
@@ -9,38 +8,23 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from palkernels.attention.call import PACKING, Call
+from palkernels import dtypes
+from palkernels.arguments import PACKING, Call
+from palkernels.dispatch import device_reasons
 
-IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGER_DTYPES = (
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-)
-AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 MAX_TRITON_HEAD_DIM = 256
-MIN_CAPABILITY = (8, 0)
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for, not imported
-
-
-def check_impl(impl: str) -> None:
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
 
 
 def problems_of(call: Call) -> list[Exception]:
-    """Everything that is wrong with the arguments themselves; later checks only where earlier ones pass."""
+    """What is wrong with the arguments of :func:`palkernels.lal_attention`, whatever runs them.
+
+    Shapes are looked at where all types are right, values where all shapes are.
+    """
     return _type_problems(call) or _shape_problems(call) or _value_problems(call)
 
 
 def packed_problems_of(call: Call) -> list[Exception]:
-    """The same for :func:`palkernels.lal_attention_varlen`, in its own layout."""
+    """What is wrong with the arguments of :func:`palkernels.lal_attention_varlen`, in its own layout."""
     missing = [name for name in PACKING if getattr(call, name) is None]
     problems: list[Exception] = [TypeError(f"{name} must be a tensor, got NoneType") for name in missing]
     for name in ("max_seqlen", "max_audio"):
@@ -108,9 +92,9 @@ def _packed_value_problems(call: Call) -> list[Exception]:
     problems: list[Exception] = []
     packed = (("cu_seqlens", "sum T", call.query, "max_seqlen"), ("cu_audio", "sum N", call.audio_key, "max_audio"))
     for name, total, tensor, longest in packed:
-        places = _as_int64(getattr(call, name))
-        lengths = places.diff()
-        ends = int(places[0]), int(places[-1])
+        cumulative = _as_int64(getattr(call, name))
+        lengths = cumulative.diff()
+        ends = int(cumulative[0]), int(cumulative[-1])
         if ends != (0, tensor.shape[0]):
             problems.append(
                 ValueError(f"{name} must run from 0 to {total} = {tensor.shape[0]}, got {ends[0]} to {ends[1]}")
@@ -134,7 +118,7 @@ def _packed_value_problems(call: Call) -> list[Exception]:
 
 
 def _values_are_checked(call: Call) -> bool:
-    """On CPU tensors, and with PALKERNELS_CHECK=1 on a GPU; never while tracing."""
+    """Whether integers' values are read: on CPU tensors, with PALKERNELS_CHECK=1 on a GPU too; never while tracing."""
     tracing = torch.compiler.is_compiling() or is_fake(call.query)
     return not tracing and (call.query.device.type == "cpu" or os.environ.get("PALKERNELS_CHECK") == "1")
 
@@ -149,14 +133,13 @@ def _type_problems(call: Call) -> list[Exception]:
         return problems
 
     floats = call.floats()
-    if call.query.dtype not in FLOAT_DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-        problems.append(TypeError(f"query must be {known}, got {call.query.dtype}"))
-    elif len({dtype for _, dtype in _autocast_dtypes(call)}) > 1:
-        found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in floats.items())
-        problems.append(TypeError(f"query, key, value, audio_key and audio_value must share one dtype, got {found}"))
+    if call.query.dtype not in dtypes.FLOATS:
+        problems.append(TypeError(f"query must be {dtypes.float_names()}, got {call.query.dtype}"))
+    elif len({dtypes.computed_in(tensor, call.query.device) for tensor in floats.values()}) > 1:
+        got = ", ".join(f"{name} {tensor.dtype}" for name, tensor in floats.items())
+        problems.append(TypeError(f"query, key, value, audio_key and audio_value must share one dtype, got {got}"))
     for name, tensor in call.integers().items():
-        if tensor.dtype not in INTEGER_DTYPES:
+        if tensor.dtype not in dtypes.INTEGERS:
             problems.append(TypeError(f"{name} must have an integer dtype, got {tensor.dtype}"))
     for name, tensor in tensors.items():
         if tensor.device != call.query.device:
@@ -255,34 +238,13 @@ def _value_problems(call: Call) -> list[Exception]:
     return problems
 
 
-def _autocast_dtypes(call: Call) -> list[tuple[str, torch.dtype]]:
-    target = _autocast_target(call.query.device)
-    return [(name, _computed_in(tensor, target)) for name, tensor in call.floats().items()]
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that a tensor is computed in."""
-    return _computed_in(tensor, _autocast_target(tensor.device))
-
-
-def _autocast_target(device: torch.device) -> torch.dtype | None:
-    if device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
-
-
-def _computed_in(tensor: Tensor, target: torch.dtype | None) -> torch.dtype:
-    """Autocast's dtype, if it is on; it leaves float64 alone, as SDPA does."""
-    return tensor.dtype if target is None or tensor.dtype == torch.float64 else target
-
-
 def prepared(call: Call) -> Call:
-    """Autocast applied, integers as int32 or int64, the scale filled in."""
-    changes: dict[str, object] = {
-        name: getattr(call, name).to(dtype)
-        for name, dtype in _autocast_dtypes(call)
-        if getattr(call, name).dtype != dtype
-    }
+    """A call without problems, made ready to run: autocast applied, integers as int32 or int64, the scale filled in."""
+    changes: dict[str, object] = {}
+    for name, tensor in call.floats().items():
+        dtype = dtypes.computed_in(tensor, call.query.device)
+        if tensor.dtype != dtype:
+            changes[name] = tensor.to(dtype)
     for name, tensor in call.integers().items():
         if tensor.dtype not in (torch.int32, torch.int64):
             changes[name] = _as_int64(tensor)
@@ -296,7 +258,7 @@ def prepared(call: Call) -> Call:
 
 
 def _as_int64(tensor: Tensor) -> Tensor:
-    """uint64 values beyond int64 stay large: as a first visible position they mean never."""
+    """The integers as int64. A uint64 beyond its range stays large: as a first visible position it means never."""
     converted = tensor.to(torch.int64)
     if tensor.dtype == torch.uint64:
         converted = torch.where(converted < 0, torch.iinfo(torch.int64).max, converted)
@@ -304,41 +266,20 @@ def _as_int64(tensor: Tensor) -> Tensor:
 
 
 def triton_reasons(call: Call) -> list[str]:
-    """Why the Triton kernels cannot take a call whose arguments are otherwise valid."""
+    """Why the Triton kernels cannot take a call, packed or not, whose arguments are otherwise valid."""
     query = call.query
     reasons = device_reasons(query)
-    if query.ndim == 4 and query.shape[-1] > MAX_TRITON_HEAD_DIM:
+    if query.ndim and query.shape[-1] > MAX_TRITON_HEAD_DIM:
         reasons.append(f"D must be at most {MAX_TRITON_HEAD_DIM}, got {query.shape[-1]}")
     return reasons
 
 
-def device_reasons(tensor: Tensor) -> list[str]:
-    """Why no Triton kernel runs where a tensor is, or on its dtype; on a fake tensor none has to."""
-    if not torch.compiler.is_compiling() and is_fake(tensor):
-        return []
-    reasons = []
-    if not HAS_TRITON:
-        reasons.append("triton must be installed")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if interpreted:
-        if tensor.dtype == torch.bfloat16:
-            reasons.append("bfloat16 must not be used with TRITON_INTERPRET=1: the interpreter computes it wrongly")
-    elif tensor.device.type != "cuda":
-        reasons.append(f"tensors must be on a CUDA device (or TRITON_INTERPRET=1 set), got {tensor.device}")
-    else:
-        if torch.version.hip is not None:
-            reasons.append("the device must be an NVIDIA GPU: ROCm is not supported yet")
-        elif torch.cuda.get_device_capability(tensor.device) < MIN_CAPABILITY:
-            capability = ".".join(map(str, torch.cuda.get_device_capability(tensor.device)))
-            reasons.append(f"the GPU must have compute capability 8.0 or more, got {capability}")
-        if tensor.dtype == torch.float64:
-            reasons.append("float64 must be run with TRITON_INTERPRET=1 or another implementation")
-    return reasons
-
-
 def clamped(call: Call) -> Call:
-    """Unchecked integers within bounds, on devices where they may be wrong; the Triton kernels do so themselves."""
-    if call.query.device.type == "cpu" or call.cu_seqlens is not None:  # packed rows are clamped one by one
+    """The call with its integers clamped to their bounds on devices where nothing has checked them.
+
+    The Triton kernels clamp for themselves, and packed rows are clamped one by one.
+    """
+    if call.query.device.type == "cpu" or call.cu_seqlens is not None:
         return call
     audio_rows, num_audio = call.audio_key.shape[0], call.audio_key.shape[2]
     bounds = {
@@ -346,6 +287,6 @@ def clamped(call: Call) -> Call:
         "audio_index": (0, audio_rows - 1),
         "text_end": (call.query.shape[2], call.key.shape[2]),
     }
-    given = call.integers()
-    changes = {name: given[name].clamp(*limits) for name, limits in bounds.items() if name in given}
+    integers = call.integers()
+    changes = {name: integers[name].clamp(*limits) for name, limits in bounds.items() if name in integers}
     return replace(call, **changes)  # type: ignore[arg-type]

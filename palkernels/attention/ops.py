@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palkernels.attention.call import FLOATS, INTEGERS, PACKING, Call
+from palkernels.arguments import FLOATS, INTEGERS, PACKING, Call
 
 # The fields of a Call, in their order.
 CALL = (
@@ -39,7 +39,7 @@ def lal_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def lal_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needed: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
-    """Gradients of those of query, key, value, audio_key and audio_value that are ``needed`` (five bools), in order."""
+    """Gradients of those of the five float tensors that are ``needed`` (five bools), in their order."""
     from palkernels.kernels.backward import backward_launches
 
     call = Call(*arguments)
@@ -74,7 +74,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)  # an unused LSE costs nothing
     call = Call(*inputs)
     tensors = dict.fromkeys((*FLOATS, *INTEGERS, *PACKING)) | call.floats() | call.integers()
-    # A Call of what is no tensor: the tensors are saved as such.
+    # The call keeps what is no tensor; the tensors are saved as such, so that one changed before backward raises.
     ctx.call = replace(call, **dict.fromkeys(tensors))  # type: ignore[arg-type]
     ctx.names = tuple(tensors)
     ctx.save_for_backward(*output, *tensors.values())
@@ -86,8 +86,11 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     needed = ctx.needs_input_grad[: len(FLOATS)]
     if dout is None:
         dout = torch.zeros_like(out)
-    found = iter(lal_backward(dout, dlse, out, lse, list(needed), *call.arguments()))
-    return (*(next(found) if need else None for need in needed), *[None] * (len(ctx.needs_input_grad) - len(FLOATS)))
+    gradients = iter(lal_backward(dout, dlse, out, lse, list(needed), *call.arguments()))
+    return (
+        *(next(gradients) if need else None for need in needed),
+        *[None] * (len(ctx.needs_input_grad) - len(FLOATS)),
+    )
 
 
 lal_forward.register_autograd(_backward, setup_context=_setup_context)

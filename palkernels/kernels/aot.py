@@ -22,13 +22,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from palkernels.attention.call import FLOATS, Call
+from palkernels.arguments import FLOATS, Call, Projection
 from palkernels.kernels import projection, tiles
 from palkernels.kernels.backward import backward_launches
 from palkernels.kernels.decode import decode_launch
 from palkernels.kernels.forward import forward_launch
 from palkernels.kernels.launch import INTERPRETED, Launch
-from palkernels.projection.call import Projection
 
 # Shared memory one program may use, bytes. Ampere's table also serves the consumer GPUs, which have the least.
 SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448}

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palkernels.attention.call import Call
+from palkernels.arguments import Call
 from palkernels.kernels import tiles
-from palkernels.kernels.forward import attend
 from palkernels.kernels.keys import audio_row, next_reader, text_row, visit_text, visit_whole_blocks
 from palkernels.kernels.launch import Launch, attention_launch
 from palkernels.kernels.operands import UNSPECIALISED, Matrix, Sizes
 from palkernels.kernels.primitives import LN_2, accumulator_type, load_rows, padded, split_program
+from palkernels.kernels.softmax import attend
 
 MAX_QUERIES = 8
 MERGED_ROWS = tl.constexpr(16)  # at once

@@ -4,55 +4,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palkernels.attention.call import Call
+from palkernels.arguments import Call
 from palkernels.kernels import tiles
 from palkernels.kernels.keys import audio_read_by, text_row, visit_keys
 from palkernels.kernels.launch import Launch, attention_launch
 from palkernels.kernels.operands import UNSPECIALISED, Matrix, Sizes
 from palkernels.kernels.primitives import (
     LN_2,
-    LOG2_E,
     accumulator_type,
-    base2_scores,
-    dot,
     load_rows,
     packed_rows,
     per_row,
     split_program,
     store_rows,
 )
-
-
-@triton.constexpr_function
-def waiting_factor(scale, softcap):
-    """From products to base-2 scores, where that is a positive factor; otherwise None.
-
-    Positive in float32 too: 0 times the -inf of hidden keys would be NaN.
-    """
-    return scale * LOG2_E.value if softcap is None and scale > 1e-30 else None
-
-
-@triton.jit
-def attend(state, rows, keys, values, visible, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Fold one block of keys and values into the running output, maximum and sum of a tile of query rows."""
-    acc, row_max, row_sum = state
-    (queries,) = rows
-    scores = dot(queries, tl.trans(keys), None)
-    # A factor known to be positive waits for the exponent, where it costs nothing: one multiply-add for each score.
-    factor: tl.constexpr = waiting_factor(SCALE, SOFTCAP)
-    if factor is None:
-        scores = base2_scores(scores, SCALE, SOFTCAP)
-    if visible is not None:
-        scores = tl.where(visible, scores, float("-inf"))
-    block_max = tl.max(scores, axis=1)
-    new_max = tl.maximum(row_max, block_max if factor is None else block_max * factor)
-    # A row that has seen nothing yet has maximum -inf; exp2(-inf - 0) is 0 where exp2(-inf + inf) is NaN.
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if visible is not None else new_max
-    decay = tl.exp2(row_max - shift)
-    weights = tl.exp2((scores if factor is None else scores * factor) - shift[:, None])
-    row_sum = row_sum * decay + tl.sum(weights, axis=1)
-    acc = dot(weights.to(values.dtype), values, acc * decay[:, None])
-    return acc, new_max, row_sum
+from palkernels.kernels.softmax import attend
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -112,7 +78,10 @@ def forward_kernel(
 
 
 def forward_launch(call: Call, out: Tensor, lse: Tensor, capability: int | None) -> Launch:
-    """For validated inputs, into ``out`` (B, Hq, T, D), any strides, and ``lse`` (B, Hq, T), contiguous."""
+    """The launch that fills ``out`` (B, Hq, T, D), of any strides, and ``lse`` (B, Hq, T), contiguous.
+
+    ``capability`` is 90 for 9.0; None in the interpreter.
+    """
     num_rows = call.group * call.num_queries
     tile = tiles.choose("forward", capability, call.query.dtype, call.head_dim, call.is_intricate)
     num_programs = call.num_batches * call.num_kv_heads * triton.cdiv(num_rows, tile.block_m)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import triton
 
-from palkernels.attention.call import Call
+from palkernels.arguments import Call
 from palkernels.kernels.operands import Sizes, Visibility
 from palkernels.kernels.tiles import Tile
 

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from palkernels.arguments import Projection
 from palkernels.kernels.launch import Launch
 from palkernels.kernels.operands import Matrix
 from palkernels.kernels.primitives import accumulator_type
-from palkernels.projection.call import Projection
 
 KEY_BLOCK = 32  # tokens per program
 ROWS_PER_PROGRAM = 16  # in the norm's gradient, so that the weight's is summed in registers

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from palkernels.attention import checks
-from palkernels.projection.call import PROJECTION, TURNS, Projection
+from palkernels import dtypes
+from palkernels.arguments import PROJECTION, TURNS, Projection
+from palkernels.dispatch import device_reasons
 
 PER_LAYER = (*PROJECTION[1:], *TURNS)
 OPTIONAL = PER_LAYER[3:]
@@ -16,55 +17,63 @@ MAX_WIDTH = 65_536
 MAX_HEAD_DIM = 1024
 
 
-def layers_of(states: Tensor, per_layer: dict[str, Any], numbers: dict[str, Any]) -> tuple[list[Projection], bool]:
-    """One Projection per layer, ready to run, and whether lists were given.
+def in_lists(k_weight: Any) -> bool:
+    """Whether every layer's weights are given at once."""
+    return isinstance(k_weight, list | tuple)
 
-    Raises:
-        TypeError, ValueError: as :func:`palkernels.audio_kv`.
+
+def layers_of(
+    states: Tensor, per_layer: dict[str, Any], numbers: dict[str, Any]
+) -> tuple[list[Projection], list[Exception]]:
+    """One Projection per layer, ready to run, and what is wrong with the arguments of :func:`palkernels.audio_kv`.
+
+    Where anything is wrong, the layers are not to be used.
     """
-    in_lists = isinstance(per_layer["k_weight"], list | tuple)
-    columns = {name: _column(name, per_layer, in_lists) for name in PER_LAYER}
-    problems = _number_problems(numbers)
+    columns, problems = _columns(per_layer)
+    problems += _number_problems(numbers)
     layers = []
     for position, values in enumerate(zip(*columns.values(), strict=True)):
-        where = f"[{position}]" if in_lists else ""
-        given = dict(zip(PER_LAYER, values, strict=True))
-        found = _type_problems(states, given, where) or _shape_problems(states, given, numbers, where)
-        problems += found
+        suffix = f"[{position}]" if in_lists(per_layer["k_weight"]) else ""
+        tensors = dict(zip(PER_LAYER, values, strict=True))
+        problems += _type_problems(states, tensors, suffix) or _shape_problems(states, tensors, numbers, suffix)
         if not problems:
-            layers.append(_prepared(states, given, numbers))
-    if problems:
-        raise type(problems[0])("; ".join(str(problem) for problem in problems))
-    return layers, in_lists
+            layers.append(_prepared(states, tensors, numbers))
+    return layers, problems
 
 
-def triton_reasons(layers: list[Projection]) -> list[str]:
-    """Why the Triton kernels cannot take arguments that are otherwise valid."""
-    first = layers[0]
-    reasons = checks.device_reasons(first.states)
-    width, head_dim = first.states.shape[-1], first.head_dim
-    if width > MAX_WIDTH:
-        reasons.append(f"d must be at most {MAX_WIDTH}, got {width}")
+def triton_reasons(states: Tensor, k_weight: Any, num_kv_heads: Any) -> list[str]:
+    """Why the Triton kernels cannot take these states, and the first layer's weight, as far as the weight is valid."""
+    reasons = device_reasons(states)
+    if states.ndim == 3 and states.shape[-1] > MAX_WIDTH:
+        reasons.append(f"d must be at most {MAX_WIDTH}, got {states.shape[-1]}")
+    projected = k_weight.shape[0] if isinstance(k_weight, Tensor) and k_weight.ndim == 2 else 0
+    head_dim = projected // num_kv_heads if isinstance(num_kv_heads, int) and num_kv_heads > 0 else 0
     if head_dim > MAX_HEAD_DIM:
         reasons.append(f"D must be at most {MAX_HEAD_DIM}, got {head_dim}")
     return reasons
 
 
-def _column(name: str, per_layer: dict[str, Any], in_lists: bool) -> Sequence[Any]:
-    """One argument's value for each layer."""
-    value = per_layer[name]
-    if not in_lists:
-        return [value]
-    num_layers = len(per_layer["k_weight"])
-    if num_layers == 0:
-        raise ValueError("k_weight must hold at least one layer, got an empty list")
-    if (value is None and name in OPTIONAL) or (name in TURNS and isinstance(value, Tensor)):
-        return [value] * num_layers
-    if not isinstance(value, list | tuple):
-        raise TypeError(f"{name} must be a list, as k_weight is, got {type(value).__name__}")
-    if len(value) != num_layers:
-        raise ValueError(f"{name} must have an entry for each of k_weight's {num_layers} layers, got {len(value)}")
-    return value
+def _columns(per_layer: dict[str, Any]) -> tuple[dict[str, Sequence[Any]], list[Exception]]:
+    """By argument, its value for each layer; and what is wrong with the lists, in which case there are no columns."""
+    k_weight = per_layer["k_weight"]
+    if not in_lists(k_weight):
+        return {name: [per_layer[name]] for name in PER_LAYER}, []
+    if not k_weight:
+        return {}, [ValueError("k_weight must hold at least one layer, got an empty list")]
+    columns: dict[str, Sequence[Any]] = {}
+    problems: list[Exception] = []
+    for name in PER_LAYER:
+        value = per_layer[name]
+        if (value is None and name in OPTIONAL) or (name in TURNS and isinstance(value, Tensor)):
+            columns[name] = [value] * len(k_weight)
+        elif not isinstance(value, list | tuple):
+            problems.append(TypeError(f"{name} must be a list, as k_weight is, got {type(value).__name__}"))
+        elif len(value) != len(k_weight):
+            layers = f"k_weight's {len(k_weight)} layers"
+            problems.append(ValueError(f"{name} must have an entry for each of {layers}, got {len(value)}"))
+        else:
+            columns[name] = value
+    return ({} if problems else columns), problems
 
 
 def _number_problems(numbers: dict[str, Any]) -> list[Exception]:
@@ -83,10 +92,10 @@ def _number_problems(numbers: dict[str, Any]) -> list[Exception]:
     return problems
 
 
-def _type_problems(states: Tensor, given: dict[str, Any], where: str) -> list[Exception]:
+def _type_problems(states: Tensor, tensors: dict[str, Any], suffix: str) -> list[Exception]:
     problems: list[Exception] = []
-    labelled = {"states": states} | {f"{name}{where}": x for name, x in given.items() if x is not None}
-    missing = [f"{name}{where}" for name in PER_LAYER if given[name] is None and name not in OPTIONAL]
+    labelled = {"states": states} | {f"{name}{suffix}": x for name, x in tensors.items() if x is not None}
+    missing = [f"{name}{suffix}" for name in PER_LAYER if tensors[name] is None and name not in OPTIONAL]
     for label, tensor in labelled.items():
         if not isinstance(tensor, Tensor):
             problems.append(TypeError(f"{label} must be a tensor, got {type(tensor).__name__}"))
@@ -94,52 +103,51 @@ def _type_problems(states: Tensor, given: dict[str, Any], where: str) -> list[Ex
     if problems:
         return problems
     for label, tensor in labelled.items():
-        if tensor.dtype not in checks.FLOAT_DTYPES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in checks.FLOAT_DTYPES)
-            problems.append(TypeError(f"{label} must be {known}, got {tensor.dtype}"))
+        if tensor.dtype not in dtypes.FLOATS:
+            problems.append(TypeError(f"{label} must be {dtypes.float_names()}, got {tensor.dtype}"))
         if tensor.device != states.device:
             problems.append(ValueError(f"{label} must be on states' device {states.device}, got {tensor.device}"))
-    target = checks.autocast_dtype(states)
+    target = dtypes.computed_in(states, states.device)
     for name in PROJECTED:
-        tensor = given[name]
-        if tensor is not None and not problems and checks.autocast_dtype(tensor) != target:
-            problems.append(TypeError(f"{name}{where} must have states' dtype {states.dtype}, got {tensor.dtype}"))
-    if (given["cos"] is None) != (given["sin"] is None):
-        problems.append(TypeError(f"cos{where} and sin{where} must both be given or both be None"))
+        tensor = tensors[name]
+        if tensor is not None and not problems and dtypes.computed_in(tensor, tensor.device) != target:
+            problems.append(TypeError(f"{name}{suffix} must have states' dtype {states.dtype}, got {tensor.dtype}"))
+    if (tensors["cos"] is None) != (tensors["sin"] is None):
+        problems.append(TypeError(f"cos{suffix} and sin{suffix} must both be given or both be None"))
     for name in TURNS:
-        if given[name] is not None and given[name].requires_grad:
-            problems.append(ValueError(f"{name}{where} must not require gradients: none is computed for it"))
+        if tensors[name] is not None and tensors[name].requires_grad:
+            problems.append(ValueError(f"{name}{suffix} must not require gradients: none is computed for it"))
     return problems
 
 
-def _shape_problems(states: Tensor, given: dict[str, Any], numbers: dict[str, Any], where: str) -> list[Exception]:
+def _shape_problems(states: Tensor, tensors: dict[str, Any], numbers: dict[str, Any], suffix: str) -> list[Exception]:
     problems: list[Exception] = []
     if states.ndim != 3 or states.shape[-1] < 1:
         return [ValueError(f"states must be (A, N, d), got shape {tuple(states.shape)}")]
     rows, tokens, width = states.shape
-    k_weight, heads = given["k_weight"], numbers["num_kv_heads"]
+    k_weight, heads = tensors["k_weight"], numbers["num_kv_heads"]
     if k_weight.ndim != 2 or k_weight.shape[1] != width:
         got = tuple(k_weight.shape)
-        return [ValueError(f"k_weight{where} must be (Hkv * D, d) with states' d = {width}, got shape {got}")]
+        return [ValueError(f"k_weight{suffix} must be (Hkv * D, d) with states' d = {width}, got shape {got}")]
     projected = k_weight.shape[0]
     if not isinstance(heads, int) or heads < 1:
-        return []  # said already
+        return []  # _number_problems says so
     if projected < heads or projected % heads:
-        return [ValueError(f"k_weight{where} must have a multiple of num_kv_heads = {heads} rows, got {projected}")]
+        return [ValueError(f"k_weight{suffix} must have a multiple of num_kv_heads = {heads} rows, got {projected}")]
     head_dim = projected // heads
-    wanted = {
+    expected = {
         "norm_weight": ((width,), "(d,)"),
         "v_weight": ((projected, width), "of k_weight's shape"),
         "k_bias": ((projected,), "(Hkv * D,)"),
         "v_bias": ((projected,), "(Hkv * D,)"),
         "k_norm_weight": ((head_dim,), "(D,)"),
     }
-    for name, (shape, why) in wanted.items():
-        tensor = given[name]
+    for name, (shape, why) in expected.items():
+        tensor = tensors[name]
         if tensor is not None and tuple(tensor.shape) != shape:
-            problems.append(ValueError(f"{name}{where} must be {why} = {shape}, got shape {tuple(tensor.shape)}"))
+            problems.append(ValueError(f"{name}{suffix} must be {why} = {shape}, got shape {tuple(tensor.shape)}"))
     for name in TURNS:
-        tensor = given[name]
+        tensor = tensors[name]
         if tensor is None:
             continue
         shape = tuple(tensor.shape)
@@ -148,29 +156,29 @@ def _shape_problems(states: Tensor, given: dict[str, Any], numbers: dict[str, An
         if shape[:-1] not in leading or turned % 2 or not 2 <= turned <= head_dim:
             problems.append(
                 ValueError(
-                    f"{name}{where} must be (N, R) or (A, N, R) with N = {tokens}, A = {rows} and R even, at most "
+                    f"{name}{suffix} must be (N, R) or (A, N, R) with N = {tokens}, A = {rows} and R even, at most "
                     f"D = {head_dim}, got shape {shape}"
                 )
             )
-    if given["cos"] is not None and given["sin"] is not None and given["cos"].shape != given["sin"].shape:
-        shapes = f"{tuple(given['cos'].shape)} and {tuple(given['sin'].shape)}"
-        problems.append(ValueError(f"cos{where} and sin{where} must have one shape, got {shapes}"))
+    if tensors["cos"] is not None and tensors["sin"] is not None and tensors["cos"].shape != tensors["sin"].shape:
+        shapes = f"{tuple(tensors['cos'].shape)} and {tuple(tensors['sin'].shape)}"
+        problems.append(ValueError(f"cos{suffix} and sin{suffix} must have one shape, got {shapes}"))
     return problems
 
 
-def _prepared(states: Tensor, given: dict[str, Any], numbers: dict[str, Any]) -> Projection:
-    """Autocast applied, cos and sin as (A or 1, N, R)."""
-    target = checks.autocast_dtype(states)
-    tensors: dict[str, Any] = {
-        name: None if x is None else x.to(target) if name in PROJECTED else x for name, x in given.items()
+def _prepared(states: Tensor, tensors: dict[str, Any], numbers: dict[str, Any]) -> Projection:
+    """One layer made ready to run: autocast applied, cos and sin as (A or 1, N, R)."""
+    target = dtypes.computed_in(states, states.device)
+    ready: dict[str, Any] = {
+        name: None if x is None else x.to(target) if name in PROJECTED else x for name, x in tensors.items()
     }
     for name in TURNS:
-        tensor = tensors[name]
-        if tensor is not None and tensor.ndim == 2:
-            tensors[name] = tensor.unsqueeze(0)
+        table = ready[name]
+        if table is not None and table.ndim == 2:
+            ready[name] = table.unsqueeze(0)
     return Projection(
         states.to(target),
-        **tensors,
+        **ready,
         num_kv_heads=numbers["num_kv_heads"],
         eps=float(numbers["eps"]),
         norm_offset=float(numbers["norm_offset"]),

@@ -1,8 +1,8 @@
-"""Audio keys and values from audio states: RMSNorm, the K and V projections, head norm, RoPE.
+"""PyTorch operators that make audio keys and values: RMSNorm, the K and V projections, head norm, RoPE.
 
-One layer is differentiable and keeps nothing but its arguments for the backward pass, which normalises again. With the
-Triton steps and without gradients, all layers of a model share one normalisation and one batched product, the norms'
-weights folded into the projections'. Otherwise layers run one by one.
+The operator of one layer is differentiable and keeps nothing but its arguments for the backward pass, which normalises
+again. In the operator of several layers, without gradients, all share one normalisation and one batched product: the
+norms' weights are folded into the projections'. Importing this needs no triton.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from palkernels import reference
-from palkernels.projection.call import PROJECTION, TURNS, Projection
+from palkernels.arguments import PROJECTION, Projection
 
 
 def _steps(fused: bool) -> ModuleType:
@@ -61,11 +60,14 @@ def _(states: Tensor, norm_weight: Tensor, k_weight: Tensor, *rest: Any) -> tupl
 def audio_kv_backward(
     dkey: Tensor | None, dvalue: Tensor | None, needed: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
-    """Gradients of those of ``PROJECTION`` that are ``needed``, in order; at least one of dkey and dvalue is given."""
+    """Gradients of the tensors in ``PROJECTION`` that are ``needed`` (seven bools), in order.
+
+    ``dkey`` and ``dvalue`` are (A, Hkv, N, D); at most one of them is None.
+    """
     *layer, fused = arguments
     steps, call = _steps(fused), Projection(*layer)
     wants = dict(zip(PROJECTION, needed, strict=True))
-    found: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor | None] = {}
     num_rows = call.rows.shape[0]
     normalised: Any = None
     if wants["k_weight"] or wants["v_weight"] or (dkey is not None and call.k_norm_weight is not None):
@@ -78,30 +80,30 @@ def audio_kv_backward(
         raw = None
         if call.k_norm_weight is not None:
             raw = call.heads(linear(normalised, call.k_weight, call.k_bias))
-        dkeys, found["k_norm_weight"] = steps.finish_gradient(dkeys, raw, call)
+        dkeys, gradients["k_norm_weight"] = steps.finish_gradient(dkeys, raw, call)
         dkeys = dkeys.reshape(num_rows, call.k_weight.shape[0])
         if wants["k_bias"]:
-            found["k_bias"] = dkeys.sum(0)
+            gradients["k_bias"] = dkeys.sum(0)
         if wants["k_weight"]:
-            found["k_weight"] = dkeys.t() @ normalised
+            gradients["k_weight"] = dkeys.t() @ normalised
         if wants_rows:
             dnormalised = dkeys @ call.k_weight
     if dvalue is not None:
         dvalues = dvalue.transpose(1, 2).reshape(num_rows, call.v_weight.shape[0])
         if wants["v_bias"]:
-            found["v_bias"] = dvalues.sum(0)
+            gradients["v_bias"] = dvalues.sum(0)
         if wants["v_weight"]:
-            found["v_weight"] = dvalues.t() @ normalised
+            gradients["v_weight"] = dvalues.t() @ normalised
         if wants_rows:
             dnormalised = (
                 dvalues @ call.v_weight if dnormalised is None else torch.addmm(dnormalised, dvalues, call.v_weight)
             )
     if wants_rows:
-        dstates, found["norm_weight"] = steps.normalise_gradient(dnormalised, call, wants["norm_weight"])
-        found["states"] = dstates.view(call.states.shape)
-    # Without a gradient of the keys, what only they depend on gets zeros; so with the values.
+        dstates, gradients["norm_weight"] = steps.normalise_gradient(dnormalised, call, wants["norm_weight"])
+        gradients["states"] = dstates.view(call.states.shape)
+    # What only the keys depend on gets zeros where they have no gradient, and what only the values depend on likewise.
     return [
-        found[name].to(tensor.dtype) if found.get(name) is not None else torch.zeros_like(tensor)
+        torch.zeros_like(tensor) if (gradient := gradients.get(name)) is None else gradient.to(tensor.dtype)
         for name in PROJECTION
         if wants[name] and (tensor := getattr(call, name)) is not None
     ]
@@ -127,9 +129,9 @@ def _backward(ctx: Any, dkey: Tensor | None, dvalue: Tensor | None) -> tuple[Ten
     needed = list(ctx.needs_input_grad[: len(PROJECTION)])
     if dkey is None and dvalue is None:
         return (None,) * len(ctx.needs_input_grad)
-    found = iter(audio_kv_backward(dkey, dvalue, needed, *ctx.saved_tensors, *ctx.numbers))
+    gradients = iter(audio_kv_backward(dkey, dvalue, needed, *ctx.saved_tensors, *ctx.numbers))
     return (
-        *(next(found) if need else None for need in needed),
+        *(next(gradients) if need else None for need in needed),
         *[None] * (len(ctx.needs_input_grad) - len(PROJECTION)),
     )
 
@@ -170,19 +172,3 @@ def audio_kv_layers(states: Tensor, *arguments: Any) -> Tensor:
 def _(states: Tensor, norm_weight: list[Tensor], k_weight: list[Tensor], *rest: Any) -> Tensor:
     heads = rest[-3]
     return states.new_empty(len(k_weight), 2, *states.shape[:2], heads, k_weight[0].shape[0] // heads)
-
-
-def run(layers: list[Projection], impl: str) -> list[tuple[Tensor, Tensor]]:
-    """K and V of each layer, for validated arguments with one ``states``; "triton", "sdpa" or "reference"."""
-    if impl == "reference":
-        given: list[dict[str, Any]] = [layer.tensors() | layer.numbers() for layer in layers]
-        return [reference.audio_kv(**layer) for layer in given]
-    fused = impl == "triton"
-    tensors = [tensor for layer in layers for tensor in layer.tensors().values()]
-    with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if len(layers) == 1 or with_gradients or not fused:
-        return [audio_kv_forward(*layer.arguments(), fused) for layer in layers]
-    first = layers[0]
-    lists = [[getattr(layer, name) for layer in layers] for name in (*PROJECTION[1:], *TURNS)]
-    out = audio_kv_layers(first.states, *lists, *first.numbers().values())
-    return [(pair[0].transpose(1, 2), pair[1].transpose(1, 2)) for pair in out.unbind(0)]

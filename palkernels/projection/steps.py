@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from palkernels.projection.call import Projection
+from palkernels.arguments import Projection
 
 
 def _upcast(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from support.kernel_runs import strict
 
 from palkernels import lal_attention
-from palkernels.attention.call import INTEGERS, Call
+from palkernels.arguments import INTEGERS, Call
 from palkernels.kernels import decode, tiles
 from palkernels.kernels.forward import forward_launch
 from palkernels.testing import FEATURES, fill_unreachable, lal_case, max_error

@@ -10,12 +10,11 @@ import sys
 import torch
 
 from palkernels import lal_attention, reference
-from palkernels.attention.call import FLOATS, INTEGERS, Call
+from palkernels.arguments import FLOATS, INTEGERS, Call, Projection
 from palkernels.kernels import decode, projection, tiles
 from palkernels.kernels.backward import backward_launches
 from palkernels.kernels.forward import forward_launch
 from palkernels.projection import steps
-from palkernels.projection.call import Projection
 from palkernels.testing import FEATURES, lal_case, max_error
 
 libc = ctypes.CDLL(None, use_errno=True)

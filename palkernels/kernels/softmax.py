@@ -1,0 +1,38 @@
+"""The step of the online softmax, which forward and decoding share: fold one block of keys into a running output."""
+
+import triton
+import triton.language as tl
+
+from palkernels.kernels.primitives import LOG2_E, base2_scores, dot
+
+
+@triton.constexpr_function
+def waiting_factor(scale, softcap):
+    """From products to base-2 scores, where that is a positive factor; otherwise None.
+
+    Positive in float32 too: 0 times the -inf of hidden keys would be NaN.
+    """
+    return scale * LOG2_E.value if softcap is None and scale > 1e-30 else None
+
+
+@triton.jit
+def attend(state, rows, keys, values, visible, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Fold one block of keys and values into the running output, maximum and sum of a tile of query rows."""
+    acc, row_max, row_sum = state
+    (queries,) = rows
+    scores = dot(queries, tl.trans(keys), None)
+    # A factor known to be positive waits for the exponent, where it costs nothing: one multiply-add for each score.
+    factor: tl.constexpr = waiting_factor(SCALE, SOFTCAP)
+    if factor is None:
+        scores = base2_scores(scores, SCALE, SOFTCAP)
+    if visible is not None:
+        scores = tl.where(visible, scores, float("-inf"))
+    block_max = tl.max(scores, axis=1)
+    new_max = tl.maximum(row_max, block_max if factor is None else block_max * factor)
+    # A row that has seen nothing yet has maximum -inf; exp2(-inf - 0) is 0 where exp2(-inf + inf) is NaN.
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if visible is not None else new_max
+    decay = tl.exp2(row_max - shift)
+    weights = tl.exp2((scores if factor is None else scores * factor) - shift[:, None])
+    row_sum = row_sum * decay + tl.sum(weights, axis=1)
+    acc = dot(weights.to(values.dtype), values, acc * decay[:, None])
+    return acc, new_max, row_sum
