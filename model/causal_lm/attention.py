@@ -14,7 +14,7 @@ from palkernels.model.causal_lm.fast_path import project_fused
 from palkernels.model.causal_lm.layers import AudioKV, Rotation, modeling_file, project_audio, rotate
 from palkernels.model.causal_lm.plan import Plan
 from palkernels.model.causal_lm.state import AudioState
-from palkernels.model.causal_lm.training import projecting_again
+from palkernels.recompute import recomputed
 
 # "sdpa" or "flex_attention" within the name would trigger transformers' capability checks for those.
 ATTENTION_NAME = "palkernels_lal"
@@ -126,31 +126,29 @@ def lal_attention_forward(
     if text_start is not None:
         text_start = (text_start - dropped).clamp(min=0)
 
-    def attend() -> Tensor:
-        audio_key, audio_value = lal_request.audio_kv(layer)
-        out = lal_attention(
-            query,
-            key,
-            value,
-            audio_key,
-            audio_value,
-            audio_lengths=layout.lengths,
-            audio_index=layout.index,
-            audio_visible_from=visible_from,
-            text_start=text_start,
-            text_end=text_end,
-            scale=scaling,
-            softcap=softcap,
-            window=sliding_window,
-            impl=lal_request.impl,
-        )
-        assert isinstance(out, Tensor)
-        return out
-
     # A layer that is checkpointed as a whole keeps nothing anyway.
     whole = getattr(lal_request.layers[layer], "gradient_checkpointing", False) and module.training
-    again = lal_request.recompute and torch.is_grad_enabled() and not whole
-    out = projecting_again(attend) if again else attend()
+    if lal_request.recompute and torch.is_grad_enabled() and not whole:
+        states = lal_request.states_of(layer)
+        audio_key, audio_value = recomputed(lambda _: lal_request.project(layer), states)
+    else:
+        audio_key, audio_value = lal_request.audio_kv(layer)
+    out = lal_attention(
+        query,
+        key,
+        value,
+        audio_key,
+        audio_value,
+        audio_lengths=layout.lengths,
+        audio_index=layout.index,
+        audio_visible_from=visible_from,
+        text_start=text_start,
+        text_end=text_end,
+        scale=scaling,
+        softcap=softcap,
+        window=sliding_window,
+        impl=lal_request.impl,
+    )
     lal_request.consumed.add(layer)
     return out.transpose(1, 2), None
 
