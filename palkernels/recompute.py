@@ -78,13 +78,14 @@ class Recipe:
 
     def __init__(self, anchor: Tensor):
         self.anchor = anchor  # the output of _Save, within the checkpoint
-        self.kept = [0, 0]  # how many times autograd would have kept the keys, and the values
-        self.backward_pass = -1
+        self.uses = [0, 0]  # how many times autograd would have kept the keys, and the values
+        self.backward_pass = -1  # PyTorch's number of the one that the two below belong to
         self.made: list[Tensor | None] = [None, None]
-        self.left = [0, 0]  # how many of these the backward pass has not asked for yet
+        self.left = [0, 0]  # of the uses, those for which the backward pass has not asked yet
 
     def keep(self, which: int) -> "tuple[Recipe, int]":
-        self.kept[which] += 1
+        """What autograd keeps for one use of the keys (0) or the values (1)."""
+        self.uses[which] += 1
         return self, which
 
     def make(self, which: int) -> Tensor:
@@ -92,7 +93,7 @@ class Recipe:
         backward_pass = torch._C._current_graph_task_id()
         if backward_pass != self.backward_pass or not self.left[which]:
             node: Any = self.anchor.grad_fn
-            self.made, self.left = list(node.saved_tensors), list(self.kept)
+            self.made, self.left = list(node.saved_tensors), list(self.uses)
             self.backward_pass = backward_pass
         made = self.made[which]
         assert made is not None

@@ -1,1 +1,1 @@
-"""The host side of `lal_attention`: its arguments, what must hold of them, and what computes it."""
+"""The host side of `lal_attention`: what must hold of a call, and the implementations that compute it."""

@@ -1,1 +1,1 @@
-"""The host side of `audio_kv`: its arguments, what must hold of them, and what computes it."""
+"""The host side of `audio_kv`: what must hold of its arguments, and the implementations that compute it."""
