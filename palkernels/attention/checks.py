@@ -13,10 +13,26 @@ from palkernels.arguments import PACKING, Call
 from palkernels.dispatch import device_reasons
 
 MAX_TRITON_HEAD_DIM = 256
+LAYOUTS = {
+    "query": "(B, Hq, T, D)",
+    "key": "(B, Hkv, S, D)",
+    "value": "(B, Hkv, S, D)",
+    "audio_key": "(A, Hkv, N, D)",
+    "audio_value": "(A, Hkv, N, D)",
+}
+PACKED_LAYOUTS = {
+    "query": "(sum T, Hq, D)",
+    "key": "(sum T, Hkv, D)",
+    "value": "(sum T, Hkv, D)",
+    "audio_key": "(sum N, Hkv, D)",
+    "audio_value": "(sum N, Hkv, D)",
+    "cu_seqlens": "(B + 1,)",
+    "cu_audio": "(A + 1,)",
+}
 
 
 def problems_of(call: Call) -> list[Exception]:
-    """What is wrong with the arguments of :func:`palkernels.lal_attention`, whatever runs them.
+    """What is wrong with the arguments of a call, whatever runs them.
 
     Shapes are looked at where all types are right, values where all shapes are.
     """
@@ -24,7 +40,7 @@ def problems_of(call: Call) -> list[Exception]:
 
 
 def packed_problems_of(call: Call) -> list[Exception]:
-    """What is wrong with the arguments of :func:`palkernels.lal_attention_varlen`, in its own layout."""
+    """What is wrong with the arguments of :func:`palkernels.lal_attention_varlen`, which are (tokens, heads, D)."""
     missing = [name for name in PACKING if getattr(call, name) is None]
     problems: list[Exception] = [TypeError(f"{name} must be a tensor, got NoneType") for name in missing]
     for name in ("max_seqlen", "max_audio"):
@@ -33,88 +49,7 @@ def packed_problems_of(call: Call) -> list[Exception]:
             problems.append(TypeError(f"{name} must be an int, got {type(number).__name__}"))
         elif number < 0:
             problems.append(ValueError(f"{name} must be at least 0, got {number}"))
-    return problems or _type_problems(call) or _packed_shape_problems(call) or _packed_value_problems(call)
-
-
-def _packed_shape_problems(call: Call) -> list[Exception]:
-    layouts = {
-        "query": "(sum T, Hq, D)",
-        "key": "(sum T, Hkv, D)",
-        "value": "(sum T, Hkv, D)",
-        "audio_key": "(sum N, Hkv, D)",
-        "audio_value": "(sum N, Hkv, D)",
-        "cu_seqlens": "(B + 1,)",
-        "cu_audio": "(A + 1,)",
-    }
-    problems: list[Exception] = []
-    for name, layout in layouts.items():
-        shape = tuple(getattr(call, name).shape)
-        rank = 1 if name in PACKING else 3
-        if len(shape) != rank or (rank == 1 and not shape[0]):
-            problems.append(ValueError(f"{name} must be {layout}, got shape {shape}"))
-    if problems:
-        return problems
-
-    tokens, heads, head_dim = call.query.shape
-    kv_heads, audio_tokens = call.key.shape[1], call.audio_key.shape[0]
-    batch, audio_rows = call.num_batches, call.num_audio_rows
-
-    def want(name: str, shape: tuple[int, ...], why: str) -> None:
-        got = tuple(getattr(call, name).shape)
-        if got != shape:
-            problems.append(ValueError(f"{name} must be {why} = {shape}, got shape {got}"))
-
-    if head_dim < 1:
-        problems.append(ValueError(f"query must have D >= 1, got shape {tuple(call.query.shape)}"))
-    want("key", (tokens, kv_heads, head_dim), "(sum T, Hkv, D) with query's tokens and D")
-    want("value", tuple(call.key.shape), "of key's shape")
-    want("audio_key", (audio_tokens, kv_heads, head_dim), "(sum N, Hkv, D) with key's Hkv and D")
-    want("audio_value", tuple(call.audio_key.shape), "of audio_key's shape")
-    if kv_heads < 1 or heads % kv_heads:
-        problems.append(ValueError(f"Hq must be a multiple of Hkv, got Hq={heads}, Hkv={kv_heads}"))
-    if call.audio_index is None:
-        if audio_rows != batch:
-            problems.append(ValueError(f"without audio_index, A must equal B, got A={audio_rows}, B={batch}"))
-    else:
-        want("audio_index", (batch,), "(B,)")
-        if batch and not audio_rows:
-            problems.append(ValueError(f"cu_audio must have a row for audio_index to name, got A=0, B={batch}"))
-        if call.audio_visible_from is not None:
-            problems.append(ValueError("audio_visible_from must not be given with audio_index, got both"))
-    if call.audio_visible_from is not None:
-        want("audio_visible_from", (audio_tokens,), "(sum N,)")
-    return problems
-
-
-def _packed_value_problems(call: Call) -> list[Exception]:
-    if not _values_are_checked(call):
-        return []
-    problems: list[Exception] = []
-    packed = (("cu_seqlens", "sum T", call.query, "max_seqlen"), ("cu_audio", "sum N", call.audio_key, "max_audio"))
-    for name, total, tensor, longest in packed:
-        cumulative = _as_int64(getattr(call, name))
-        lengths = cumulative.diff()
-        ends = int(cumulative[0]), int(cumulative[-1])
-        if ends != (0, tensor.shape[0]):
-            problems.append(
-                ValueError(f"{name} must run from 0 to {total} = {tensor.shape[0]}, got {ends[0]} to {ends[1]}")
-            )
-        elif lengths.numel() and int(lengths.min()) < 0:
-            problems.append(ValueError(f"{name} must not decrease, got a row of {int(lengths.min())} tokens"))
-        elif lengths.numel() and int(lengths.max()) > getattr(call, longest):
-            problems.append(
-                ValueError(
-                    f"{longest} must be at least the longest row's {int(lengths.max())}, got {getattr(call, longest)}"
-                )
-            )
-    if call.audio_index is not None and call.audio_index.numel():
-        low, high = (int(x) for x in torch.aminmax(_as_int64(call.audio_index)))
-        most = call.num_audio_rows - 1
-        if low < 0 or high > most:
-            problems.append(
-                ValueError(f"audio_index must be 0 to A - 1 = 0 to {most}, got values from {low} to {high}")
-            )
-    return problems
+    return problems or problems_of(call)
 
 
 def _values_are_checked(call: Call) -> bool:
@@ -164,77 +99,98 @@ def _type_problems(call: Call) -> list[Exception]:
 
 
 def _shape_problems(call: Call) -> list[Exception]:
-    layouts = {
-        "query": "(B, Hq, T, D)",
-        "key": "(B, Hkv, S, D)",
-        "value": "(B, Hkv, S, D)",
-        "audio_key": "(A, Hkv, N, D)",
-        "audio_value": "(A, Hkv, N, D)",
-    }
-    problems: list[Exception] = [
-        ValueError(f"{name} must be {layouts[name]}, got shape {tuple(tensor.shape)}")
-        for name, tensor in call.floats().items()
-        if tensor.ndim != 4
-    ]
+    """Of packed rows too, in their own layout: there as here axis 1 counts heads, and the last one is D."""
+    is_packed = call.cu_seqlens is not None
+    problems: list[Exception] = []
+    for name, layout in (PACKED_LAYOUTS if is_packed else LAYOUTS).items():
+        shape = tuple(getattr(call, name).shape)
+        rank = 1 if name in PACKING else layout.count(",") + 1
+        if len(shape) != rank or (name in PACKING and not shape[0]):
+            problems.append(ValueError(f"{name} must be {layout}, got shape {shape}"))
     if problems:
         return problems
 
-    batch, heads, num_queries, head_dim = call.query.shape
-    kv_heads, num_keys = call.key.shape[1:3]
-    audio_rows, num_audio = call.audio_key.shape[0], call.audio_key.shape[2]
+    def expect(name: str, shape: tuple[int, ...], why: str) -> None:
+        tensor = getattr(call, name)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            problems.append(ValueError(f"{name} must be {why} = {shape}, got shape {tuple(tensor.shape)}"))
 
-    def want(name: str, shape: tuple[int, ...], why: str) -> None:
-        got = tuple(getattr(call, name).shape)
-        if got != shape:
-            problems.append(ValueError(f"{name} must be {why} = {shape}, got shape {got}"))
-
+    heads, kv_heads, head_dim = call.query.shape[1], call.key.shape[1], call.query.shape[-1]
+    batch, audio_rows = call.num_batches, call.num_audio_rows
     if head_dim < 1:
         problems.append(ValueError(f"query must have D >= 1, got shape {tuple(call.query.shape)}"))
-    want("key", (batch, kv_heads, num_keys, head_dim), "(B, Hkv, S, D) with query's B and D")
-    want("value", tuple(call.key.shape), "of key's shape")
-    want("audio_key", (audio_rows, kv_heads, num_audio, head_dim), "(A, Hkv, N, D) with key's Hkv and D")
-    want("audio_value", tuple(call.audio_key.shape), "of audio_key's shape")
+    if is_packed:
+        audio_tokens = call.audio_key.shape[0]
+        expect("key", (call.query.shape[0], kv_heads, head_dim), "(sum T, Hkv, D) with query's tokens and D")
+        expect("audio_key", (audio_tokens, kv_heads, head_dim), "(sum N, Hkv, D) with key's Hkv and D")
+        expect("audio_visible_from", (audio_tokens,), "(sum N,)")
+    else:
+        num_queries, num_keys, num_audio = call.query.shape[2], call.key.shape[2], call.audio_key.shape[2]
+        expect("key", (batch, kv_heads, num_keys, head_dim), "(B, Hkv, S, D) with query's B and D")
+        expect("audio_key", (audio_rows, kv_heads, num_audio, head_dim), "(A, Hkv, N, D) with key's Hkv and D")
+        expect("audio_lengths", (audio_rows,), "(A,)")
+        expect("audio_visible_from", (batch, num_audio), "(B, N)")
+        expect("text_start", (batch,), "(B,)")
+        expect("text_end", (batch,), "(B,)")
+        if num_keys < num_queries:
+            problems.append(ValueError(f"S must be at least T, got S={num_keys}, T={num_queries}"))
+    expect("value", tuple(call.key.shape), "of key's shape")
+    expect("audio_value", tuple(call.audio_key.shape), "of audio_key's shape")
+    expect("audio_index", (batch,), "(B,)")
     if kv_heads < 1 or heads % kv_heads:
         problems.append(ValueError(f"Hq must be a multiple of Hkv, got Hq={heads}, Hkv={kv_heads}"))
-    if num_keys < num_queries:
-        problems.append(ValueError(f"S must be at least T, got S={num_keys}, T={num_queries}"))
-    if call.audio_index is None:
-        if audio_rows != batch:
-            problems.append(ValueError(f"without audio_index, A must equal B, got A={audio_rows}, B={batch}"))
-    else:
-        want("audio_index", (batch,), "(B,)")
-        if batch and not audio_rows:
-            problems.append(ValueError(f"audio_key must have a row for audio_index to name, got A=0, B={batch}"))
-    if call.audio_lengths is not None:
-        want("audio_lengths", (audio_rows,), "(A,)")
-    if call.audio_visible_from is not None:
-        want("audio_visible_from", (batch, num_audio), "(B, N)")
-    for name in ("text_start", "text_end"):
-        if getattr(call, name) is not None:
-            want(name, (batch,), "(B,)")
+    if call.audio_index is None and audio_rows != batch:
+        problems.append(ValueError(f"without audio_index, A must equal B, got A={audio_rows}, B={batch}"))
+    if call.audio_index is not None and batch and not audio_rows:
+        source = "cu_audio" if is_packed else "audio_key"
+        problems.append(ValueError(f"{source} must have a row for audio_index to name, got A=0, B={batch}"))
+    if is_packed and call.audio_index is not None and call.audio_visible_from is not None:
+        problems.append(ValueError("audio_visible_from must not be given with audio_index, got both"))
     return problems
 
 
 def _value_problems(call: Call) -> list[Exception]:
     if not _values_are_checked(call):
         return []
+    index = {"audio_index": (0, call.num_audio_rows - 1, "0 to A - 1")}
+    if call.cu_seqlens is not None:
+        return _packing_problems(call) + _range_problems(call, index)
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
-    audio_rows, num_audio = call.audio_key.shape[0], call.audio_key.shape[2]
-    bounds = {
-        "audio_lengths": (0, num_audio, "0 to N"),
-        "audio_index": (0, audio_rows - 1, "0 to A - 1"),
+    ranges = index | {
+        "audio_lengths": (0, call.audio_key.shape[2], "0 to N"),
         "text_start": (0, None, "at least 0"),
         "text_end": (num_queries, num_keys, "T to S"),
     }
+    return _range_problems(call, ranges)
+
+
+def _range_problems(call: Call, ranges: dict[str, tuple[int, int | None, str]]) -> list[Exception]:
+    """By integer tensor its least value, its largest (None: any), and how an error puts that."""
     problems: list[Exception] = []
     for name, tensor in call.integers().items():
-        if name not in bounds or not tensor.numel():
+        if name not in ranges or not tensor.numel():
             continue
-        least, most, why = bounds[name]
+        least, most, why = ranges[name]
         low, high = (int(x) for x in torch.aminmax(_as_int64(tensor)))
         if low < least or (most is not None and high > most):
             allowed = f"{why} = {least} to {most}" if most is not None else why
             problems.append(ValueError(f"{name} must be {allowed}, got values from {low} to {high}"))
+    return problems
+
+
+def _packing_problems(call: Call) -> list[Exception]:
+    problems: list[Exception] = []
+    packings = (("cu_seqlens", "sum T", call.query, "max_seqlen"), ("cu_audio", "sum N", call.audio_key, "max_audio"))
+    for name, total, tensor, limit in packings:
+        cumulative = _as_int64(getattr(call, name))
+        first, last, lengths = int(cumulative[0]), int(cumulative[-1]), cumulative.diff().tolist()
+        if (first, last) != (0, tensor.shape[0]):
+            problems.append(ValueError(f"{name} must run from 0 to {total} = {tensor.shape[0]}, got {first} to {last}"))
+        elif lengths and min(lengths) < 0:
+            problems.append(ValueError(f"{name} must not decrease, got a row of {min(lengths)} tokens"))
+        elif lengths and max(lengths) > getattr(call, limit):
+            longest, got = max(lengths), getattr(call, limit)
+            problems.append(ValueError(f"{limit} must be at least the longest row's {longest}, got {got}"))
     return problems
 
 
