@@ -28,7 +28,7 @@ def _text_pairs(num_queries: int, num_keys: int, window: int | None) -> int:
 
 
 def _pairs(call: Call) -> tuple[int, int]:
-    """Of one head and all rows: query-key pairs, and pairs of a query and an audio token."""
+    """Pairs of a query and a text key, and pairs of a query and an audio token, of one head and all rows."""
     if call.cu_seqlens is None or call.cu_audio is None:
         text = _text_pairs(call.num_queries, call.num_keys, call.window)
         return call.num_batches * text, call.num_batches * call.num_queries * call.num_audio

@@ -22,11 +22,11 @@ class LalCase:
     options: dict[str, Any] = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype) -> "LalCase":
-        """The same numbers in another dtype, detached."""
+        """The case with its numbers in another dtype, detached."""
         return self._with(tensor.detach().to(dtype) for tensor in self.tensors)
 
     def requires_grad(self) -> "LalCase":
-        """Fresh leaves that need gradients, with the same strides."""
+        """The case with fresh leaves that need gradients, of the same strides."""
         return self._with(tensor.detach().requires_grad_() for tensor in self.tensors)
 
     def _with(self, tensors: Iterable[Tensor]) -> "LalCase":
@@ -106,7 +106,7 @@ def lal_case(
 
 
 def unreachable(case: LalCase) -> tuple[Tensor, Tensor]:
-    """Which text keys (B, S) and audio tokens (A, N) no query sees."""
+    """Two bool masks: which text keys (B, S) and which audio tokens (A, N) no query sees."""
     query, key, _, audio_key, _ = case.tensors
     options = case.options
     index = options.get("audio_index", torch.arange(query.shape[0], device=query.device)).long()
@@ -131,7 +131,7 @@ def unreachable(case: LalCase) -> tuple[Tensor, Tensor]:
 
 def fill_unreachable(case: LalCase, value: float) -> LalCase:
     """The case with ``value`` in every key and value that no query sees."""
-    text, audio = (places[:, None, :, None] for places in unreachable(case))
+    text, audio = (unseen[:, None, :, None] for unseen in unreachable(case))
     query, key, value_, audio_key, audio_value = case.tensors
     filled_text = (tensor.masked_fill(text, value) for tensor in (key, value_))
     filled_audio = (tensor.masked_fill(audio, value) for tensor in (audio_key, audio_value))

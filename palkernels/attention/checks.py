@@ -99,7 +99,7 @@ def _type_problems(call: Call) -> list[Exception]:
 
 
 def _shape_problems(call: Call) -> list[Exception]:
-    """Of packed rows too, in their own layout: there as here axis 1 counts heads, and the last one is D."""
+    """What is wrong with the shapes, packed or not: in both layouts axis 1 counts heads, and the last axis is D."""
     is_packed = call.cu_seqlens is not None
     problems: list[Exception] = []
     for name, layout in (PACKED_LAYOUTS if is_packed else LAYOUTS).items():
@@ -152,11 +152,11 @@ def _shape_problems(call: Call) -> list[Exception]:
 def _value_problems(call: Call) -> list[Exception]:
     if not _values_are_checked(call):
         return []
-    index = {"audio_index": (0, call.num_audio_rows - 1, "0 to A - 1")}
+    ranges: dict[str, tuple[int, int | None, str]] = {"audio_index": (0, call.num_audio_rows - 1, "0 to A - 1")}
     if call.cu_seqlens is not None:
-        return _packing_problems(call) + _range_problems(call, index)
+        return _packing_problems(call) + _range_problems(call, ranges)
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
-    ranges = index | {
+    ranges |= {
         "audio_lengths": (0, call.audio_key.shape[2], "0 to N"),
         "text_start": (0, None, "at least 0"),
         "text_end": (num_queries, num_keys, "T to S"),
@@ -165,7 +165,7 @@ def _value_problems(call: Call) -> list[Exception]:
 
 
 def _range_problems(call: Call, ranges: dict[str, tuple[int, int | None, str]]) -> list[Exception]:
-    """By integer tensor its least value, its largest (None: any), and how an error puts that."""
+    """Values out of range; ``ranges`` has each tensor's least and largest value (None: any), and the words for both."""
     problems: list[Exception] = []
     for name, tensor in call.integers().items():
         if name not in ranges or not tensor.numel():
@@ -179,6 +179,7 @@ def _range_problems(call: Call, ranges: dict[str, tuple[int, int | None, str]]) 
 
 
 def _packing_problems(call: Call) -> list[Exception]:
+    """What is wrong with the values of ``cu_seqlens`` and ``cu_audio``, and with the longest rows."""
     problems: list[Exception] = []
     packings = (("cu_seqlens", "sum T", call.query, "max_seqlen"), ("cu_audio", "sum N", call.audio_key, "max_audio"))
     for name, total, tensor, limit in packings:

@@ -61,17 +61,17 @@ class Compiled:
 def compile_kernel(
     kernel: str, capability: int, dtype: torch.dtype, head_dim: int, tile: tiles.Tile, features: str
 ) -> list[Compiled]:
-    """One entry per launch: above head dim 128 dK and dV take one each."""
+    """Compile one kernel; an entry per launch: above head dim 128 dK and dV take one each."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET must not be set where kernels are compiled")
     driver.set_active(_Compiler(capability))
     with tiles.use(**{kernel: tile}):
         launches = _launches(kernel, dtype, head_dim, tile.block_m, features)
-    found = []
+    compiled = []
     for gradients, launch in launches.items():
         binary = launch.compile()
         registers, stack = _resources(binary.asm["cubin"])
-        found.append(
+        compiled.append(
             Compiled(
                 kernel=kernel,
                 gradients=gradients,
@@ -88,7 +88,7 @@ def compile_kernel(
                 transposed_register_dots=transposed_register_dots(binary.asm["ttgir"]),
             )
         )
-    return found
+    return compiled
 
 
 def shipped_variants(
@@ -109,9 +109,9 @@ def shipped_variants(
 
 
 def compile_projection(capability: int, dtype: torch.dtype) -> list[dict[str, object]]:
-    """What the kernels around audio_kv's products use, at a model's sizes, with everything that they can do."""
+    """Compile the kernels around audio_kv's products, at models' sizes and with every option; what each uses."""
     driver.set_active(_Compiler(capability))
-    found = []
+    reports: list[dict[str, object]] = []
     for width, head_dim in ((2048, 64), (3072, 128), (8192, 256)):
 
         def floats(*shape: int) -> Tensor:
@@ -133,12 +133,12 @@ def compile_projection(capability: int, dtype: torch.dtype) -> list[dict[str, ob
         for kernel, launch in launches.items():
             binary = launch.compile()
             registers, stack = _resources(binary.asm["cubin"])
-            found.append(
+            reports.append(
                 {"kernel": kernel, "capability": capability, "dtype": str(dtype).removeprefix("torch."),
                  "width": width, "head_dim": head_dim, "registers": registers, "stack_bytes": stack,
                  "shared_bytes": binary.metadata.shared}
             )  # fmt: skip
-    return found
+    return reports
 
 
 def _launches(kernel: str, dtype: torch.dtype, head_dim: int, num_rows: int, features: str) -> dict[str, Launch]:
@@ -212,10 +212,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         path.write_bytes(cubin)
         tool = triton.knobs.nvidia.cuobjdump.path
         text = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if usage is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {text}")
-    return int(found[1]), int(found[2])
+    return int(usage[1]), int(usage[2])
 
 
 def main() -> None:
@@ -230,13 +230,13 @@ def main() -> None:
         dtypes = tuple(DTYPES[name] for name in arguments.dtypes)
         if arguments.projection:
             for dtype in dtypes:
-                for row in compile_projection(capability, dtype):
-                    print(json.dumps(row), flush=True)
+                for report in compile_projection(capability, dtype):
+                    print(json.dumps(report), flush=True)
             continue
         for variant in shipped_variants(capability, dtypes, tuple(arguments.kernels), tuple(arguments.head_dims)):
             with contextlib.redirect_stdout(sys.stderr):  # Triton prints the code that it cannot compile
-                found = compile_kernel(*variant)
-            for compiled in found:
+                variants = compile_kernel(*variant)
+            for compiled in variants:
                 print(json.dumps(asdict(compiled)), flush=True)
 
 

@@ -269,7 +269,7 @@ def decode_kernel(
 
 
 def takes(call: Call, capability: int | None) -> bool:
-    """Whether a call is decoding: all queries of a text row, and of the heads that share keys, fit into one tile."""
+    """Whether the decoding kernel takes a call: a text row's queries, of all heads that share keys, fit into a tile."""
     num_queries = call.query.shape[2]
     return (
         call.cu_seqlens is None
@@ -279,7 +279,7 @@ def takes(call: Call, capability: int | None) -> bool:
 
 
 def decode_launch(call: Call, out: Tensor, lse: Tensor, capability: int | None) -> Launch:
-    """As :func:`palkernels.kernels.forward.forward_launch`, for a call that :func:`takes` takes."""
+    """The launch for a call that :func:`takes` takes; it fills ``out`` and ``lse`` as the forward launch does."""
     query = call.query
     batch, _, num_queries, head_dim = query.shape
     num_rows = num_queries * call.group

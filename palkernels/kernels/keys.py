@@ -11,7 +11,7 @@ NEVER = tl.constexpr(2**30)
 
 @triton.jit
 def clamp(value, low, high):
-    """As int32. The integers that a caller gives are not checked on a GPU: nothing is read out of bounds."""
+    """The value between two bounds, as int32: a caller's integers are not checked on a GPU."""
     return tl.minimum(tl.maximum(value, low), high).to(tl.int32)
 
 

@@ -21,7 +21,7 @@ ROWS_PER_PROGRAM = 16  # in the norm's gradient, so that the weight's is summed 
 
 @triton.jit
 def load_wide(pointers, mask, other: tl.constexpr):
-    """As float32, or float64 for float64."""
+    """The values in float32, or in float64 where they are."""
     values = tl.load(pointers, mask=mask, other=other)
     return values.to(accumulator_type(values))
 

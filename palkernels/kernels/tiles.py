@@ -210,7 +210,7 @@ def splits_key_gradient(head_dim: int) -> bool:
 
 
 def choose(kernel: str, capability: int | None, dtype: torch.dtype, head_dim: int, intricate: bool) -> Tile:
-    """``capability`` as 90 for 9.0, None in the interpreter."""
+    """The tile of a launch. ``capability`` is 90 for 9.0, None in the interpreter."""
     if kernel in _overrides:
         return _overrides[kernel]
     if capability is None:
@@ -231,10 +231,10 @@ def _entry(kernel: str, architecture: int, element_size: int, head_dim: int, int
 
 
 def shipped(kernel: str, architecture: int, intricate: bool) -> list[tuple[int, int, Tile]]:
-    """Every (bytes per element, padded head dim, tile) that a launch can take there."""
-    found = []
+    """Every (bytes per element, padded head dim, tile) that a launch of a kernel can take on an architecture."""
+    tiles = []
     for element_size, head_dim in sorted(TILES[kernel][architecture]):
         tile = _entry(kernel, architecture, element_size, head_dim, intricate)
         sizes = [16, 32, 64] if kernel == "decode" else [tile.block_m]
-        found += [(element_size, head_dim, x) for x in dict.fromkeys(with_rows(tile, size) for size in sizes)]
-    return found
+        tiles += [(element_size, head_dim, x) for x in dict.fromkeys(with_rows(tile, size) for size in sizes)]
+    return tiles

@@ -54,7 +54,7 @@ def triton_reasons(states: Tensor, k_weight: Any, num_kv_heads: Any) -> list[str
 
 
 def _columns(per_layer: dict[str, Any]) -> tuple[dict[str, Sequence[Any]], list[Exception]]:
-    """By argument, its value for each layer; and what is wrong with the lists, in which case there are no columns."""
+    """Each argument's values, one per layer; and what is wrong with the lists, in which case there are no values."""
     k_weight = per_layer["k_weight"]
     if not in_lists(k_weight):
         return {name: [per_layer[name]] for name in PER_LAYER}, []
