@@ -167,22 +167,23 @@ def lal_attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`lal_attention` on rows that lie one after another, without padding, packed as flash-attn packs them.
 
-    Row b holds the text tokens from ``cu_seqlens[b]`` on, below ``cu_seqlens[b + 1]``, each with its query, key and
-    value: T = S. It reads audio row ``audio_index[b]``, the tokens from ``cu_audio`` likewise. Everything else is as
-    there.
+    Text row b holds the tokens from ``cu_seqlens[b]`` on, below ``cu_seqlens[b + 1]``, each with its query, key and
+    value: T = S. It reads audio row a = ``audio_index[b]``, which holds the audio tokens from ``cu_audio[a]`` on, below
+    ``cu_audio[a + 1]``. What a query sees, and all that is not said here, is as in :func:`lal_attention`.
 
     Args:
         query: (sum T, Hq, D), float16, bfloat16, float32 or float64.
         key, value: (sum T, Hkv, D); Hq a multiple of Hkv. Same dtype and device as query.
         audio_key, audio_value: (sum N, Hkv, D).
         cu_seqlens: (B + 1,) from 0 to sum T, never decreasing.
-        cu_audio: (A + 1,) from 0 to sum N, likewise.
-        max_seqlen, max_audio: the longest row's tokens, or more.
+        cu_audio: (A + 1,) from 0 to sum N, never decreasing.
+        max_seqlen: the tokens of the longest text row, or more.
+        max_audio: the tokens of the longest audio row, or more.
         audio_index: (B,) the audio row that each text row reads; None: A == B, row for row.
-        audio_visible_from: (sum N,) first position, counted in its own row, whose query sees the token; None: every
-            query does. Not together with ``audio_index``.
-        scale, softcap, window, return_lse, impl: as in :func:`lal_attention`. All but "triton" compute row by row and
-            read the lengths on the host.
+        audio_visible_from: (sum N,) first position, counted in the text row that reads the token, whose query sees
+            it; None: every query does. Not together with ``audio_index``.
+        scale, softcap, window, return_lse, impl: as in :func:`lal_attention`. "sdpa" and "reference" compute row by
+            row and read the lengths on the host.
 
     Returns:
         out (sum T, Hq, D) in query's dtype, contiguous; with ``return_lse`` also the LSE (Hq, sum T).
@@ -249,29 +250,30 @@ def audio_kv(
 
     Args:
         states: (A, N, d), float16, bfloat16, float32 or float64. They must be finite, in padding too.
-        norm_weight: (d,), as k_norm_weight, cos and sin of any of these dtypes.
-        k_weight, v_weight: (Hkv * D, d), of states' dtype, as the biases.
+        norm_weight: (d,), of any of these dtypes.
+        k_weight, v_weight: (Hkv * D, d), of states' dtype.
         num_kv_heads: Hkv.
         eps: added to the mean squares, of both norms.
         norm_offset: added to both norms' weights: 1.0 for Gemma.
-        k_bias, v_bias: (Hkv * D,) or None.
-        k_norm_weight: (D,); None: no head norm.
-        cos, sin: (N, R) or (A, N, R), R even and at most D, from the model's rotary embedding; None: no RoPE.
-        recompute: :func:`lal_attention` keeps neither K nor V for its backward pass but projects them again there. They
-            must reach it as they are returned, not as views. Not under torch.compile.
+        k_bias, v_bias: (Hkv * D,), of states' dtype; None: no bias.
+        k_norm_weight: (D,), of any of these dtypes; None: no head norm.
+        cos, sin: (N, R) or (A, N, R), of any of these dtypes, R even and at most D, from the model's rotary embedding;
+            None: no RoPE.
+        recompute: keys and values are not kept for the backward pass of :func:`lal_attention`, which projects them
+            again. They must reach it as they are returned, not as views. Not under torch.compile.
         impl: "triton" (Triton kernels around PyTorch's matrix products), "sdpa" (plain PyTorch, any device),
             "reference" (the definition), or "auto", as in :func:`lal_attention`.
 
-    The weights, biases and norms may be lists with an entry per layer; cos and sin may be, too. With
-    "triton" and without gradients, layers in a list share one normalisation and one batched product: norm_weight is
-    folded into the projections.
+    For several layers, weights, biases and norms are lists with an entry per layer; cos and sin may be lists or
+    tensors. With "triton" and without gradients, the layers share one normalisation and one batched product:
+    norm_weight is folded into the projections.
 
     Returns:
         audio_key, audio_value: each (A, Hkv, N, D), contiguous as (A, N, Hkv, D); or two lists of them.
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, device or value; or ``impl`` cannot run these inputs.
+        ValueError: a wrong shape, device or value; or ``impl`` cannot run these inputs. Every reason is named.
     """
     check_impl(impl)
     per_layer = {

@@ -10,7 +10,7 @@ LEAST_CAUSAL_SCALE = 1e-30  # PyTorch's fused kernels hide keys by -inf before t
 
 @dataclass(frozen=True)
 class Settings:
-    """What masks and scores depend on besides queries, keys and values: the options of one call, shaped as there."""
+    """What masks and scores depend on besides queries, keys and values: the options of one :class:`Call`."""
 
     scale: float
     softcap: float | None
