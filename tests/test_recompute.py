@@ -14,7 +14,7 @@ HEADS, TOKENS, DIM, WIDTH = 2, 11, 8, 24
 
 
 class Projection(torch.nn.Module):
-    """As a layer with adapters: it keeps more than keys and values, and draws random numbers."""
+    """A projection like that of a layer with adapters: it keeps more than K and V, and draws random numbers."""
 
     def __init__(self, device, frozen=False):
         super().__init__()
@@ -45,7 +45,7 @@ def attend(project, states, text, again, times=1, impl="auto"):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("times", [1, 2])
 def test_gradients_and_calls(device, times, frozen):
-    """The same random numbers again, and one more call, however many attentions read the keys and values."""
+    """A backward pass calls once more, with the same random numbers, however many attentions read K and V."""
     project = Projection(device, frozen)
     states, text = inputs(device, frozen)
     leaves = text if frozen else [*text, states, project.weights]
@@ -61,7 +61,7 @@ def test_gradients_and_calls(device, times, frozen):
 
 @pytest.mark.parametrize("impl", ["triton", "sdpa"])
 def test_nothing_is_kept(impl):
-    """Neither keys and values nor what the projection saves for its own gradients."""
+    """Neither K and V stay nor what the projection saves for its own gradients."""
     states, text = inputs("cpu")
     project = Projection("cpu")
     made = []

@@ -22,7 +22,7 @@ def call_of(case):
 
 
 def run(launch, call):
-    """Into memory that holds NaN."""
+    """Output and LSE of a launch into memory that holds NaN."""
     query = call.query
     batch, heads, queries, dim = query.shape
     out = query.new_full((batch, queries, heads, dim), math.nan).transpose(1, 2)
@@ -37,7 +37,7 @@ def capability(device):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """How many calls took this path."""
+    """The calls that took the decoding path."""
     launches = []
     launch = decode.decode_launch
 
@@ -53,7 +53,7 @@ def decoded(monkeypatch):
 @pytest.mark.parametrize("queries", [1, 3, 8])
 @pytest.mark.parametrize("features", [(), ("index",), ("lengths", "text_start", "text_end"), FEATURES], ids=len)
 def test_equals_prefill(queries, features, device):
-    """The same rows through the kernel that does not split, and the definition."""
+    """Decoding agrees with the kernel that does not split, and with the definition."""
     dtype, bound = (torch.float64, 1e-12) if device == "cpu" else (torch.float32, 1e-5)
     case = lal_case(
         batch=5, queries=queries, features=features, audio_rows=3, seed=queries, dtype=dtype, device=device,
@@ -103,7 +103,7 @@ def test_groups_that_do_not_fit_a_tile_do_not_decode(decoded):
 
 @pytest.mark.parametrize("readers", [1, 7, 40])
 def test_readers_of_one_clip_share_its_loads(readers, monkeypatch):
-    """As many as fit into a tile; a clip that nobody reads is not read at all."""
+    """As many readers as fit into a tile share each load; a clip that nobody reads is not loaded."""
     case = lal_case(batch=readers, queries=1, features=("index",), audio_rows=3, dtype=torch.float64, **SHAPE)
     case.options["audio_index"] = torch.full((readers,), 1)
     case.tensors[3][0::2] = case.tensors[4][0::2] = math.nan
@@ -114,7 +114,7 @@ def test_readers_of_one_clip_share_its_loads(readers, monkeypatch):
 @pytest.mark.parametrize("features", [("lengths", "text_end"), ("lengths", "window")], ids="-".join)
 @pytest.mark.parametrize("programs", [1, 3, 1000])
 def test_any_number_of_splits(monkeypatch, programs, features):
-    """From one span for all keys to one for each block; and every launch leaves its counters at zero."""
+    """The keys go to one program or to one for each block; every launch leaves its counters at zero."""
     monkeypatch.setattr(decode, "_multiprocessors", lambda *args: programs)
     zeros = torch.zeros(4, dtype=torch.int32)
     monkeypatch.setattr(decode, "_counters", lambda *args: zeros)
@@ -128,7 +128,7 @@ def test_any_number_of_splits(monkeypatch, programs, features):
 
 
 def test_programs_may_end_in_any_order(monkeypatch):
-    """Whichever arrives last merges, to the same bits."""
+    """The program that arrives last merges, whichever it is, to the same bits."""
     from support import interpreter
 
     case = lal_case(batch=2, queries=2, features=("index", "visible_from"), audio_rows=2, **SHAPE)

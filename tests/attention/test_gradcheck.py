@@ -57,13 +57,13 @@ def test_every_feature(features):
 
 
 def test_in_full():
-    """Every entry of the Jacobian, with everything on."""
+    """Every entry of the Jacobian is right with every option on."""
     shape = SHAPE | {"queries": 2, "keys": 3, "audio": 3}
     gradcheck(("lengths", "index", "visible_from", "softcap"), NAMES, fast=False, shape=shape, window=2)
 
 
 def test_a_subset_does_only_its_work(monkeypatch):
-    """Launches, and what they are told to fill, for subsets of the gradients."""
+    """A subset of the gradients launches no more kernels, which fill no more tensors, than it needs."""
     from palkernels.kernels import launch
 
     launched = []

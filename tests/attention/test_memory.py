@@ -32,7 +32,7 @@ def test_the_pages_are_unreadable():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_no_integer_overflows(seed):
-    """In live and in masked lanes; test_kernels.py has the strides beyond 2^31."""
+    """No 32-bit product overflows in live or in masked lanes; test_kernels.py has the strides beyond 2^31."""
     case = lal_case(
         batch=2, heads=6, kv_heads=2, queries=9, keys=20, audio=19, dim=24, features=FEATURES[seed:],
         audio_rows=3, seed=seed, poison=True,

@@ -34,7 +34,7 @@ def backward_arguments(device, features=("lengths",), needed=(True,) * 5, with_d
 @pytest.mark.gpu
 @pytest.mark.parametrize("features", [(), ("lengths", "index", "visible_from", "text_start", "text_end")], ids=len)
 def test_opcheck_forward(device, features):
-    """Schema, fake tensors, autograd registration, and AOTAutograd with dynamic shapes."""
+    """opcheck passes: schema, fake tensors, autograd registration, AOTAutograd with dynamic shapes."""
     torch.library.opcheck(OPERATORS.lal_forward.default, forward_arguments(device, features))
 
 
@@ -66,7 +66,7 @@ def test_output_layout_makes_the_transpose_free():
 
 
 def test_gradients_lie_as_their_tensors():
-    """In memory, so that what produced a tensor as a transposed view takes its gradient without a copy."""
+    """Gradients lie in memory as their inputs do: what made a transposed view takes its gradient without a copy."""
     case = lal_case(**SHAPE)
     tensors = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in case.tensors]
     grads = torch.autograd.grad(lal_attention(*tensors, impl="triton").sum(), tensors)
@@ -75,7 +75,7 @@ def test_gradients_lie_as_their_tensors():
 
 @pytest.mark.gpu
 def test_compiled_is_one_graph_with_eager_results(device):
-    """torch.compile(fullgraph=True), forward and backward, the LSE's gradient included."""
+    """torch.compile(fullgraph=True) takes forward and backward, the LSE's gradient included."""
     case = lal_case(**SHAPE, features=("lengths", "visible_from", "text_start"), device=device)
 
     def function(*tensors):
@@ -144,7 +144,7 @@ def test_nothing_is_saved_without_gradients():
 
 
 def test_no_second_derivative():
-    """It raises; it does not return gradients that lack a term."""
+    """A second derivative raises instead of lacking a term."""
     case = lal_case(**SHAPE).requires_grad()
     grads = torch.autograd.grad(
         lal_attention(*case.tensors, impl="triton").square().sum(), case.tensors, create_graph=True
@@ -156,7 +156,7 @@ def test_no_second_derivative():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(device, dtype):
-    """As SDPA: mixed inputs compute in autocast's dtype, and each gradient has its input's dtype."""
+    """As in SDPA, mixed inputs compute in autocast's dtype, and each gradient has its input's dtype."""
     with arithmetic(dtype, device):
         check_autocast(device, dtype)
 
@@ -180,7 +180,7 @@ def check_autocast(device, dtype):
 
 
 def test_kernels_run_on_their_tensors_device(monkeypatch):
-    """Not on the current one."""
+    """Kernels run on the device of their tensors, not on the current one."""
     ran_on = []
 
     class Kernel:

@@ -312,7 +312,7 @@ def test_tiles_agree(case):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_portable_path(device, dtype, features, queries):
-    """On a GPU it takes other kernels of PyTorch's than on a CPU."""
+    """The portable path runs on a GPU too, by other kernels of PyTorch's than on a CPU."""
     case = lal_case(
         batch=3, heads=8, kv_heads=2, queries=queries, keys=128, audio=300, dim=64, features=features, dtype=dtype,
         device=device,

@@ -30,7 +30,7 @@ def integers(*values):
 
 
 def spread(tensor):
-    """The same numbers in every other column of a wider tensor."""
+    """The tensor's numbers in every other column of a wider tensor."""
     wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), -1, dtype=tensor.dtype)
     return wide[..., ::2].copy_(tensor)
 
@@ -114,7 +114,7 @@ def test_what_no_query_sees_is_not_used(name):
 
 @pytest.mark.parametrize("softcap", [1e-3, 1e6, 1e20])
 def test_softcaps_of_any_size(softcap):
-    """A large one changes nothing: tanh keeps its relative precision near zero."""
+    """A large softcap changes nothing: tanh keeps its relative precision near zero."""
     case = build("plain", poison=False, batch=1, heads=3, kv_heads=1)
     case.options["softcap"] = softcap
     for which, got, want in zip(NAMES, attention(case, "triton"), attention(case, "reference"), strict=True):
@@ -122,7 +122,7 @@ def test_softcaps_of_any_size(softcap):
 
 
 def test_blind_queries():
-    """Output 0, LSE -inf and gradients 0, whatever they hold; in one tile with queries that see."""
+    """A query that sees nothing gets output 0, LSE -inf and gradients 0, whatever it holds, beside queries that see."""
     case = build("plain", torch.float32, poison=False, heads=3, kv_heads=1, keys=38)
     case.options.update(text_start=integers(32, 99), audio_lengths=integers(0, 0))
     blind = torch.ones(2, 3, 11, dtype=torch.bool)
@@ -144,7 +144,7 @@ def test_blind_queries():
 
 
 def test_integers_out_of_bounds_are_clamped():
-    """On a GPU nobody looks at them first."""
+    """Integers out of bounds are clamped: on a GPU nothing looks at their values first."""
     case = build("index", torch.float64)
     audio, keys, queries = 33, 20, 9
     wrong = {
@@ -178,7 +178,7 @@ def test_integers_out_of_bounds_are_clamped():
 
 @pytest.mark.parametrize("dim", [20, 140])  # from 129 on, keys' and values' gradients take a launch each
 def test_subsets_of_gradients(dim):
-    """What is asked for has the values that it has among all five, and nothing else is returned."""
+    """A subset of the gradients has the values that it has among all five, and nothing else is returned."""
     shape = SHAPE | {"batch": 1, "heads": 1, "kv_heads": 1, "queries": 3, "keys": 5, "audio": 4, "dim": dim}
     case = lal_case(**shape, dtype=torch.float64)
     every = dict(zip(NAMES[2:], attention(case, "reference")[2:], strict=True))
@@ -263,7 +263,7 @@ def test_offsets_of_visible_from_beyond_32_bits(strides):
 
 @pytest.mark.parametrize("upstream", ["out", "lse", "both"])
 def test_upstream_gradients(upstream):
-    """Of the output, of the LSE, or of both, with any strides."""
+    """Upstream gradients of the output, of the LSE, or of both may have any strides."""
     shape = SHAPE | {"batch": 2, "heads": 2, "kv_heads": 1, "queries": 3, "keys": 5, "audio": 4}
     case = lal_case(**shape, dtype=torch.float64)
     dout = torch.randn(2, 3, 40, 2, dtype=torch.float64)[:, :, ::2].transpose(1, 3).transpose(2, 3)
@@ -283,7 +283,7 @@ def test_upstream_gradients(upstream):
 
 @pytest.mark.parametrize(("name", "dtype"), [("plain", torch.float16), ("visible_from", torch.float32)], ids=str)
 def test_rounding(name, dtype):
-    """No worse than eager PyTorch in the same dtype, but for a factor that small samples need."""
+    """Errors are those of eager PyTorch in the same dtype at most, times a factor that small samples need."""
     case = build(name, dtype, poison=False, heads=3, kv_heads=1)
     exact = attention(case.to(torch.float64), "reference")
     results = attention(case, "triton"), attention(case, "reference")
@@ -294,7 +294,7 @@ def test_rounding(name, dtype):
 @pytest.mark.parametrize("scale", [0.0, -0.5, -40.0, 40.0])
 @pytest.mark.parametrize("queries", [11, 2])
 def test_a_scale_of_any_sign_and_size(scale, queries):
-    """With keys that only some queries see: the maximum is taken of what the softmax sees."""
+    """The softmax takes the maximum of the scores that a query sees, among keys that only some queries see."""
     case = lal_case(**SHAPE | {"queries": queries}, features=("lengths", "visible_from", "text_start"))
     case.options["scale"] = scale
     got = attention(case, "triton")

@@ -205,7 +205,7 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
 
 
 def test_fake_tensors_take_the_triton_path():
-    """No kernel runs for them: shapes, memory and FLOPs of the Triton path are to be had on any machine."""
+    """No kernel runs for fake tensors: shapes, memory and FLOPs of the Triton path are to be had on any machine."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -220,7 +220,7 @@ def test_fake_tensors_take_the_triton_path():
 
 
 def test_values_are_not_read_while_tracing():
-    """A fake tensor has no values to check."""
+    """A fake tensor, which has no values, passes the checks."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():

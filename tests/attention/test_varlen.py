@@ -24,7 +24,7 @@ NAMES = ("out", "lse", "query", "key", "value", "audio_key", "audio_value")
 
 
 def tensors(dtype=torch.float64, texts=TEXTS, audios=AUDIOS, heads=6, kv_heads=2, dim=20):
-    """Leaves that lie within NaN."""
+    """The five packed tensors, leaves within memory that is NaN elsewhere."""
     generator = torch.Generator().manual_seed(1)
 
     def leaf(tokens, heads):
@@ -70,7 +70,7 @@ def test_against_the_definition(impl, name, device):
 
 
 def test_definition_equals_padded_rows():
-    """Row by row, by the dense function on padded tensors."""
+    """The definition of packed rows is the dense definition on padded tensors, row by row."""
     leaves = [x.detach() for x in tensors()]
     options = OPTIONS["everything"]
     out, lse = lal_attention_varlen(*leaves, **packing(), **options, return_lse=True, impl="reference")
@@ -105,7 +105,7 @@ def test_nothing_to_attend_to(impl, texts, audios):
 
 @pytest.mark.parametrize("name", ["index", "everything"])
 def test_operators(name):
-    """Schema, fake tensors, autograd registration, and AOTAutograd with dynamic shapes."""
+    """opcheck passes: schema, fake tensors, autograd registration, AOTAutograd with dynamic shapes."""
     arguments = operator_arguments(tensors(torch.float32), OPTIONS[name])
     forward, backward = torch.ops.palkernels.lal_forward.default, torch.ops.palkernels.lal_backward.default
     torch.library.opcheck(forward, arguments)
@@ -138,7 +138,7 @@ def test_compiled_is_one_graph():
 
 
 def test_flops():
-    """Those of the rows, not of the longest row as often as there are rows."""
+    """The FLOPs are those of the rows as they are, not of the longest row as often as there are rows."""
     leaves = tensors(torch.float32)
 
     def count(options):
@@ -182,7 +182,7 @@ def test_boundaries_out_of_bounds_are_clamped():
 
 
 def test_offsets_beyond_32_bits():
-    """A row's first token times its stride; only the pages touched are real."""
+    """A row's first token times its stride passes 2^31; only the pages touched are real."""
     far = 2**30 + 64
     leaves = [x.detach() for x in tensors(torch.float16, (2, 1), (2, 1), heads=1, kv_heads=1, dim=1)]
     arguments = packing((2, 1), (2, 1))
@@ -198,7 +198,7 @@ def test_offsets_beyond_32_bits():
 
 @pytest.mark.parametrize("name", ["plain", "index"])
 def test_programs_may_run_in_any_order(name):
-    """None writes what belongs to another row: results are the same bits."""
+    """Programs in any order give the same bits: none writes what belongs to another row."""
     want = results("triton", OPTIONS[name])
     with interpreter.in_order(reversed):
         got = results("triton", OPTIONS[name])

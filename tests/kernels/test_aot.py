@@ -52,7 +52,7 @@ def test_every_shipped_tile_is_compiled(compiled, capability):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("kernel", tiles.KERNELS)
 def test_what_is_chosen_is_shipped(capability, kernel):
-    """Whatever the head dim, the options, and the number of rows in decoding."""
+    """Every tile that a launch can take is among those compiled: of any head dim, options, rows in decoding."""
     shipped = {
         (dtype, head_dim, tile)
         for name, _, dtype, head_dim, tile, _ in shipped_variants(capability, (torch.bfloat16, torch.float32))

@@ -39,7 +39,7 @@ def test_what_no_query_sees_may_hold_anything(device, seed):
 
 
 def test_queries_that_see_nothing(device):
-    """Output 0, LSE -inf, gradients 0 and finite, whatever queries and upstream gradients are there, NaN included."""
+    """A query that sees nothing gets output 0, LSE -inf and gradients 0, whatever it and the upstream gradient hold."""
     case = lal_case(**CASE | {"batch": 3, "queries": 40}, device=device)
     case.options.update(
         text_start=torch.tensor([39, 41, 0], device=device),  # rows of 39 and 40 blind queries, and of none
@@ -78,7 +78,7 @@ def test_nothing_to_attend_to(device, empty):
 
 
 def layouts(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same numbers laid out in other ways; beside them lies NaN."""
+    """The tensor's numbers laid out in other ways, with NaN beside them."""
     batch, heads, tokens, dim = tensor.shape
     nan = {"fill_value": math.nan, "dtype": tensor.dtype, "device": tensor.device}
     return {
@@ -171,7 +171,7 @@ def test_more_programs_than_a_grid_axis_holds(device):
 
 
 def test_long_keys(device):
-    """131,072 of them, half of them audio."""
+    """The kernels take 131,072 keys, half of them audio."""
     keys = 65_536
     case = lal_case(batch=1, heads=1, kv_heads=1, queries=1, keys=keys, audio=keys, dim=8, device=device)
     wide = tiles.use(tiles.Tile(16, 1024, 4, 1)) if device == "cpu" else contextlib.nullcontext()
@@ -182,7 +182,7 @@ def test_long_keys(device):
 
 
 def test_shared_audio_is_neither_copied_nor_expanded(device, monkeypatch):
-    """Questions on one clip: its gradients are the sums, and kernels work on the tensors themselves."""
+    """Several questions on one clip: its gradients are the sums, and kernels work on the tensors themselves."""
     launched = []
     run = launch.Launch.run
     monkeypatch.setattr(launch.Launch, "run", lambda self: (launched.append(self), run(self)))

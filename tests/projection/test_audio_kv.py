@@ -15,7 +15,7 @@ from palkernels.testing import max_error
 @pytest.mark.parametrize("features", [(), *[(x,) for x in FEATURES], EVERYTHING], ids=lambda x: "-".join(x) or "plain")
 @pytest.mark.parametrize("impl", ["triton", "sdpa"])
 def test_against_the_definition(device, impl, features):
-    """In strict IEEE float32; dimensions that divide no block."""
+    """Both paths are near the definition in strict IEEE float32, at dimensions that divide no block."""
     tensors, numbers = arguments(*features, device=device)
     assert_close(results(tensors, numbers, impl), results(in_float64(tensors), numbers, "reference"), 5e-6)
 
@@ -36,7 +36,7 @@ def test_sizes(device, impl, rows, tokens, width, heads, dim):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", ["triton", "sdpa"])
 def test_half_precision(device, impl, dtype):
-    """Within a few roundings of the definition, also where states are so large that their products would overflow."""
+    """Results are within a few roundings of the definition, also where large states would overflow their products."""
     tensors, numbers = arguments(*EVERYTHING, width=64, dtype=dtype, device=device)
     with torch.no_grad():
         tensors["states"].mul_(1000.0)

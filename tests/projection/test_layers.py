@@ -42,7 +42,7 @@ def test_all_layers_with_gradients(impl):
 
 @pytest.mark.parametrize("impl", ["triton", "sdpa"])
 def test_layers_may_differ_and_share(impl):
-    """Some with a bias, one without RoPE, and one cos for all."""
+    """Some layers have a bias, one has no RoPE; or one cos serves all."""
     tensors, numbers = layers_of(3, "k_bias", "rope")
     tensors["k_bias"][1] = None
     shared = tensors | {"cos": tensors["cos"][0], "sin": tensors["sin"][0]}

@@ -31,7 +31,7 @@ def kept_bytes(run, given):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("features", [(), EVERYTHING], ids=len)
 def test_kept_bytes_per_audio_token_and_layer(impl, recompute, features):
-    """K and V, or nothing; the text's own tensors and the output are counted apart."""
+    """Attention keeps K and V, or nothing of the audio; the text's tensors and the output are counted apart."""
     rows, tokens, heads, dim = 2, 64, 2, 10
     tensors, numbers = arguments(*features, rows=rows, tokens=tokens)
     query, key, value = (torch.randn(rows, x, 5, dim).requires_grad_() for x in (4, heads, heads))
@@ -51,7 +51,7 @@ def test_kept_bytes_per_audio_token_and_layer(impl, recompute, features):
 
 @pytest.mark.parametrize("impl", ["triton", "sdpa"])
 def test_nothing_lives_on_with_recompute(impl):
-    """Not even in the graph: the tensors are gone once the caller lets them go."""
+    """Nothing holds K and V once the caller lets them go, not even the graph."""
     tensors, numbers = arguments(*EVERYTHING)
     query, key, value = (torch.randn(2, x, 5, 10) for x in (4, 2, 2))
     audio = audio_kv(**tensors, **numbers, impl=impl, recompute=True)
@@ -69,7 +69,7 @@ def test_nothing_lives_on_with_recompute(impl):
 @pytest.mark.parametrize("impl", ["triton", "sdpa"])
 @pytest.mark.parametrize("around", ["nothing", "checkpoint", "hooks"])
 def test_recomputed_gradients_are_the_same(device, impl, around):
-    """Bit for bit; also inside of what itself changes how autograd keeps tensors."""
+    """Gradients are the same bits, also inside of what itself changes how autograd keeps tensors."""
     tensors, numbers = arguments(*EVERYTHING, device=device)
     text = [torch.randn(2, x, 5, 10, device=device).requires_grad_() for x in (4, 2, 2)]
     seen = []
@@ -98,7 +98,7 @@ def test_recomputed_gradients_are_the_same(device, impl, around):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_recompute_notices_a_changed_weight(frozen):
-    """Where nothing of the audio needs gradients, autograd itself would not."""
+    """A changed weight raises, also where nothing of the audio needs gradients and autograd would not notice."""
     tensors, numbers = arguments()
     tensors = {name: x.detach().requires_grad_(not frozen) for name, x in tensors.items()}
     text = [torch.randn(2, x, 5, 10).requires_grad_() for x in (4, 2, 2)]
@@ -110,7 +110,7 @@ def test_recompute_notices_a_changed_weight(frozen):
 
 
 def test_recompute_that_attention_would_not_follow_is_refused():
-    """It would keep K and V without a word."""
+    """A view or a copy raises: attention would keep K and V without a word."""
     tensors, numbers = arguments(rows=1)
     key, value = audio_kv(**tensors, **numbers, impl="sdpa", recompute=True)
     query, text = torch.randn(1, 4, 5, 10), torch.randn(1, 2, 5, 10)
@@ -126,7 +126,7 @@ def test_recompute_that_attention_would_not_follow_is_refused():
 
 
 def test_recompute_repeats_what_projected():
-    """Each implementation its own: its roundings differ from another's."""
+    """Keys are made again by the implementation that made them: another one rounds differently."""
     tensors, numbers = arguments(*EVERYTHING, dtype=torch.bfloat16)
     text = [torch.randn(2, x, 5, 10, dtype=torch.bfloat16).requires_grad_() for x in (4, 2, 2)]
     gradients = []
