@@ -23,6 +23,7 @@ class Matrix(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor | None) -> "Matrix":
+        """The tensor with its strides; of None a Matrix whose fields are all None."""
         if tensor is None:
             return cls(None, None, None, None, None, None)
         batch, head, token, dim = tensor.stride()
@@ -90,7 +91,7 @@ class Text(NamedTuple):
 
 
 class Audio(NamedTuple):
-    """One audio row, likewise."""
+    """One audio row, built inside the kernels: where it lies, and how many of its tokens are valid."""
 
     batch: Any
     first: Any

@@ -60,6 +60,7 @@ def load_rows(matrix, row, head, token, member, token_ok, HEAD_DIM: tl.constexpr
 
 @triton.jit
 def store_rows(matrix, row, head, token, member, token_ok, values, HEAD_DIM: tl.constexpr):
+    """Write values (R, BLOCK_D) to the tokens that :func:`load_rows` would load, in the matrix's dtype."""
     pointers, column_ok = row_pointers(matrix, row, head, token, member, HEAD_DIM)
     tl.store(pointers, values.to(matrix.ptr.dtype.element_ty), mask=token_ok[:, None] & column_ok)
 
