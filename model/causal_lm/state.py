@@ -1,10 +1,12 @@
-"""What a caller says of the audio: its states, which text row reads which, and where it stands in the text."""
+"""What a caller says about the audio: its states, which text reads which, and where it stands in the text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+DECREASES = "insert_at must not decrease along a row's audio tokens, got a decreasing row"
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +26,11 @@ class AudioState:
     B is the prompt's batch size: ``generate`` expands it for beams and several returned sequences. A state may be
     used again, with other texts and other models.
 
-    Integer tensors may have any integer dtype; they are kept as int64.
+    Integer tensors may have any integer dtype; they are kept as int64. Their values are checked on a CPU. On another
+    device the kernels clamp lengths and indices, and the forward checks that insert_at does not decrease.
 
     Raises:
-        TypeError, ValueError: fields that do not fit each other.
+        TypeError, ValueError: fields do not fit each other.
     """
 
     states: Tensor | Sequence[Tensor | None]
@@ -36,12 +39,12 @@ class AudioState:
     insert_at: Tensor | None = None
 
     def __post_init__(self) -> None:
-        tensors = self._given()
+        tensors = self._tensors()
         if not tensors:
             raise ValueError("states must hold at least one tensor, got none")
         for tensor in tensors:
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                raise TypeError(f"states must be floating-point tensors, got {_kind(tensor)}")
+                raise TypeError(f"states must be floating-point tensors, got {_type_name(tensor)}")
             if tensor.ndim != 3 or tensor.shape != tensors[0].shape:
                 shapes = [tuple(x.shape) for x in tensors]
                 raise ValueError(f"states must be (A, N, d), of one shape in all layers, got {shapes}")
@@ -65,14 +68,14 @@ class AudioState:
             if shape[0] != self.batch_size:
                 raise ValueError(f"insert_at must have a row per text row = {self.batch_size}, got shape {shape}")
             _check_range("insert_at", self.insert_at, 0, None)
-            if len(shape) == 2 and bool((self.insert_at.diff(dim=1) < 0).any()):
-                raise ValueError("insert_at must not decrease along a row's audio tokens, got a decreasing row")
+            if len(shape) == 2 and _is_readable(self.insert_at) and bool(decreases(self.insert_at)):
+                raise ValueError(DECREASES)
 
-    def _given(self) -> list[Tensor]:
+    def _tensors(self) -> list[Tensor]:
         if isinstance(self.states, Tensor):
             return [self.states]
         if not isinstance(self.states, Sequence) or isinstance(self.states, str):
-            raise TypeError(f"states must be a tensor or a list of them, got {_kind(self.states)}")
+            raise TypeError(f"states must be a tensor or a list of them, got {_type_name(self.states)}")
         return [tensor for tensor in self.states if tensor is not None]
 
     def _check_integers(self, name: str) -> None:
@@ -80,7 +83,7 @@ class AudioState:
         if tensor is None:
             return
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {_kind(tensor)}")
+            raise TypeError(f"{name} must be a tensor, got {_type_name(tensor)}")
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"{name} must have an integer dtype, got {tensor.dtype}")
         if tensor.device != self.device:
@@ -93,11 +96,13 @@ class AudioState:
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
     ) -> "AudioState":
-        """On another device, the states in another dtype; itself where nothing changes. accelerate and the Trainer
-        move what they feed a model by this."""
-        given = [self.states] if isinstance(self.states, Tensor) else list(self.states)
-        moved = [x if x is None else x.to(device=device, dtype=dtype, non_blocking=non_blocking) for x in given]
-        if all(new is old for new, old in zip(moved, given, strict=True)):
+        """Return the audio on another device, the states in another dtype; the object itself where nothing changes.
+
+        accelerate and the Trainer call this to move what they feed to a model.
+        """
+        states = [self.states] if isinstance(self.states, Tensor) else list(self.states)
+        moved = [x if x is None else x.to(device=device, dtype=dtype, non_blocking=non_blocking) for x in states]
+        if all(new is old for new, old in zip(moved, states, strict=True)):
             return self
         fields = {
             name: None if tensor is None else tensor.to(device=device, non_blocking=non_blocking)
@@ -106,42 +111,53 @@ class AudioState:
         return AudioState(moved[0] if isinstance(self.states, Tensor) else moved, **fields)  # type: ignore[arg-type]
 
     def for_layer(self, layer: int) -> Tensor | None:
-        """The states (A, N, d) that one layer takes."""
+        """Return the states (A, N, d) that one layer takes, None where it takes none."""
         return self.states if isinstance(self.states, Tensor) else self.states[layer]
 
     @property
     def num_rows(self) -> int:
-        return self._given()[0].shape[0]
+        """Audio rows, A."""
+        return self._tensors()[0].shape[0]
 
     @property
     def num_tokens(self) -> int:
-        return self._given()[0].shape[1]
+        """Audio tokens of each audio row, padding included, N."""
+        return self._tensors()[0].shape[1]
 
     @property
     def hidden_size(self) -> int:
-        return self._given()[0].shape[2]
+        return self._tensors()[0].shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._given()[0].dtype
+        return self._tensors()[0].dtype
 
     @property
     def device(self) -> torch.device:
-        return self._given()[0].device
+        return self._tensors()[0].device
 
     @property
     def batch_size(self) -> int:
-        """Text rows of the prompt."""
+        """Texts of the prompt, B."""
         return self.num_rows if self.index is None else self.index.shape[0]
 
 
-def _kind(value: object) -> str:
+def decreases(insert_at: Tensor) -> Tensor:
+    """Return whether any row of insert_at (B, N) decreases, as a tensor of one bool."""
+    return (insert_at.diff(dim=1) < 0).any()
+
+
+def _type_name(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
+def _is_readable(tensor: Tensor) -> bool:
+    """Return whether values are at hand: on another device reading them would wait for everything queued there."""
+    return tensor.device.type == "cpu" and tensor.numel() > 0
+
+
 def _check_range(name: str, tensor: Tensor, least: int, most: int | None) -> None:
-    """Values are checked on the CPU only: elsewhere it would wait for the device."""
-    if tensor.device.type != "cpu" or not tensor.numel():
+    if not _is_readable(tensor):
         return
     low, high = int(tensor.min()), int(tensor.max())
     if low < least or (most is not None and high > most):

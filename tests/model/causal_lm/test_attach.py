@@ -23,7 +23,7 @@ from transformers import (
 
 from palkernels.model import AudioState, LalConfig, attach
 from palkernels.model.causal_lm import fast_path as fused
-from palkernels.model.causal_lm.generation import keys_in
+from palkernels.model.causal_lm.texts import count_cached
 
 LENGTHS = (7, 4, 9)  # of the texts in a batch
 TOKENS = 6  # audio tokens per row
@@ -286,7 +286,7 @@ def test_beams_with_a_static_cache(family):
 def test_a_static_cache_counts_on_the_models_device():
     """An empty one counts in Python: its count must not end up on the CPU beside a model elsewhere."""
     cache = StaticCache(build("llama").config, max_cache_len=8)
-    assert keys_in(cache, torch.device("meta")).device.type == "meta"
+    assert count_cached(cache, torch.device("meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize("compiled", [False, True])
