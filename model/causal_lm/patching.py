@@ -118,5 +118,5 @@ def _with_audio(signature: inspect.Signature) -> inspect.Signature:
     """Return a signature with the keyword ``audio``, which stands before ``**kwargs``."""
     parameters = list(signature.parameters.values())
     audio = inspect.Parameter("audio", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=AudioState | None)
-    place = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    return signature.replace(parameters=[*parameters[:place], audio, *parameters[place:]])
+    before = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    return signature.replace(parameters=[*parameters[:before], audio, *parameters[before:]])

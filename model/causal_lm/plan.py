@@ -18,7 +18,7 @@ class AudioLayout:
     P rows of keys and values, made of A audio rows. P = A where no text does so.
     """
 
-    source: Tensor | None  # (P,) the audio row that each row of keys is made of; None: in order
+    audio_rows: Tensor | None  # (P,) the audio row that each row of keys is made of; None: in order
     positions: Tensor  # (P or 1, N) position of each audio token, as if it stood in the text
     lengths: Tensor | None  # (P,) valid audio tokens; None: all N
     index: Tensor | None  # (B,) the row of keys that each text reads; None: in order
@@ -41,12 +41,12 @@ class AudioLayout:
             insert_at = state.insert_at.view(state.batch_size, -1).expand(-1, tokens)
 
         # Token j stands behind insert_at[j] text tokens and j audio tokens.
-        source, positions = None, steps.unsqueeze(0)
+        audio_rows, positions = None, steps.unsqueeze(0)
         if insert_at is not None:
             positions = insert_at + steps
             if index is not None and rotated:
-                source, index = index, None
-                lengths = None if lengths is None else lengths[source]
+                audio_rows, index = index, None
+                lengths = None if lengths is None else lengths[audio_rows]
 
         text_lengths = torch.full((state.batch_size,), tokens, device=device)
         if lengths is not None:
@@ -56,7 +56,7 @@ class AudioLayout:
             index = in_prompt.repeat_interleave(copies)
             text_lengths = text_lengths.repeat_interleave(copies)
             insert_at = None if insert_at is None else insert_at.repeat_interleave(copies, dim=0)
-        return cls(source, positions, lengths, index, insert_at, text_lengths)
+        return cls(audio_rows, positions, lengths, index, insert_at, text_lengths)
 
     def sharing(self, first_alike: Tensor, count: int) -> "AudioLayout":
         """Give texts that read one audio row at one place one row of keys.
@@ -65,14 +65,14 @@ class AudioLayout:
             first_alike: (B of the prompt,) the first text with the same audio row and place as each.
             count: how many different ones there are.
         """
-        if self.source is None or count == self.source.shape[0]:
+        if self.audio_rows is None or count == self.audio_rows.shape[0]:
             return self
         is_first = first_alike == torch.arange(first_alike.shape[0], device=first_alike.device)
         firsts = is_first.int().argsort(descending=True, stable=True)[:count]
         index = (is_first.cumsum(0) - 1)[first_alike]
         return replace(
             self,
-            source=self.source[firsts],
+            audio_rows=self.audio_rows[firsts],
             positions=self.positions[firsts],
             lengths=None if self.lengths is None else self.lengths[firsts],
             index=index if self.index is None else index[self.index],
@@ -135,10 +135,10 @@ def make_plan(state: AudioState, texts: Texts, *, rotated: bool, training: bool,
     plan = Plan(layout, start, length, left_padded=texts.mask is not None, right_padded=False, begun=texts.mask is None)
 
     whole = _whole_lengths(texts, length, training)
-    _ask_about_places(facts, state, texts, whole)
+    _ask_about_insertion(facts, state, texts, whole)
     _ask_about_positions(facts, texts, plan)
     first_alike = None
-    if layout.source is not None and not torch.compiler.is_compiling():  # how many differ depends on values
+    if layout.audio_rows is not None and not torch.compiler.is_compiling():  # how many differ depends on values
         first_alike = _first_alike(state)
         facts.ask("different", (first_alike == torch.arange(state.batch_size, device=state.device)).sum())
     reach = longest = length
@@ -174,7 +174,7 @@ def check_prompt(state: AudioState, texts: Texts) -> None:
     facts = DeviceFacts()
     _, length = _ask_about_mask(facts, texts)
     whole = _whole_lengths(texts, length, training=False)
-    _ask_about_places(facts, state, texts, whole)
+    _ask_about_insertion(facts, state, texts, whole)
     known = facts.read()
     if known is not None:
         _raise_if_wrong(known, state, texts, whole)
@@ -213,41 +213,38 @@ def _whole_lengths(texts: Texts, length: Tensor, training: bool) -> Tensor | Non
     return length if whole else None
 
 
-def _ask_about_places(facts: DeviceFacts, state: AudioState, texts: Texts, whole: Tensor | None) -> None:
+def _ask_about_insertion(facts: DeviceFacts, state: AudioState, texts: Texts, whole: Tensor | None) -> None:
     if whole is not None and texts.prompt is not None:
         facts.ask("empty", (whole == 0).any())
     if whole is not None and state.insert_at is not None:
-        facts.ask("places behind", (_places(state) > whole.unsqueeze(1)).any())
-    if state.insert_at is not None and state.insert_at.device.type != "cpu":  # on a CPU the state has checked it
-        facts.ask("places decrease", decreases(_places(state)))
+        facts.ask("inserted behind", (_insertion(state) > whole.unsqueeze(1)).any())
+    if state.insert_at is not None and not state.checks_values:
+        facts.ask("insertion decreases", decreases(_insertion(state)))
 
 
 def _ask_about_positions(facts: DeviceFacts, texts: Texts, plan: Plan) -> None:
-    given = texts.position_ids
-    if given is None or torch.compiler.is_compiling():
+    position_ids = texts.position_ids
+    if position_ids is None or torch.compiler.is_compiling():
         return
-    if (
-        not isinstance(given, Tensor)
-        or given.ndim != 2
-        or given.shape[0] not in (1, texts.batch)
-        or given.shape[1] != texts.num_queries
-    ):
+    shapes = ((1, texts.num_queries), (texts.batch, texts.num_queries))
+    if not isinstance(position_ids, Tensor) or tuple(position_ids.shape) not in shapes:
         raise _positions_error(texts)
     text_index = plan.text_index(texts)
     is_token = (text_index >= 0) & (text_index < plan.length.unsqueeze(1))
-    facts.ask("positions differ", ((given != text_index) & is_token).any())
+    facts.ask("positions differ", ((position_ids != text_index) & is_token).any())
 
 
 def _positions_error(texts: Texts) -> ValueError:
-    given = texts.position_ids
+    position_ids = texts.position_ids
+    got = position_ids.tolist() if isinstance(position_ids, Tensor) else type(position_ids).__name__
     return ValueError(
         "position_ids must count each row's own text from 0 with audio, (B, T) (packed sequences are not supported), "
-        f"got {given.tolist() if isinstance(given, Tensor) else type(given).__name__}"
+        f"got {got}"
     )
 
 
 def _raise_if_wrong(known: dict[str, int], state: AudioState, texts: Texts, whole: Tensor | None) -> None:
-    """Raise the first thing that is wrong with mask and places."""
+    """Raise the first thing that is wrong with the mask and with where the audio stands."""
     if known.get("mask is short"):
         raise mask_error(texts.mask, texts.batch, texts.num_cached, texts.num_queries)
     if known.get("holes"):
@@ -256,15 +253,15 @@ def _raise_if_wrong(known: dict[str, int], state: AudioState, texts: Texts, whol
         raise ValueError("generate must be given a prompt without right padding: pad on the left")
     if known.get("empty"):
         raise ValueError("every row of a prompt with audio must hold a token, got a row of padding")
-    if known.get("places decrease"):
+    if known.get("insertion decreases"):
         raise ValueError(DECREASES)
-    if whole is not None and known.get("places behind"):
+    if whole is not None and known.get("inserted behind"):
         raise ValueError(
-            f"insert_at must be at most each text's length {whole.tolist()}, got {_places(state).tolist()}"
+            f"insert_at must be at most each text's length {whole.tolist()}, got {_insertion(state).tolist()}"
         )
 
 
-def _places(state: AudioState) -> Tensor:
+def _insertion(state: AudioState) -> Tensor:
     """Return where the audio stands, (B, 1) or (B, N)."""
     assert state.insert_at is not None
     return state.insert_at.view(state.batch_size, -1)
@@ -273,6 +270,6 @@ def _places(state: AudioState) -> Tensor:
 def _first_alike(state: AudioState) -> Tensor:
     """Return, for each text (B,), the first one that reads the same audio row at the same place."""
     assert state.index is not None
-    pairs = torch.cat([state.index.unsqueeze(1), _places(state)], dim=1)
+    pairs = torch.cat([state.index.unsqueeze(1), _insertion(state)], dim=1)
     alike = (pairs.unsqueeze(0) == pairs.unsqueeze(1)).all(dim=2)
     return alike.int().argmax(dim=1)

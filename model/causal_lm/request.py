@@ -137,19 +137,19 @@ class LalRequest(Request):
 
         For the backward pass it keeps its arguments alone, where the modules keep several times as much as K and V.
         """
-        placed_later = self.plan.layout.source is not None
-        rotations = [None if placed_later else self.rotations[layer] for layer in layers]
+        rotated_later = self.plan.layout.audio_rows is not None
+        rotations = [None if rotated_later else self.rotations[layer] for layer in layers]
         modules = [self.layers[layer] for layer in layers]
         projected = project_fused(modules, self.states_of(layers[0]), norm_offset, rotations, self.impl)
-        if placed_later:
+        if rotated_later:
             projected = [self._placed(layer, *kv) for layer, kv in zip(layers, projected, strict=True)]
         return dict(zip(layers, projected, strict=True))
 
     def _placed(self, layer: int, key: Tensor, value: Tensor) -> AudioKV:
         """Turn K and V of each audio row into those of each audio row and place, and rotate keys for their place."""
-        source, rotation = self.plan.layout.source, self.rotations[layer]
-        if source is not None:
-            key, value = key.index_select(0, source), value.index_select(0, source)
+        audio_rows, rotation = self.plan.layout.audio_rows, self.rotations[layer]
+        if audio_rows is not None:
+            key, value = key.index_select(0, audio_rows), value.index_select(0, audio_rows)
         if rotation is not None:
             key = rotate(self.layers[layer].self_attn, key, rotation)  # type: ignore[arg-type]
         return key, value

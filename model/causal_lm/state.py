@@ -56,19 +56,19 @@ class AudioState:
         if self.lengths is not None:
             if self.lengths.shape != (rows,):
                 raise ValueError(f"lengths must be (A,) = ({rows},), got shape {tuple(self.lengths.shape)}")
-            _check_range("lengths", self.lengths, 0, tokens)
+            self._check_range("lengths", 0, tokens)
         if self.index is not None:
             if self.index.ndim != 1:
                 raise ValueError(f"index must be (B,), got shape {tuple(self.index.shape)}")
-            _check_range("index", self.index, 0, rows - 1)
+            self._check_range("index", 0, rows - 1)
         if self.insert_at is not None:
             shape = tuple(self.insert_at.shape)
             if len(shape) not in (1, 2) or (len(shape) == 2 and shape[1] != tokens):
                 raise ValueError(f"insert_at must be (B,) or (B, N) with N = {tokens}, got shape {shape}")
             if shape[0] != self.batch_size:
                 raise ValueError(f"insert_at must have a row per text row = {self.batch_size}, got shape {shape}")
-            _check_range("insert_at", self.insert_at, 0, None)
-            if len(shape) == 2 and _is_readable(self.insert_at) and bool(decreases(self.insert_at)):
+            self._check_range("insert_at", 0, None)
+            if len(shape) == 2 and self.checks_values and bool(decreases(self.insert_at)):
                 raise ValueError(DECREASES)
 
     def _tensors(self) -> list[Tensor]:
@@ -89,6 +89,15 @@ class AudioState:
         if tensor.device != self.device:
             raise ValueError(f"{name} must be on the states' device {self.device}, got {tensor.device}")
         object.__setattr__(self, name, tensor.to(torch.int64))
+
+    def _check_range(self, name: str, least: int, most: int | None) -> None:
+        tensor = getattr(self, name)
+        if not self.checks_values or not tensor.numel():
+            return
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < least or (most is not None and high > most):
+            allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+            raise ValueError(f"{name} must be {allowed}, got values from {low} to {high}")
 
     def to(
         self,
@@ -137,6 +146,11 @@ class AudioState:
         return self._tensors()[0].device
 
     @property
+    def checks_values(self) -> bool:
+        """Whether the state has looked at values: on another device that would wait for everything queued there."""
+        return self.device.type == "cpu"
+
+    @property
     def batch_size(self) -> int:
         """Texts of the prompt, B."""
         return self.num_rows if self.index is None else self.index.shape[0]
@@ -149,17 +163,3 @@ def decreases(insert_at: Tensor) -> Tensor:
 
 def _type_name(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _is_readable(tensor: Tensor) -> bool:
-    """Return whether values are at hand: on another device reading them would wait for everything queued there."""
-    return tensor.device.type == "cpu" and tensor.numel() > 0
-
-
-def _check_range(name: str, tensor: Tensor, least: int, most: int | None) -> None:
-    if not _is_readable(tensor):
-        return
-    low, high = int(tensor.min()), int(tensor.max())
-    if low < least or (most is not None and high > most):
-        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be {allowed}, got values from {low} to {high}")

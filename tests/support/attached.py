@@ -3,9 +3,10 @@
 import copy
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from palkernels.model import AudioState, attach
-from support.oracles import build, oracle_logits, rows_of
+from support.oracles import SIZES, build, oracle_logits, rows_of
 
 LENGTHS = (7, 4, 9)  # of the texts in a batch
 TOKENS = 6  # audio tokens of an audio row
@@ -82,3 +83,8 @@ def unpadded(logits, mask):
 
 def largest_difference(got, want):
     return max(float((a - b).abs().max()) for a, b in zip(got, want, strict=True))
+
+
+def tiny(model_type, **changes):
+    """A family that looks like ours and computes something else."""
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(SIZES | changes)))
