@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from palkernels.bench.instruments.backends import fastest_backend
 from palkernels.model import AudioState, LalConfig, attach
-from palkernels.model.causal_lm.attach import HANDLE
+from palkernels.model.causal_lm.attached import HANDLE
 from palkernels.model.causal_lm.flamingo import attach_flamingo
 from palkernels.model.causal_lm.layers import Rotary, project_audio, rotate
 

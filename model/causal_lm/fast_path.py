@@ -1,14 +1,16 @@
-"""The fast path: audio keys and values by :func:`palkernels.audio_kv`, where layers are plain enough; at inference
-those of all layers at once.
+"""The fast path: audio keys and values by :func:`palkernels.audio_kv` where layers are plain; without gradients those
+of all layers at once.
 
 It reads weights, and so passes by whatever a module does besides: adapters, quantisation, sharding, hooks.
 """
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn.modules.module import _has_any_global_hook
@@ -20,26 +22,77 @@ NORM_OFFSETS = (0.0, 1.0)  # Gemma's norms multiply by 1 + weight
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What comparing a layer's K and V with ours has shown."""
+class LayerCheck:
+    """What the comparison of a layer's K and V with ours has shown."""
 
-    offset: float | None  # of its norm, with which the fused path computes what its modules do; None: with none
-    norms: tuple[Any, ...]  # what its norms were then: of another kind, they compute something else
+    norm_offset: float | None  # with which audio_kv computes what the layer's modules do; None: with none
+    norms: tuple[Any, ...]  # :func:`describe_norms` of the layer at that time: other norms compute something else
 
 
-def norms_of(layer: nn.Module) -> tuple[Any, ...]:
-    """Class and epsilon of the layer's norm and its keys' norm."""
+class FastPath:
+    """Says whether audio_kv may take the weights of the layers that see audio, as they are now.
+
+    Args:
+        layers: the model's decoder layers.
+        checks: of the layers that see audio, by index; None where weights had no values to compare yet. The caller
+            replaces these.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], checks: dict[int, LayerCheck | None]) -> None:
+        self.layers = layers
+        self.checks = checks
+
+    def why_not(self) -> str | None:
+        """Return why audio goes through each layer's modules, or None where audio_kv takes it."""
+        for index in self.checks:
+            reason = self._why_not_layer(index)
+            if reason is not None:
+                return f"layer {index}: {reason}"
+        if not share_shapes([self.layers[index] for index in self.checks]) or len(self._norm_offsets()) > 1:
+            return "the layers are not of one shape"
+        return None
+
+    def norm_offset(self, device_type: str) -> float | None:
+        """Return the norm offset with which audio_kv projects in this forward, or None where the modules do."""
+        if (
+            not self.checks
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(device_type)
+            or self.why_not() is not None
+        ):
+            return None
+        return self._norm_offsets().pop()
+
+    def _norm_offsets(self) -> set[float | None]:
+        return {None if check is None else check.norm_offset for check in self.checks.values()}
+
+    def _why_not_layer(self, index: int) -> str | None:
+        layer, check = self.layers[index], self.checks[index]
+        reason = why_not_plain(layer)
+        if reason is not None:
+            return reason
+        if check is None:
+            return "its weights had no values at attach, the first forward with audio compares them"
+        if check.norms != describe_norms(layer):
+            return "its norms are others than at attach"
+        if check.norm_offset is None:
+            return "audio_kv does not know its norm, its projections or its RoPE"
+        return None
+
+
+def describe_norms(layer: nn.Module) -> tuple[Any, ...]:
+    """Return class and epsilon of the layer's norm and of its keys' norm."""
     norms = layer.input_layernorm, getattr(layer.self_attn, "k_norm", None)
     return tuple((type(norm), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))) for norm in norms)
 
 
 def why_not_plain(layer: nn.Module) -> str | None:
-    """Why this layer's weights say less than its modules do; None: they say it all."""
+    """Return what this layer's modules do besides multiplying by their weights, or None if nothing."""
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "all modules have hooks"
     attention: Any = layer.self_attn
-    fused = hasattr(attention, "qkv_proj")
-    linear = {"qkv_proj": attention.qkv_proj} if fused else {"k_proj": attention.k_proj, "v_proj": attention.v_proj}
+    joined = hasattr(attention, "qkv_proj")
+    linear = {"qkv_proj": attention.qkv_proj} if joined else {"k_proj": attention.k_proj, "v_proj": attention.v_proj}
     modules: dict[str, Any] = {**linear, "input_layernorm": layer.input_layernorm}
     if hasattr(attention, "k_norm"):
         modules["k_norm"] = attention.k_norm
@@ -53,80 +106,90 @@ def why_not_plain(layer: nn.Module) -> str | None:
         if "forward" in module.__dict__:
             return f"{name} has a forward of its own"
         for parameter in module.parameters():
-            if not (type(parameter) is nn.Parameter or is_fake(parameter)) or parameter.is_meta:
-                kind = "on the meta device" if parameter.is_meta else f"a {type(parameter).__name__}"
-                return f"{name} has weights that are {kind}"
+            if parameter.is_meta:
+                return f"{name} has weights that are on the meta device"
+            if not (type(parameter) is nn.Parameter or is_fake(parameter)):
+                return f"{name} has weights that are a {type(parameter).__name__}"
         if getattr(module, "weight", None) is None:
             return f"{name} has no weight"
     return None
 
 
 def project_fused(
-    layers: list[nn.Module], states: Tensor, offset: float, rotations: list[Rotation | None], impl: str
+    layers: Sequence[nn.Module], states: Tensor, norm_offset: float, rotations: Sequence[Rotation | None], impl: str
 ) -> list[AudioKV]:
-    """K, rotated where a rotation (P or 1, N, R) is given, and V, each (A, Hkv, N, D), of plain layers."""
+    """Project states (A, N, d) with the weights of plain layers, by one audio_kv.
+
+    Args:
+        rotations: of all layers, cos and sin (P or 1, N, R), or None for all: keys are not rotated.
+
+    Returns:
+        K and V of each layer, each (A, Hkv, N, D).
+    """
     attentions: list[Any] = [layer.self_attn for layer in layers]
-    parts = [_key_and_value(attention) for attention in attentions]
-    k_bias, v_bias = ([part[i] for part in parts] if parts[0][i] is not None else None for i in (2, 3))
-    normed = hasattr(attentions[0], "k_norm")
-    turned = rotations[0] is not None
-    cos, sin = ([_turn(rotation, i) for rotation in rotations] if turned else None for i in (0, 1))
-    keys, values = audio_kv(
+    keys, values, key_biases, value_biases = zip(*(_key_and_value(attention) for attention in attentions), strict=True)
+    has_head_norm = hasattr(attentions[0], "k_norm")
+    tables = [_tables(rotation) for rotation in rotations if rotation is not None]
+    cos, sin = ([pair[i] for pair in tables] or None for i in (0, 1))
+    audio_keys, audio_values = audio_kv(
         states,
         [layer.input_layernorm.weight for layer in layers],  # type: ignore[union-attr, misc]
-        [key for key, _, _, _ in parts],
-        [value for _, value, _, _ in parts],
+        list(keys),
+        list(values),
         num_kv_heads=num_kv_heads(attentions[0]),
         eps=norm_eps(layers[0].input_layernorm),
-        norm_offset=offset,
-        k_bias=k_bias,
-        v_bias=v_bias,
-        k_norm_weight=[attention.k_norm.weight for attention in attentions] if normed else None,
+        norm_offset=norm_offset,
+        k_bias=None if key_biases[0] is None else list(key_biases),
+        v_bias=None if value_biases[0] is None else list(value_biases),
+        k_norm_weight=[attention.k_norm.weight for attention in attentions] if has_head_norm else None,
         cos=cos,
         sin=sin,
         impl=impl,
     )
-    return list(zip(keys, values, strict=True))
+    return list(zip(audio_keys, audio_values, strict=True))
 
 
 def norm_eps(norm: Any) -> float:
+    """Return the epsilon of an RMS norm, which transformers' classes name differently."""
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
-def alike(layers: list[nn.Module]) -> bool:
-    """Whether one call can take them all: one set of sizes and epsilons."""
+def share_shapes(layers: Sequence[nn.Module]) -> bool:
+    """Return whether one audio_kv can take all layers: their sizes, biases and epsilons are the same."""
 
-    def kind(layer: Any) -> tuple[Any, ...]:
+    def shape(layer: Any) -> tuple[Any, ...]:
         attention = layer.self_attn
         key, value, *biases = _key_and_value(attention)
-        biased = tuple(bias is not None for bias in biases)
-        normed = hasattr(attention, "k_norm")
-        return attention.head_dim, key.shape, value.shape, biased, norm_eps(layer.input_layernorm), normed
+        has_biases = tuple(bias is not None for bias in biases)
+        eps, has_head_norm = norm_eps(layer.input_layernorm), hasattr(attention, "k_norm")
+        return attention.head_dim, key.shape, value.shape, has_biases, eps, has_head_norm
 
-    return len({kind(layer) for layer in layers}) <= 1
+    return len({shape(layer) for layer in layers}) <= 1
 
 
-def find_offset(layer: nn.Module, states: Tensor, rotation: Rotation, want: AudioKV, tolerance: float) -> float | None:
-    """The norm offset with which the fused path gives what the layer's modules give; None: with none."""
+def find_norm_offset(
+    layer: nn.Module, states: Tensor, rotation: Rotation, expected: AudioKV, tolerance: float
+) -> float | None:
+    """Return the norm offset with which audio_kv gives the K and V that the layer's modules give, or None."""
     if why_not_plain(layer) is not None:
         return None
     attention: Any = layer.self_attn
-    found, least = None, tolerance
+    best, least_error = None, tolerance
     for offset in NORM_OFFSETS:
         try:
             if hasattr(attention, "k_norm") and norm_eps(attention.k_norm) != norm_eps(layer.input_layernorm):
                 return None  # audio_kv has one for both
-            ((key, value),) = project_fused([layer], states, offset, [rotation], "sdpa")
+            (computed,) = project_fused([layer], states, offset, [rotation], "sdpa")
         except (AttributeError, TypeError, ValueError):  # a norm or a RoPE of another form
             return None
-        errors = [deviation(got, wanted) for got, wanted in zip((key, value), want, strict=True)]
-        if all(error <= least for error in errors):
-            found, least = offset, max(errors)
-    return found
+        errors = [relative_error(got, want) for got, want in zip(computed, expected, strict=True)]
+        if all(error <= least_error for error in errors):
+            best, least_error = offset, max(errors)
+    return best
 
 
-def deviation(got: Tensor, want: Tensor) -> float:
-    """The largest difference, as a fraction of the largest value."""
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Return the largest difference, as a fraction of the largest value; infinity where shapes differ."""
     if got.shape != want.shape:
         return math.inf
     largest = max(float(want.abs().max()), sys.float_info.min)
@@ -134,7 +197,7 @@ def deviation(got: Tensor, want: Tensor) -> float:
 
 
 def _key_and_value(attention: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Weights and biases of K and V; of one projection for q, k and v, the rows that are theirs."""
+    """Return weights and biases of K and V; where one projection makes q, k and v, its rows for them."""
     if not hasattr(attention, "qkv_proj"):
         key, value = attention.k_proj, attention.v_proj
         return key.weight, value.weight, key.bias, value.bias
@@ -144,7 +207,7 @@ def _key_and_value(attention: Any) -> tuple[Tensor, Tensor, Tensor | None, Tenso
     return key, value, k_bias, v_bias
 
 
-def _turn(rotation: Rotation | None, which: int) -> Tensor:
-    assert rotation is not None  # all layers are rotated, or none
-    table = rotation[which]
-    return table[0] if table.shape[0] == 1 else table
+def _tables(rotation: Rotation) -> Rotation:
+    """Return cos and sin as audio_kv takes them: (P, N, R), or (N, R) where all rows share one."""
+    cos, sin = rotation
+    return (cos[0], sin[0]) if cos.shape[0] == 1 else (cos, sin)

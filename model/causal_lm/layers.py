@@ -12,9 +12,12 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def project_audio(layer: nn.Module, states: Tensor) -> AudioKV:
-    """The layer's own norm and projections on states (A, N, d): K, not rotated, and V, both (A, Hkv, N, D).
+    """Apply a layer's own norm and projections to states (A, N, d).
 
     Modules are called, not their weights read, so that adapters, quantisation, sharding and hooks act on audio too.
+
+    Returns:
+        K, not rotated, and V, both (A, Hkv, N, D).
     """
     attention: Any = layer.self_attn
     normed = layer.input_layernorm(states)  # type: ignore[operator]
@@ -28,34 +31,44 @@ def project_audio(layer: nn.Module, states: Tensor) -> AudioKV:
     return key.transpose(1, 2), value.transpose(1, 2)
 
 
+def head_dim_of(config: Any) -> int:
+    """Return the size of one head, from a transformers config that may not state it."""
+    head_dim: int | None = getattr(config, "head_dim", None)
+    return head_dim or config.hidden_size // config.num_attention_heads
+
+
 def num_kv_heads(attention: Any) -> int:
+    """Return the number of key heads of an attention module, Hkv."""
     heads: int = attention.config.num_attention_heads // attention.num_key_value_groups
     return heads
 
 
 def qkv_sizes(attention: Any) -> list[int]:
-    """Columns of q, k and v where one projection makes all three."""
+    """Return the columns of q, k and v where one projection makes all three."""
     heads = attention.config.num_attention_heads, *[num_kv_heads(attention)] * 2
     return [count * attention.head_dim for count in heads]
 
 
 def rotate(attention: nn.Module, key: Tensor, rotation: Rotation) -> Tensor:
-    """RoPE by the model's own function, which rotates queries and keys together: the queries are none here."""
-    rotated: tuple[Tensor, Tensor] = modeling_file(attention).apply_rotary_pos_emb(key[:, :0], key, *rotation)
+    """Apply RoPE to keys (A, Hkv, N, D) by the model's own function."""
+    no_queries = key[:, :0]  # the function rotates queries and keys together
+    rotated: tuple[Tensor, Tensor] = modeling_file(attention).apply_rotary_pos_emb(no_queries, key, *rotation)
     return rotated[1]
 
 
 def modeling_file(attention: nn.Module) -> Any:
-    """The modeling file that defines this attention, which holds its RoPE and its eager attention. Sharding and
-    parametrisation derive a class of their own from the attention's, elsewhere."""
-    found = (kind for kind in type(attention).__mro__ if kind.__module__.startswith("transformers"))
-    return sys.modules[next(found, type(attention)).__module__]
+    """Return the modeling file of this attention, which holds its RoPE and its eager attention.
+
+    Sharding and parametrisation derive a class of their own from the attention's, elsewhere.
+    """
+    in_transformers = (base for base in type(attention).__mro__ if base.__module__.startswith("transformers"))
+    return sys.modules[next(in_transformers, type(attention)).__module__]
 
 
 class Rotary:
     """A model's rotary embedding, for audio positions. Some models have one set of frequencies per layer type."""
 
-    # RoPE whose frequencies depend on the longest position: audio and text must be given the same.
+    # RoPE whose frequencies depend on the longest position: audio and text must be given the same one.
     LENGTH_DEPENDENT = ("dynamic", "longrope")
 
     def __init__(self, module: nn.Module, config: Any, num_layers: int) -> None:
@@ -69,22 +82,26 @@ class Rotary:
         self.several_dimensions = any("mrope_section" in (x or {}) for x in sets)
 
     def of_layer(self, layer: int, like: Tensor, positions: Tensor) -> Rotation:
-        """cos and sin, each (P, N, R), at positions (P, N) for one layer, in the dtype of ``like``."""
-        kind = self.layer_types[layer]
-        rotation: Rotation = self.module(like, positions, kind) if kind is not None else self.module(like, positions)
+        """Return cos and sin, each (P, N, R), at positions (P, N) for one layer, in the dtype of ``like``."""
+        layer_type = self.layer_types[layer]
+        arguments = (like, positions) if layer_type is None else (like, positions, layer_type)
+        rotation: Rotation = self.module(*arguments)
         return rotation
 
     def of_layers(
-        self, layers: tuple[int, ...], like: Tensor, positions: Tensor, longest: Tensor
-    ) -> dict[str | None, Rotation]:
-        """The same for several layers, by their type; ``longest`` is the largest position in the text."""
-        if self.depends_on_length:
+        self, layers: tuple[int, ...], like: Tensor, positions: Tensor, longest: Tensor | None
+    ) -> tuple[Rotation | None, ...]:
+        """Return cos and sin at positions (P, N) for every layer of the model, None for those not in ``layers``.
+
+        ``longest`` is the largest position in the text, needed only where RoPE depends on it.
+        """
+        if longest is not None:
             last = longest.expand(positions.shape[0], 1)
             positions = torch.cat([torch.minimum(positions, longest), last], dim=1)
-        found = {}
+        by_type: dict[str | None, Rotation] = {}
         for layer in layers:
-            kind = self.layer_types[layer]
-            if kind not in found:
+            layer_type = self.layer_types[layer]
+            if layer_type not in by_type:
                 cos, sin = self.of_layer(layer, like, positions)
-                found[kind] = (cos[:, :-1], sin[:, :-1]) if self.depends_on_length else (cos, sin)
-        return found
+                by_type[layer_type] = (cos, sin) if longest is None else (cos[:, :-1], sin[:, :-1])
+        return tuple(by_type[x] if i in layers else None for i, x in enumerate(self.layer_types))

@@ -1,33 +1,38 @@
-"""From an attention mask and an :class:`AudioState` to what every layer needs: rows, positions and padding."""
+"""From the texts of a forward and an :class:`AudioState` to what every layer needs: who reads what, and positions."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
-from palkernels.model.causal_lm.state import AudioState
+from palkernels.model.causal_lm.facts import DeviceFacts
+from palkernels.model.causal_lm.state import DECREASES, AudioState, decreases
+from palkernels.model.causal_lm.texts import Texts, mask_error
 
 
 @dataclass(frozen=True)
 class AudioLayout:
-    """An :class:`AudioState` spelled out for the rows of one forward: what K/V rows there are and who reads them.
+    """An :class:`AudioState` spelled out for the texts of one forward: which keys and values there are, who reads them.
 
-    Rows that share a clip but not its place in the text need their keys rotated differently, so there is one K/V row
-    per distinct (audio row, place): P of them, P = A unless such rows exist.
+    Texts may share an audio row but not its place in them. Its keys are then rotated once per place, so that there are
+    P rows of keys and values, made of A audio rows. P = A where no text does so.
     """
 
-    source: Tensor | None  # (P,) audio row of each K/V row; None: row for row
+    audio_rows: Tensor | None  # (P,) the audio row that each row of keys is made of; None: in order
     positions: Tensor  # (P or 1, N) position of each audio token, as if it stood in the text
-    lengths: Tensor | None  # (P,)
-    index: Tensor | None  # (B,) K/V row of each text row; None: row for row
-    insert_at: Tensor | None  # (B, N); None: before the text
-    text_lengths: Tensor  # (B,) valid audio tokens of each text row
+    lengths: Tensor | None  # (P,) valid audio tokens; None: all N
+    index: Tensor | None  # (B,) the row of keys that each text reads; None: in order
+    insert_at: Tensor | None  # (B, N) the text's tokens before each audio token; None: 0
+    text_lengths: Tensor  # (B,) valid audio tokens of each text
 
     @classmethod
     def of(cls, state: AudioState, copies: int, *, rotated: bool) -> "AudioLayout":
-        """``copies`` text rows follow each other for every row of the prompt (beams); ``rotated``: keys take RoPE."""
+        """Lay a state out for ``copies`` texts per text of the prompt.
+
+        Args:
+            rotated: whether keys take RoPE. They then have a row for each text where texts share audio rows but may
+                not share places; :meth:`sharing` makes them fewer.
+        """
         device, tokens = state.device, state.num_tokens
         steps = torch.arange(tokens, device=device)
         lengths, index = state.lengths, state.index
@@ -36,30 +41,45 @@ class AudioLayout:
             insert_at = state.insert_at.view(state.batch_size, -1).expand(-1, tokens)
 
         # Token j stands behind insert_at[j] text tokens and j audio tokens.
-        source, positions = None, steps.unsqueeze(0)
+        audio_rows, positions = None, steps.unsqueeze(0)
         if insert_at is not None:
             positions = insert_at + steps
-            if index is not None and rotated and torch.compiler.is_compiling():
-                source, index = index, None  # how many distinct pairs there are depends on the data
-                lengths = None if lengths is None else lengths[source]
-            elif index is not None and rotated:
-                pairs = torch.cat([index.unsqueeze(1), insert_at], dim=1)
-                pairs, index = torch.unique(pairs, dim=0, return_inverse=True)
-                source, positions = pairs[:, 0], pairs[:, 1:] + steps
-                lengths = None if lengths is None else lengths[source]
+            if index is not None and rotated:
+                audio_rows, index = index, None
+                lengths = None if lengths is None else lengths[audio_rows]
 
         text_lengths = torch.full((state.batch_size,), tokens, device=device)
         if lengths is not None:
             text_lengths = lengths if index is None else lengths[index]
         if copies > 1:
-            rows = torch.arange(state.batch_size, device=device) if index is None else index
-            index = rows.repeat_interleave(copies)
+            in_prompt = torch.arange(state.batch_size, device=device) if index is None else index
+            index = in_prompt.repeat_interleave(copies)
             text_lengths = text_lengths.repeat_interleave(copies)
             insert_at = None if insert_at is None else insert_at.repeat_interleave(copies, dim=0)
-        return cls(source, positions, lengths, index, insert_at, text_lengths)
+        return cls(audio_rows, positions, lengths, index, insert_at, text_lengths)
+
+    def sharing(self, first_alike: Tensor, count: int) -> "AudioLayout":
+        """Give texts that read one audio row at one place one row of keys.
+
+        Args:
+            first_alike: (B of the prompt,) the first text with the same audio row and place as each.
+            count: how many different ones there are.
+        """
+        if self.audio_rows is None or count == self.audio_rows.shape[0]:
+            return self
+        is_first = first_alike == torch.arange(first_alike.shape[0], device=first_alike.device)
+        firsts = is_first.int().argsort(descending=True, stable=True)[:count]
+        index = (is_first.cumsum(0) - 1)[first_alike]
+        return replace(
+            self,
+            audio_rows=self.audio_rows[firsts],
+            positions=self.positions[firsts],
+            lengths=None if self.lengths is None else self.lengths[firsts],
+            index=index if self.index is None else index[self.index],
+        )
 
     def shift(self, text_index: Tensor) -> Tensor:
-        """How many audio tokens stand before each text token (B, T), given its place in its row's own text."""
+        """Return how many audio tokens stand before each text token (B, T), given its place in its own text."""
         lengths = self.text_lengths.unsqueeze(1)
         if self.insert_at is None:
             return lengths.expand_as(text_index)
@@ -69,119 +89,187 @@ class AudioLayout:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What the mask and the audio state say about a batch; once every text has begun, the same for later steps."""
+    """What mask and audio say about a batch. Once every text has begun, it holds for later steps of generation, too."""
 
     layout: AudioLayout
     start: Tensor  # (B,) first valid key
-    length: Tensor  # (B,) valid keys, of which those before ``start`` are none
-    text_start: Tensor | None  # ``start``, None where no row is padded on the left
+    length: Tensor  # (B,) valid keys
+    left_padded: bool  # whether a text is, or may be
     right_padded: bool
-    begun: bool  # whether every row has a valid key (the first chunks of a prompt may be all padding)
+    begun: bool  # whether every text has a valid key: the first chunks of a prompt may be all padding
 
-    def text_index(self, past: int | Tensor, num_queries: int) -> Tensor:
-        """Each query's place in its row's own text (B, T), negative in left padding."""
-        return torch.arange(num_queries, device=self.start.device) + past - self.start.unsqueeze(1)
+    @property
+    def text_start(self) -> Tensor | None:
+        """First valid key (B,); None where no text is padded on the left."""
+        return self.start if self.left_padded else None
 
-    def positions(self, past: int | Tensor, num_queries: int, *, shifted: bool) -> Tensor:
-        """RoPE positions of the text (B, T); ``shifted`` by the audio that stands before it."""
-        own = self.text_index(past, num_queries).clamp(min=0)
+    def text_index(self, texts: Texts) -> Tensor:
+        """Return each query's place in its own text (B, T), negative in left padding."""
+        steps = torch.arange(texts.num_queries, device=self.start.device)
+        return steps + texts.num_cached - self.start.unsqueeze(1)
+
+    def positions(self, texts: Texts, *, shifted: bool) -> Tensor:
+        """Return RoPE positions of the texts (B, T), ``shifted`` by the audio that stands before them or not."""
+        text_index = self.text_index(texts).clamp(min=0)
         if self.right_padded:  # what is not a token must not be the longest position
-            own = torch.minimum(own, (self.length - 1).clamp(min=0).unsqueeze(1))
-        return own + self.layout.shift(own) if shifted else own
+            text_index = torch.minimum(text_index, (self.length - 1).clamp(min=0).unsqueeze(1))
+        return text_index + self.layout.shift(text_index) if shifted else text_index
 
 
-def check_places(state: AudioState, length: Tensor) -> None:
-    """The audio must stand in the text or right behind it; ``length`` (B,) in tokens without padding."""
-    if state.insert_at is None or torch.compiler.is_compiling():
-        return
-    places = state.insert_at.view(state.batch_size, -1)
-    if bool((places > length.unsqueeze(1)).any()):
-        raise ValueError(f"insert_at must be at most each text's length {length.tolist()}, got {places.tolist()}")
+def make_plan(state: AudioState, texts: Texts, *, rotated: bool, training: bool, rope_by_length: bool = False) -> Plan:
+    """Check texts and audio against each other, and work out what they mean. Reads values on the device once.
 
+    Args:
+        rotated: whether audio keys take RoPE.
+        training: whether the model trains, so that the texts are whole.
+        rope_by_length: whether RoPE depends on the longest position, which must then be the text's.
 
-def padding(mask: Tensor) -> tuple[Tensor, Tensor, bool, bool]:
-    """First valid key (B,) and number of valid keys (B,) of a 2-D mask; whether any row is padded left or right."""
-    valid = mask != 0
-    length = valid.sum(dim=1)
-    # A row without any valid key starts behind its end.
-    start = torch.where(length > 0, valid.int().argmax(dim=1), valid.shape[1])
-    if torch.compiler.is_compiling() or is_fake(mask):
-        return start, length, True, False
-    index = torch.arange(valid.shape[1], device=mask.device)
-    end = start + length
-    block = (index >= start.unsqueeze(1)) & (index < end.unsqueeze(1))
-    if bool((block != valid).any()):
-        raise ValueError("attention_mask must mark one run of tokens per row with audio, got a mask with holes")
-    return start, length, bool((start > 0).any()), bool((end < valid.shape[1]).any())
+    Raises:
+        ValueError: they do not fit each other.
+    """
+    if texts.batch != texts.copies * state.batch_size:
+        raise ValueError(f"audio must describe the batch's {texts.batch} text rows, got {state.batch_size}")
+    facts = DeviceFacts()
+    start, length = _ask_about_mask(facts, texts)
+    layout = AudioLayout.of(state, texts.copies, rotated=rotated)
+    plan = Plan(layout, start, length, left_padded=texts.mask is not None, right_padded=False, begun=texts.mask is None)
 
+    whole = _whole_lengths(texts, length, training)
+    _ask_about_insertion(facts, state, texts, whole)
+    _ask_about_positions(facts, texts, plan)
+    first_alike = None
+    if layout.audio_rows is not None and not torch.compiler.is_compiling():  # how many differ depends on values
+        first_alike = _first_alike(state)
+        facts.ask("different", (first_alike == torch.arange(state.batch_size, device=state.device)).sum())
+    reach = longest = length
+    if rope_by_length:
+        reach = (length + layout.text_lengths).max() - 1
+        longest = replace(plan, right_padded=True).positions(texts, shifted=True).max()
+        facts.ask("audio is last", longest < reach)
 
-def texts_of(arguments: dict[str, Any]) -> Tensor:
-    """A forward's texts, input_ids (B, T) or inputs_embeds (B, T, d)."""
-    ids = arguments.get("input_ids")
-    inputs: Tensor | None = arguments.get("inputs_embeds") if ids is None else ids
-    if inputs is None:
-        raise ValueError("a forward with audio must be given input_ids or inputs_embeds, got neither")
-    if inputs.ndim < 2 or 0 in inputs.shape[:2]:
+    known = facts.read()
+    if known is None:
+        return plan
+    _raise_if_wrong(known, state, texts, whole)
+    if known.get("positions differ"):
+        raise _positions_error(texts)
+    begun = bool(known.get("begun", True))
+    if begun and known.get("audio is last"):
         raise ValueError(
-            f"a forward with audio must be given texts (B, T), B and T >= 1, got shape {tuple(inputs.shape)}"
+            "audio must stand before the last token of the longest text, since the model's RoPE depends on the "
+            f"longest position, got audio up to position {int(reach)} and text up to {int(longest)}"
         )
-    return inputs
+    if first_alike is not None:
+        layout = layout.sharing(first_alike, known["different"])
+    left_padded, right_padded = (bool(known.get(f"{side} padded")) for side in ("left", "right"))
+    return Plan(layout, start, length, left_padded, right_padded, begun)
 
 
-def make_plan(
-    state: AudioState,
-    copies: int,
-    arguments: dict[str, Any],
-    batch: int,
-    past: int | Tensor,
-    num_queries: int,
-    device: torch.device,
-    *,
-    rotated: bool,
-    training: bool,
-) -> Plan:
-    """Check what a forward was given, and work out what its mask and state mean. ``copies`` and ``rotated`` are those
-    of :meth:`AudioLayout.of`; ``past`` text keys are in the cache."""
-    if batch != copies * state.batch_size:
-        raise ValueError(f"audio must describe the batch's {batch} text rows, got {state.batch_size}")
-    mask = arguments.get("attention_mask")
-    start = torch.zeros(batch, dtype=torch.long, device=device)
-    length = torch.zeros_like(start) + past + num_queries
-    left_padded = right_padded = False
-    if mask is not None:
-        mask = _text_mask(mask, batch, past, num_queries)
-        start, length, left_padded, right_padded = padding(mask)
-    no_text_follows = training or arguments.get("use_cache") is False
-    if no_text_follows and copies == 1:  # generate has checked its prompt
-        check_places(state, length)
+def check_prompt(state: AudioState, texts: Texts) -> None:
+    """Check a prompt that is whole with this forward, where a plan was made of its first chunks.
 
-    layout = AudioLayout.of(state, copies, rotated=rotated)
-    begun = mask is None or (not torch.compiler.is_compiling() and bool((length > 0).all()))
-    plan = Plan(layout, start, length, start if left_padded else None, right_padded, begun)
-
-    given = arguments.get("position_ids")
-    if given is not None and not torch.compiler.is_compiling():
-        own = plan.text_index(past, num_queries)
-        counted = (own >= 0) & (own < length.unsqueeze(1))
-        fits = isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] == num_queries
-        if not fits or given.shape[0] not in (1, batch) or bool(((given != own) & counted).any()):
-            what = given.tolist() if isinstance(given, Tensor) else type(given).__name__
-            raise ValueError(
-                "position_ids must count each row's own text from 0 with audio, (B, T) (packed sequences are not "
-                f"supported), got {what}"
-            )
-    return plan
+    Raises:
+        ValueError: the prompt is padded on the right or empty, or the audio stands behind it.
+    """
+    facts = DeviceFacts()
+    _, length = _ask_about_mask(facts, texts)
+    whole = _whole_lengths(texts, length, training=False)
+    _ask_about_insertion(facts, state, texts, whole)
+    known = facts.read()
+    if known is not None:
+        _raise_if_wrong(known, state, texts, whole)
 
 
-def _text_mask(mask: object, batch: int, past: int | Tensor, num_queries: int) -> Tensor:
-    """The mask's columns up to the last query; it may be longer where the cache is preallocated."""
-    preallocated = isinstance(past, Tensor)
-    fits = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == batch
-    if fits and preallocated and torch.compiler.is_compiling():
-        return mask  # type: ignore[return-value]  # how many columns are in use is not known
-    total = int(past) + num_queries
-    if not fits or not (mask.shape[1] == total or (preallocated and mask.shape[1] > total)):  # type: ignore[attr-defined]
-        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask must be 2-D with audio, (B, past + T) = {(batch, total)}, got {got}")
-    columns: Tensor = mask[:, :total]  # type: ignore[index]
-    return columns
+def _ask_about_mask(facts: DeviceFacts, texts: Texts) -> tuple[Tensor, Tensor]:
+    """Return the first valid key (B,) and the number of valid keys (B,) of each text."""
+    width = texts.num_keys
+    if texts.mask is None:
+        start = torch.zeros(texts.batch, dtype=torch.long, device=texts.device)
+        return start, start + width
+    valid = texts.mask != 0
+    columns = torch.arange(valid.shape[1], device=valid.device)
+    if isinstance(width, Tensor):  # the cache is preallocated, and the mask may be as long
+        facts.ask("mask is short", width > valid.shape[1])
+        valid = valid & (columns < width)
+    length = valid.sum(dim=1)
+    # A text without any valid key starts behind its end.
+    start = torch.where(length > 0, valid.int().argmax(dim=1), width)
+    end = start + length
+    run = (columns >= start.unsqueeze(1)) & (columns < end.unsqueeze(1))
+    facts.ask("holes", (run != valid).any())
+    facts.ask("left padded", (start > 0).any())
+    facts.ask("right padded", (end < width).any())
+    facts.ask("begun", (length > 0).all())
+    return start, length
+
+
+def _whole_lengths(texts: Texts, length: Tensor, training: bool) -> Tensor | None:
+    """Return the tokens (B of the prompt,) of texts that are whole now; None where more of them may follow."""
+    if texts.prompt is not None:
+        if texts.mask is None:
+            return torch.full_like(length, texts.prompt)[:: texts.copies]
+        return (texts.mask[:, : texts.prompt] != 0).sum(dim=1)[:: texts.copies]
+    whole = (training or texts.uncached) and texts.copies == 1
+    return length if whole else None
+
+
+def _ask_about_insertion(facts: DeviceFacts, state: AudioState, texts: Texts, whole: Tensor | None) -> None:
+    if whole is not None and texts.prompt is not None:
+        facts.ask("empty", (whole == 0).any())
+    if whole is not None and state.insert_at is not None:
+        facts.ask("inserted behind", (_insertion(state) > whole.unsqueeze(1)).any())
+    if state.insert_at is not None and not state.checks_values:
+        facts.ask("insertion decreases", decreases(_insertion(state)))
+
+
+def _ask_about_positions(facts: DeviceFacts, texts: Texts, plan: Plan) -> None:
+    position_ids = texts.position_ids
+    if position_ids is None or torch.compiler.is_compiling():
+        return
+    shapes = ((1, texts.num_queries), (texts.batch, texts.num_queries))
+    if not isinstance(position_ids, Tensor) or tuple(position_ids.shape) not in shapes:
+        raise _positions_error(texts)
+    text_index = plan.text_index(texts)
+    is_token = (text_index >= 0) & (text_index < plan.length.unsqueeze(1))
+    facts.ask("positions differ", ((position_ids != text_index) & is_token).any())
+
+
+def _positions_error(texts: Texts) -> ValueError:
+    position_ids = texts.position_ids
+    got = position_ids.tolist() if isinstance(position_ids, Tensor) else type(position_ids).__name__
+    return ValueError(
+        "position_ids must count each row's own text from 0 with audio, (B, T) (packed sequences are not supported), "
+        f"got {got}"
+    )
+
+
+def _raise_if_wrong(known: dict[str, int], state: AudioState, texts: Texts, whole: Tensor | None) -> None:
+    """Raise the first thing that is wrong with the mask and with where the audio stands."""
+    if known.get("mask is short"):
+        raise mask_error(texts.mask, texts.batch, texts.num_cached, texts.num_queries)
+    if known.get("holes"):
+        raise ValueError("attention_mask must mark one run of tokens per row with audio, got a mask with holes")
+    if texts.prompt is not None and known.get("right padded"):
+        raise ValueError("generate must be given a prompt without right padding: pad on the left")
+    if known.get("empty"):
+        raise ValueError("every row of a prompt with audio must hold a token, got a row of padding")
+    if known.get("insertion decreases"):
+        raise ValueError(DECREASES)
+    if whole is not None and known.get("inserted behind"):
+        raise ValueError(
+            f"insert_at must be at most each text's length {whole.tolist()}, got {_insertion(state).tolist()}"
+        )
+
+
+def _insertion(state: AudioState) -> Tensor:
+    """Return where the audio stands, (B, 1) or (B, N)."""
+    assert state.insert_at is not None
+    return state.insert_at.view(state.batch_size, -1)
+
+
+def _first_alike(state: AudioState) -> Tensor:
+    """Return, for each text (B,), the first one that reads the same audio row at the same place."""
+    assert state.index is not None
+    pairs = torch.cat([state.index.unsqueeze(1), _insertion(state)], dim=1)
+    alike = (pairs.unsqueeze(0) == pairs.unsqueeze(1)).all(dim=2)
+    return alike.int().argmax(dim=1)

@@ -1,6 +1,6 @@
-"""What an attached model has beyond the stock one, in one file: settings, connector, per-layer projectors.
+"""The file of what an attached model has beyond the stock one: settings, connector, per-layer projectors.
 
-The file is safetensors; its metadata says how to build the modules and which model they were made for.
+It is a safetensors file, whose metadata says how to build the modules and for which model they were made.
 """
 
 import json
@@ -9,46 +9,50 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from palkernels.model.causal_lm.config import LalConfig
+from palkernels.model.causal_lm.layers import head_dim_of
 from palkernels.model.connectors.base import CONNECTORS
-
-if TYPE_CHECKING:
-    from palkernels.model.causal_lm.attach import LalHandle
 
 FILE_NAME = "lal.safetensors"
 METADATA = "palkernels"
 FORMAT = 1
 # Modules that a file can rebuild, by the names of their classes.
-BUILDABLE: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (*CONNECTORS.values(), nn.Linear)}
+BUILDABLE: dict[str, type[nn.Module]] = {made.__name__: made for made in (*CONNECTORS.values(), nn.Linear)}
 CONNECTOR = "connector"
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """What must agree between the model that was saved with and the one that is loaded into."""
+    """Return what must agree between the model that a file was saved with and the one that loads it."""
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
         "model_type": config.model_type,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
-        "head_dim": head_dim,
+        "head_dim": head_dim_of(config),
     }
 
 
-def save(handle: "LalHandle", directory: str | os.PathLike[str]) -> Path:
+def save(
+    directory: str | os.PathLike[str],
+    model: PreTrainedModel,
+    config: LalConfig,
+    connector: nn.Module | None,
+    projectors: Mapping[int, nn.Module] | None,
+) -> Path:
     """Write ``directory/lal.safetensors``, whole or not at all, and return its path."""
-    modules = named_modules(handle.connector, handle.projectors)
+    modules = named_modules(connector, projectors)
     settings = {
         "format": FORMAT,
-        "model": fingerprint(handle.model),
-        "config": asdict(handle.config),
+        "model": fingerprint(model),
+        "config": asdict(config),
         "modules": {name: _describe(module) for name, module in modules.items()},
     }
     tensors = {
@@ -71,14 +75,15 @@ def save(handle: "LalHandle", directory: str | os.PathLike[str]) -> Path:
 
 @dataclass(frozen=True)
 class Saved:
-    """What :func:`load` found: settings, and modules that do not hold the saved weights before :meth:`fill`."""
+    """What :func:`load` has read: settings, and modules that do not hold the saved weights before :meth:`fill`."""
 
-    config: dict[str, Any]  # LalConfig's arguments
+    config: LalConfig
     connector: nn.Module | None
     projectors: dict[int, nn.Module] | None
     states: dict[str, dict[str, Tensor]]  # by the module's name
 
     def fill(self) -> None:
+        """Load the saved weights into the modules."""
         for name, module in named_modules(self.connector, self.projectors).items():
             module.load_state_dict(self.states[name])
 
@@ -100,15 +105,15 @@ def load(
     differ = [f"{name} {theirs.get(name)!r}" for name in ours if ours[name] != theirs.get(name)]
     if differ:
         raise ValueError(f"the model must be like the one saved in {path}, {', '.join(differ)}, got {ours}")
-    given = named_modules(connector, projectors)
-    unknown = sorted(set(given) - set(settings["modules"]))
+    callers = named_modules(connector, projectors)
+    unknown = sorted(set(callers) - set(settings["modules"]))
     if unknown:
         raise ValueError(f"modules must be in {path}, got {', '.join(unknown)}")
     modules: dict[str, Any] = {}
     states: dict[str, dict[str, Tensor]] = {}
     for name, description in settings["modules"].items():
         states[name] = {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
-        modules[name] = given.get(name)
+        modules[name] = callers.get(name)
         if modules[name] is None:
             dtype = next(iter(states[name].values())).dtype
             modules[name] = _build(path, name, description).to(device=model.device, dtype=dtype)
@@ -116,16 +121,18 @@ def load(
         saved = {key: tuple(x.shape) for key, x in states[name].items()}
         if shapes != saved:
             raise ValueError(f"{name} must have the tensors saved in {path}, {saved}, got {shapes}")
-    found = {int(name.rpartition(".")[2]): module for name, module in modules.items() if name != CONNECTOR}
-    return Saved(settings["config"], modules.get(CONNECTOR), found or None, states)
+    per_layer = {int(name.rpartition(".")[2]): module for name, module in modules.items() if name != CONNECTOR}
+    return Saved(LalConfig(**settings["config"]), modules.get(CONNECTOR), per_layer or None, states)
 
 
 def named_modules(connector: nn.Module | None, projectors: Mapping[int, nn.Module] | None) -> dict[str, nn.Module]:
-    found = {} if connector is None else {CONNECTOR: connector}
-    return found | {f"projectors.{layer}": module for layer, module in (projectors or {}).items()}
+    """Return the modules by their names in a file."""
+    modules = {} if connector is None else {CONNECTOR: connector}
+    return modules | {f"projectors.{layer}": module for layer, module in (projectors or {}).items()}
 
 
 def _describe(module: nn.Module) -> dict[str, Any]:
+    """Return a module's class and, where a file can rebuild it, the arguments."""
     name = type(module).__name__
     arguments: dict[str, Any] | None = None
     if type(module) is nn.Linear:

@@ -1,10 +1,12 @@
-"""What a caller says of the audio: its states, which text row reads which, and where it stands in the text."""
+"""What a caller says about the audio: its states, which text reads which, and where it stands in the text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+DECREASES = "insert_at must not decrease along a row's audio tokens, got a decreasing row"
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +26,11 @@ class AudioState:
     B is the prompt's batch size: ``generate`` expands it for beams and several returned sequences. A state may be
     used again, with other texts and other models.
 
-    Integer tensors may have any integer dtype; they are kept as int64.
+    Integer tensors may have any integer dtype; they are kept as int64. Their values are checked on a CPU. On another
+    device the kernels clamp lengths and indices, and the forward checks that insert_at does not decrease.
 
     Raises:
-        TypeError, ValueError: fields that do not fit each other.
+        TypeError, ValueError: fields do not fit each other.
     """
 
     states: Tensor | Sequence[Tensor | None]
@@ -36,12 +39,12 @@ class AudioState:
     insert_at: Tensor | None = None
 
     def __post_init__(self) -> None:
-        tensors = self._given()
+        tensors = self._tensors()
         if not tensors:
             raise ValueError("states must hold at least one tensor, got none")
         for tensor in tensors:
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                raise TypeError(f"states must be floating-point tensors, got {_kind(tensor)}")
+                raise TypeError(f"states must be floating-point tensors, got {_type_name(tensor)}")
             if tensor.ndim != 3 or tensor.shape != tensors[0].shape:
                 shapes = [tuple(x.shape) for x in tensors]
                 raise ValueError(f"states must be (A, N, d), of one shape in all layers, got {shapes}")
@@ -53,26 +56,26 @@ class AudioState:
         if self.lengths is not None:
             if self.lengths.shape != (rows,):
                 raise ValueError(f"lengths must be (A,) = ({rows},), got shape {tuple(self.lengths.shape)}")
-            _check_range("lengths", self.lengths, 0, tokens)
+            self._check_range("lengths", 0, tokens)
         if self.index is not None:
             if self.index.ndim != 1:
                 raise ValueError(f"index must be (B,), got shape {tuple(self.index.shape)}")
-            _check_range("index", self.index, 0, rows - 1)
+            self._check_range("index", 0, rows - 1)
         if self.insert_at is not None:
             shape = tuple(self.insert_at.shape)
             if len(shape) not in (1, 2) or (len(shape) == 2 and shape[1] != tokens):
                 raise ValueError(f"insert_at must be (B,) or (B, N) with N = {tokens}, got shape {shape}")
             if shape[0] != self.batch_size:
                 raise ValueError(f"insert_at must have a row per text row = {self.batch_size}, got shape {shape}")
-            _check_range("insert_at", self.insert_at, 0, None)
-            if len(shape) == 2 and bool((self.insert_at.diff(dim=1) < 0).any()):
-                raise ValueError("insert_at must not decrease along a row's audio tokens, got a decreasing row")
+            self._check_range("insert_at", 0, None)
+            if len(shape) == 2 and self.checks_values and bool(decreases(self.insert_at)):
+                raise ValueError(DECREASES)
 
-    def _given(self) -> list[Tensor]:
+    def _tensors(self) -> list[Tensor]:
         if isinstance(self.states, Tensor):
             return [self.states]
         if not isinstance(self.states, Sequence) or isinstance(self.states, str):
-            raise TypeError(f"states must be a tensor or a list of them, got {_kind(self.states)}")
+            raise TypeError(f"states must be a tensor or a list of them, got {_type_name(self.states)}")
         return [tensor for tensor in self.states if tensor is not None]
 
     def _check_integers(self, name: str) -> None:
@@ -80,12 +83,21 @@ class AudioState:
         if tensor is None:
             return
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {_kind(tensor)}")
+            raise TypeError(f"{name} must be a tensor, got {_type_name(tensor)}")
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"{name} must have an integer dtype, got {tensor.dtype}")
         if tensor.device != self.device:
             raise ValueError(f"{name} must be on the states' device {self.device}, got {tensor.device}")
         object.__setattr__(self, name, tensor.to(torch.int64))
+
+    def _check_range(self, name: str, least: int, most: int | None) -> None:
+        tensor = getattr(self, name)
+        if not self.checks_values or not tensor.numel():
+            return
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < least or (most is not None and high > most):
+            allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+            raise ValueError(f"{name} must be {allowed}, got values from {low} to {high}")
 
     def to(
         self,
@@ -93,11 +105,13 @@ class AudioState:
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
     ) -> "AudioState":
-        """On another device, the states in another dtype; itself where nothing changes. accelerate and the Trainer
-        move what they feed a model by this."""
-        given = [self.states] if isinstance(self.states, Tensor) else list(self.states)
-        moved = [x if x is None else x.to(device=device, dtype=dtype, non_blocking=non_blocking) for x in given]
-        if all(new is old for new, old in zip(moved, given, strict=True)):
+        """Return the audio on another device, the states in another dtype; the object itself where nothing changes.
+
+        accelerate and the Trainer call this to move what they feed to a model.
+        """
+        states = [self.states] if isinstance(self.states, Tensor) else list(self.states)
+        moved = [x if x is None else x.to(device=device, dtype=dtype, non_blocking=non_blocking) for x in states]
+        if all(new is old for new, old in zip(moved, states, strict=True)):
             return self
         fields = {
             name: None if tensor is None else tensor.to(device=device, non_blocking=non_blocking)
@@ -106,44 +120,46 @@ class AudioState:
         return AudioState(moved[0] if isinstance(self.states, Tensor) else moved, **fields)  # type: ignore[arg-type]
 
     def for_layer(self, layer: int) -> Tensor | None:
-        """The states (A, N, d) that one layer takes."""
+        """Return the states (A, N, d) that one layer takes, None where it takes none."""
         return self.states if isinstance(self.states, Tensor) else self.states[layer]
 
     @property
     def num_rows(self) -> int:
-        return self._given()[0].shape[0]
+        """Audio rows, A."""
+        return self._tensors()[0].shape[0]
 
     @property
     def num_tokens(self) -> int:
-        return self._given()[0].shape[1]
+        """Audio tokens of each audio row, padding included, N."""
+        return self._tensors()[0].shape[1]
 
     @property
     def hidden_size(self) -> int:
-        return self._given()[0].shape[2]
+        return self._tensors()[0].shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._given()[0].dtype
+        return self._tensors()[0].dtype
 
     @property
     def device(self) -> torch.device:
-        return self._given()[0].device
+        return self._tensors()[0].device
+
+    @property
+    def checks_values(self) -> bool:
+        """Whether the state has looked at values: on another device that would wait for everything queued there."""
+        return self.device.type == "cpu"
 
     @property
     def batch_size(self) -> int:
-        """Text rows of the prompt."""
+        """Texts of the prompt, B."""
         return self.num_rows if self.index is None else self.index.shape[0]
 
 
-def _kind(value: object) -> str:
+def decreases(insert_at: Tensor) -> Tensor:
+    """Return whether any row of insert_at (B, N) decreases, as a tensor of one bool."""
+    return (insert_at.diff(dim=1) < 0).any()
+
+
+def _type_name(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _check_range(name: str, tensor: Tensor, least: int, most: int | None) -> None:
-    """Values are checked on the CPU only: elsewhere it would wait for the device."""
-    if tensor.device.type != "cpu" or not tensor.numel():
-        return
-    low, high = int(tensor.min()), int(tensor.max())
-    if low < least or (most is not None and high > most):
-        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be {allowed}, got values from {low} to {high}")

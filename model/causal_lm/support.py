@@ -1,4 +1,4 @@
-"""Which models can be attached, found out by looking at the layers and by running them; which audio fits them."""
+"""Which models can be attached, found out by looking at their layers and by running them; which audio fits them."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers import AttentionInterface, PreTrainedModel
 
-from palkernels.model.causal_lm.attention import REQUEST_KEYWORD
-from palkernels.model.causal_lm.fast_path import Checked, deviation, find_offset, norms_of, why_not_plain
-from palkernels.model.causal_lm.layers import Rotary, project_audio, rotate
+from palkernels.model.causal_lm.fast_path import (
+    LayerCheck,
+    describe_norms,
+    find_norm_offset,
+    relative_error,
+    why_not_plain,
+)
+from palkernels.model.causal_lm.layers import AudioKV, Rotary, project_audio, rotate
+from palkernels.model.causal_lm.request import REQUEST_KEYWORD
 from palkernels.model.causal_lm.state import AudioState
 
 PROBE_NAME = "palkernels_probe"
@@ -24,12 +30,30 @@ KNOWN_KEYWORDS = frozenset(
 CHECK_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4, torch.float64: 1e-8}
 
 
+def base_model(model: Any) -> PreTrainedModel:
+    """Return the transformers model itself, also of a peft model.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(model, PreTrainedModel) and callable(getattr(model, "get_base_model", None)):
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    return model
+
+
 def refusal(model: PreTrainedModel, reason: str) -> ValueError:
+    """Make the error for a model that cannot be attached."""
     return ValueError(f"attach must be given a causal LM like Llama or Qwen2, got {type(model).__name__}: {reason}")
 
 
 def find_decoder(model: PreTrainedModel) -> Any:
-    """The stack of decoder layers; refuses what we cannot patch, by name."""
+    """Return the stack of decoder layers of a causal LM.
+
+    Raises:
+        ValueError: its layers cannot be made to take audio.
+    """
     if not model.can_generate():
         raise refusal(model, "it is not a causal LM")
     if model.config.get_text_config() is not model.config:
@@ -44,6 +68,11 @@ def find_decoder(model: PreTrainedModel) -> Any:
 
 
 def find_rotary(model: PreTrainedModel, decoder: Any) -> Rotary:
+    """Return the decoder's rotary embedding.
+
+    Raises:
+        ValueError: its positions are not single numbers.
+    """
     rotary = Rotary(decoder.rotary_emb, decoder.config, len(decoder.layers))
     if rotary.several_dimensions:
         raise refusal(model, "its positions have several dimensions")
@@ -51,7 +80,10 @@ def find_rotary(model: PreTrainedModel, decoder: Any) -> Rotary:
 
 
 def devices_of(module: nn.Module, brought_to: Any = None) -> Iterator[torch.device]:
-    """Where a module's tensors are, one by one, or where accelerate's hooks bring them for a call."""
+    """Yield the device of each of a module's tensors, or that to which accelerate's hooks bring it for a call.
+
+    ``brought_to`` is where hooks of the modules around this one bring it.
+    """
     hook = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", (hook,)):
         device = getattr(part, "execution_device", None)
@@ -63,7 +95,11 @@ def devices_of(module: nn.Module, brought_to: Any = None) -> Iterator[torch.devi
 
 
 def check_state(state: AudioState, model: PreTrainedModel, num_layers: int, selected: Sequence[int]) -> None:
-    """The audio must fit the model and, where it is given per layer, be there for the selected layers alone."""
+    """Check that the audio fits the model and, where it is given per layer, is there for the selected layers alone.
+
+    Raises:
+        TypeError, ValueError: it does not.
+    """
     if not isinstance(state, AudioState):
         raise TypeError(f"audio must be an AudioState, got {type(state).__name__}")
     embedding: Any = model.get_input_embeddings()
@@ -75,16 +111,19 @@ def check_state(state: AudioState, model: PreTrainedModel, num_layers: int, sele
     if state.device != device:
         raise ValueError(f"audio states must be on the model's device {device}, got {state.device}")
     if not isinstance(state.states, Tensor):
-        given = [index for index, states in enumerate(state.states) if states is not None]
-        if len(state.states) != num_layers or given != list(selected):
+        present = [index for index, states in enumerate(state.states) if states is not None]
+        if len(state.states) != num_layers or present != list(selected):
             raise ValueError(
                 f"a list of states must have an entry for each of {num_layers} layers, a tensor exactly at "
-                f"layers {list(selected)}, got {len(state.states)} entries with tensors at {given}"
+                f"layers {list(selected)}, got {len(state.states)} entries with tensors at {present}"
             )
 
 
-def check_reentrant(model: PreTrainedModel, layers: list[nn.Module]) -> None:
-    """Reentrant checkpointing would drop the gradients of the audio, which is no positional argument of a layer."""
+def check_reentrant(layers: Sequence[nn.Module]) -> None:
+    """Refuse reentrant checkpointing of layers that take audio.
+
+    It would drop the gradients of the audio, which is no positional argument of a layer.
+    """
     for layer in layers:
         function = getattr(layer, "_gradient_checkpointing_func", None)
         if getattr(layer, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
@@ -95,7 +134,7 @@ def check_reentrant(model: PreTrainedModel, layers: list[nn.Module]) -> None:
 
 
 class _Recorder:
-    """Stands in for the cache and for a request: notes what the layer caches, and how it calls its attention."""
+    """Stands in for a cache and for a request: notes what a layer caches, and how it calls its attention."""
 
     def __init__(self) -> None:
         self.cached: list[tuple[Tensor, Tensor]] = []
@@ -112,7 +151,7 @@ class _Recorder:
 def _probe_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """An attention function that only notes how it is called."""
+    """Note how a layer calls its attention function, and attend to nothing."""
     recorder = kwargs.pop(REQUEST_KEYWORD, None)
     if recorder is None:
         raise TypeError("keywords do not reach its attention function")
@@ -124,7 +163,10 @@ AttentionInterface.register(PROBE_NAME, _probe_attention)
 
 
 def check_order(model: PreTrainedModel, layers: list[nn.Module]) -> None:
-    """A layer is known by its attention's number: audio would be projected with another one's weights."""
+    """Refuse layers that stand elsewhere than their attention's number says.
+
+    The number is how a layer finds its audio, which would be projected with another layer's weights.
+    """
     for index, layer in enumerate(layers):
         number = getattr(getattr(layer, "self_attn", None), "layer_idx", index)
         if number != index:
@@ -133,7 +175,7 @@ def check_order(model: PreTrainedModel, layers: list[nn.Module]) -> None:
 
 @contextmanager
 def _unsharded(layer: Any) -> Iterator[None]:
-    """FSDP2 gathers a layer's weights for its calls, not for those of its forward."""
+    """Gather a layer's weights. FSDP2 does so when the layer is called, but not when its ``forward`` is."""
     sharded = hasattr(layer, "unshard")
     if sharded:
         layer.unshard()
@@ -144,10 +186,16 @@ def _unsharded(layer: Any) -> Iterator[None]:
             layer.reshard()
 
 
-def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Rotary) -> Checked | None:
-    """Run the layer once on random states. Refuse it unless its K and V are those that we compute for audio, and its
-    attention is no more than scaled, capped, causal and windowed. Returns None where its weights have no values yet, or
-    zeros, so that there is nothing to compare."""
+def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Rotary) -> LayerCheck | None:
+    """Run a layer once on random states, and compare its K and V with those that we compute for audio.
+
+    Returns:
+        What audio_kv must know of the layer; None where its weights have no values yet, or zeros, so that there is
+        nothing to compare.
+
+    Raises:
+        ValueError: K and V differ, or the layer's attention is more than scaled, capped, causal and windowed.
+    """
     attention: Any = getattr(layer, "self_attn", None)
     projections = () if hasattr(attention, "qkv_proj") else ("k_proj", "v_proj")
     missing = [part for part in (*projections, "config", "head_dim", "layer_idx") if not hasattr(attention, part)]
@@ -159,9 +207,9 @@ def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Ro
     embedding: Any = model.get_input_embeddings()
     weight = embedding.weight
     if is_fake(weight):  # it never gets values, so no offset is wrong
-        return Checked(0.0 if why_not_plain(layer) is None else None, norms_of(layer))
+        return LayerCheck(0.0 if why_not_plain(layer) is None else None, describe_norms(layer))
     device = next(devices_of(embedding))
-    if any(found.type == "meta" for found in (device, *devices_of(layer))):
+    if any(x.type == "meta" for x in (device, *devices_of(layer))):
         return None
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, 4, weight.shape[1], generator=generator).to(device, weight.dtype)
@@ -169,7 +217,8 @@ def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Ro
         return _compare(model, layer, index, rotary, states)
 
 
-def _compare(model: PreTrainedModel, layer: Any, index: int, rotary: Rotary, states: Tensor) -> Checked | None:
+def _compare(model: PreTrainedModel, layer: Any, index: int, rotary: Rotary, states: Tensor) -> LayerCheck | None:
+    """Compare a layer, whose weights are there, on states (1, 4, d); see :func:`check_layer`."""
     attention = layer.self_attn
     positions = torch.arange(4, device=states.device).unsqueeze(0)
     mask = torch.zeros(1, 1, 4, 4, device=states.device, dtype=states.dtype)
@@ -202,11 +251,11 @@ def _compare(model: PreTrainedModel, layer: Any, index: int, rotary: Rotary, sta
     if not (bool(key.any()) and bool(value.any())):
         return None
     tolerance = CHECK_TOLERANCE.get(states.dtype, 1e-2)
-    return Checked(find_offset(layer, states, rotation, (key, value), tolerance), norms_of(layer))
+    return LayerCheck(find_norm_offset(layer, states, rotation, (key, value), tolerance), describe_norms(layer))
 
 
-def _difference(recorder: _Recorder, mask: Tensor, ours: tuple[Tensor, Tensor]) -> str | None:
-    """What in the layer's keys, values and mask is not as we would have it."""
+def _difference(recorder: _Recorder, mask: Tensor, ours: AudioKV) -> str | None:
+    """Return what in a layer's keys, values and mask is not as we would have it, or None."""
     if len(recorder.calls) != 1 or len(recorder.cached) != 1:
         return f"a layer calls its attention function {len(recorder.calls)} times"
     call, cached = recorder.calls[0], recorder.cached[0]
@@ -214,24 +263,25 @@ def _difference(recorder: _Recorder, mask: Tensor, ours: tuple[Tensor, Tensor]) 
         return "a layer changes its keys or values after caching them"
     if call["attention_mask"] is not mask:
         return "a layer changes its attention mask"
-    for what, got, want in zip(("keys", "values"), ours, cached, strict=True):
-        if not deviation(got, want) <= CHECK_TOLERANCE.get(want.dtype, 1e-2):  # NaN is no less
-            return f"its {what} differ from those of its projections and rotary embedding"
+    for name, got, want in zip(("keys", "values"), ours, cached, strict=True):
+        if not relative_error(got, want) <= CHECK_TOLERANCE.get(want.dtype, 1e-2):  # NaN is no less
+            return f"its {name} differ from those of its projections and rotary embedding"
     return None
 
 
 def _other_attention(call: dict[str, Any], config: Any, index: int) -> str | None:
-    """What in the layer's attention is beyond our kernels."""
+    """Return what in a layer's attention is beyond our kernels, or None."""
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal"
-    extra = [name for name, given in call.items() if name not in KNOWN_KEYWORDS and given is not None]
+    extra = [name for name, argument in call.items() if name not in KNOWN_KEYWORDS and argument is not None]
     if extra:
         return f"its attention takes {', '.join(extra)}"
     types = getattr(config, "layer_types", None)
     windowed = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
-    kind = types[index] if types else ("sliding_attention" if windowed else "full_attention")
-    if kind not in ("full_attention", "sliding_attention"):
-        return f"layer {index} is of type {kind!r}"
-    if (kind == "sliding_attention") != bool(call.get("sliding_window")):
-        return f"layer {index} is of type {kind!r} and gives its attention sliding_window={call.get('sliding_window')}"
+    layer_type = types[index] if types else ("sliding_attention" if windowed else "full_attention")
+    if layer_type not in ("full_attention", "sliding_attention"):
+        return f"layer {index} is of type {layer_type!r}"
+    window = call.get("sliding_window")
+    if (layer_type == "sliding_attention") != bool(window):
+        return f"layer {index} is of type {layer_type!r} and gives its attention sliding_window={window}"
     return None

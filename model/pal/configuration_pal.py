@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from palkernels.model.causal_lm.attach import LalConfig
+from palkernels.model.causal_lm.config import LalConfig
 from palkernels.model.connectors.base import CONNECTORS
 from palkernels.model.encoders.towers import TOWERS
 

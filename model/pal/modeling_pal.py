@@ -15,10 +15,14 @@ from transformers import (
 )
 from transformers import initialization as init
 
-from palkernels.model.causal_lm.attach import HANDLE, LalHandle, attach, base_model
-from palkernels.model.causal_lm.flamingo import FlamingoHandle, GatedLayer, attach_flamingo
+from palkernels.model.causal_lm.attach import attach
+from palkernels.model.causal_lm.attached import HANDLE
+from palkernels.model.causal_lm.flamingo import FlamingoHandle, attach_flamingo
+from palkernels.model.causal_lm.freezing import freeze_ffn
+from palkernels.model.causal_lm.gated_layer import GatedLayer
+from palkernels.model.causal_lm.handle import LalHandle
 from palkernels.model.causal_lm.state import AudioState
-from palkernels.model.causal_lm.training import freeze_ffn
+from palkernels.model.causal_lm.support import base_model
 from palkernels.model.connectors.base import Connector
 from palkernels.model.pal.clips import Clips, join, places, rows_of, summaries
 from palkernels.model.pal.configuration_pal import PalConfig

@@ -1,4 +1,4 @@
-"""What training with audio needs besides PyTorch: frozen FFNs."""
+"""The frozen-FFN variant of training."""
 
 from typing import Any
 
@@ -7,7 +7,10 @@ from transformers import PreTrainedModel
 
 
 def freeze_ffn(model: PreTrainedModel) -> int:
-    """Frozen-FFN training: no FFN weight of the language model is updated. Returns how many parameters are frozen.
+    """Stop the training of every FFN weight of a language model.
+
+    Returns:
+        The number of parameters that are frozen.
 
     Raises:
         ValueError: a decoder layer has no ``mlp``.

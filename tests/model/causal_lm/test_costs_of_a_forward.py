@@ -1,0 +1,179 @@
+"""What audio costs a forward besides attention: nothing per layer that is the same in all, one wait for the device."""
+
+import pytest
+import torch
+from support.attached import KINDS, TOKENS, WIDTH, audio_state, batch, texts
+from support.counting import count_operators, count_reads
+from support.oracles import SIZES, build
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from palkernels import lal_attention
+from palkernels.model import AudioState, LalConfig, attach
+from palkernels.model.causal_lm import attention, request
+from palkernels.model.causal_lm.flamingo import attach_flamingo
+from palkernels.model.causal_lm.generation import Generation
+
+
+@pytest.fixture(autouse=True)
+def unchecked_values(monkeypatch):
+    """As on a GPU: on a CPU lal_attention checks the values of its integers, in every layer."""
+    monkeypatch.setattr("palkernels.attention.checks._values_are_checked", lambda call: False)
+
+
+ATTACH = {"lal": attach, "flamingo": lambda model: attach_flamingo(model, 1)}
+
+
+@pytest.mark.parametrize("method", ATTACH)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forward_waits_for_the_device_once(method, kind, training, monkeypatch):
+    """Padding, holes, positions, places and shared places are all looked at, in one read."""
+    model = build("llama").train(training)
+    _, padded, mask = batch(texts(), "right" if training else "left")
+    arguments = {"input_ids": padded, "attention_mask": mask, "use_cache": False}
+    arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    stock = count_reads(lambda: model(**arguments), monkeypatch)
+    state = audio_state(kind, torch.float32)
+    ATTACH[method](model)
+    with_audio = count_reads(lambda: model(**arguments, audio=state), monkeypatch)
+    assert with_audio == stock + 1
+
+
+def test_without_mask_and_places_nothing_is_read(monkeypatch):
+    model = build("llama").train()
+    _, padded, mask = batch(texts(), "none")
+    state = audio_state("lengths", torch.float32)
+    # Without a mask, positions that jump need one of ones, which transformers looks at.
+    stock = count_reads(lambda: model(padded, attention_mask=mask, use_cache=False), monkeypatch)
+    attach(model)
+    assert count_reads(lambda: model(padded, use_cache=False, audio=state), monkeypatch) == stock
+
+
+@pytest.mark.parametrize("method", ATTACH)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False}],
+    ids=["greedy", "beams", "static cache", "no cache"],
+)
+@torch.no_grad()
+def test_generation_waits_for_the_device_once(method, options, monkeypatch):
+    """The prompt is looked at, in one read; no later step adds one to those of the stock model."""
+    model = build("mistral-window")
+    _, padded, mask = batch(texts(), "left")
+    state = audio_state("shared, inserted", torch.float32)
+
+    def run(**audio):
+        model.generate(padded, attention_mask=mask, max_new_tokens=4, do_sample=False, **options, **audio)
+
+    stock = count_reads(run, monkeypatch)
+    ATTACH[method](model)
+    assert count_reads(lambda: run(audio=state), monkeypatch) == stock + 1
+
+
+@torch.no_grad()
+def test_drafts_wait_for_nothing(monkeypatch):
+    """How often the stock model reads depends on the drafts: what prepares a forward is looked at alone."""
+    model = build("llama")
+    attach(model)
+    reads, prepare = [], Generation.prepare
+    monkeypatch.setattr(
+        Generation, "prepare", lambda *args: reads.append(count_reads(lambda: prepare(*args), monkeypatch))
+    )
+    state = AudioState(torch.randn(1, TOKENS, WIDTH), insert_at=torch.tensor([3]))
+    ids = texts()[0].repeat(2)[None]
+    model.generate(ids, audio=state, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
+    assert reads[0] == 1
+    assert len(reads) > 1
+    assert not any(reads[1:])
+
+
+@torch.no_grad()
+def test_each_chunk_of_a_prompt_waits_at_most_once(monkeypatch):
+    model = build("llama")
+    _, padded, mask = batch(texts(), "left")
+    state = audio_state("inserted", torch.float32)
+
+    def run(**audio):
+        options = {"max_new_tokens": 3, "do_sample": False, "prefill_chunk_size": 2}
+        model.generate(padded, attention_mask=mask, **options, **audio)
+
+    stock = count_reads(run, monkeypatch)
+    attach(model)
+    assert count_reads(lambda: run(audio=state), monkeypatch) <= stock + 5  # of 9 columns
+
+
+def deep(family, layers):
+    """A model of so many layers, of the windows of its family."""
+    changes = {"mistral": {"sliding_window": 4}, "gemma3_text": {"head_dim": 16, "sliding_window": 4}}.get(family, {})
+    if family == "gemma3_text":
+        changes["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
+    config = AutoConfig.for_model(family, **(SIZES | changes | {"num_hidden_layers": layers}))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+class LeastAttention:
+    """An attention function that calls ``attend`` with arguments that are there already, and does nothing else."""
+
+    def __init__(self, attend, tokens, head_dim, static):
+        integers = torch.zeros(3, dtype=torch.long)
+        self.attend, self.audio = attend, torch.randn(3, 2, tokens, head_dim)
+        self.arguments = {"audio_lengths": integers, "audio_visible_from": integers[:, None].expand(3, tokens)}
+        self.arguments |= {"text_start": integers, "text_end": integers + 9 if static else None, "impl": "triton"}
+
+    def __call__(self, module, query, key, value, mask, scaling=None, sliding_window=None, **kwargs):
+        options = {"scale": scaling, "window": sliding_window, **self.arguments}
+        return self.attend(query, key, value, self.audio, self.audio, **options).transpose(1, 2), None
+
+
+def no_attention(query, *args, **kwargs):
+    """Stands in for lal_attention: one operator."""
+    return torch.empty_like(query)
+
+
+def operators(family, layers, cache, decode, least, attend, monkeypatch):
+    """The operators of a forward, or of one decoding step, without audio's projection."""
+    model = deep(family, layers)
+    _, padded, mask = batch(texts(), "left")
+    state, head_dim = audio_state("inserted", torch.float32), model.model.layers[0].self_attn.head_dim
+    audio = {}
+    if least:
+        function = LeastAttention(attend, state.num_tokens, head_dim, cache == "static")
+        AttentionInterface.register("least_of_this_test", function)
+        model.config._attn_implementation = "least_of_this_test"
+    else:
+        attach(model, LalConfig(impl="triton"))
+        made = torch.randn(3, 2, state.num_tokens, head_dim)
+        monkeypatch.setattr(request, "project_fused", lambda layers, *args: [(made, made)] * len(layers))
+        monkeypatch.setattr(attention, "lal_attention", attend)
+        audio = {"audio": state}
+    if not decode:
+        return count_operators(lambda: model(padded, attention_mask=mask, use_cache=False, **audio))
+
+    def generate(tokens):
+        options = {"max_new_tokens": tokens, "do_sample": False, "cache_implementation": cache}
+        return count_operators(lambda: model.generate(padded, attention_mask=mask, **options, **audio))
+
+    return generate(3) - generate(2)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("cache", "decode"),
+    [(None, False), (None, True), ("static", True)],
+    ids=["forward", "decode step", "static decode step"],
+)
+@torch.no_grad()
+def test_a_layer_does_nothing_but_attend(family, cache, decode, monkeypatch):
+    """Layers cost what an attention function costs whose arguments are ready, and no operator besides."""
+    growth = {}
+    for least in (True, False):
+        few, many = (operators(family, layers, cache, decode, least, no_attention, monkeypatch) for layers in (4, 8))
+        growth[least] = many - few
+    assert growth[False] == growth[True] > 0
+
+
+@torch.no_grad()
+def test_attention_is_one_operator(monkeypatch):
+    """By our kernels: as many operators as with a stand-in that is one."""
+    counts = [operators("llama", 1, None, True, False, attend, monkeypatch) for attend in (no_attention, lal_attention)]
+    assert counts[0] == counts[1]

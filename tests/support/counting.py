@@ -1,0 +1,57 @@
+"""Counts what a piece of code asks of the device: operators it runs, and values that the host waits for."""
+
+from collections import Counter
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READING = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::allclose"}
+SHAPED_BY_VALUES = {"aten::nonzero", "aten::masked_select", "aten::_unique", "aten::_unique2", "aten::unique_dim"}
+READING_METHODS = ("tolist", "cpu", "numpy")  # on a CPU they run no operator
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by name. What runs inside an operator of ours is not seen, as on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.calls[operator.name().split(".")[0]] += 1
+        if operator.name().startswith("aten::index.Tensor") and any(
+            x.dtype == torch.bool for x in args[1] if x is not None
+        ):
+            self.calls["aten::nonzero"] += 1
+        return operator(*args, **(kwargs or {}))
+
+    @property
+    def total(self):
+        return sum(self.calls.values())
+
+
+def count_operators(run):
+    """The number of operators that ``run()`` calls."""
+    with Operators() as counted:
+        run()
+    return counted.total
+
+
+def count_reads(run, monkeypatch):
+    """How often ``run()`` would wait for a GPU: reads of values, and operators whose results' sizes depend on them."""
+    reads = Counter()
+
+    def counting(name):
+        method = getattr(torch.Tensor, name)
+
+        def read(tensor, *args, **kwargs):
+            reads[name] += 1
+            return method(tensor, *args, **kwargs)
+
+        return read
+
+    with monkeypatch.context() as patches, Operators() as counted:
+        for name in READING_METHODS:
+            patches.setattr(torch.Tensor, name, counting(name))
+        run()
+    return reads.total() + sum(counted.calls[name] for name in READING | SHAPED_BY_VALUES)
