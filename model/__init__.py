@@ -1,4 +1,18 @@
-"""The Hugging Face layer: :func:`attach` makes a stock causal LM take audio as extra keys and values."""
+"""The Hugging Face layer. Every public name is here, and loads its own room only when it is first asked for.
+
+    causal_lm/     attach: a stock causal LM takes audio as extra keys and values (LAL), or by Flamingo
+    audio/         files and waveforms, within limits, as an encoder's input features
+    encoders/      Whisper, CLAP and SSLAM
+    connectors/    from an encoder's states to the language model's width
+    pal/           the whole audio LLM: config, model, processor
+
+``from palkernels.model import attach`` loads no encoder, no connector and no audio LLM. Still, importing this package is
+enough for transformers' Auto classes to load a saved audio LLM, model type "pal": :mod:`palkernels.model.auto` gives
+them stand-ins, which load :mod:`palkernels.model.pal` when a saved model needs it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 try:
     import transformers as _transformers  # noqa: F401
@@ -7,22 +21,94 @@ except ModuleNotFoundError as error:
         "palkernels.model needs transformers: pip install 'palkernels[model]'", name=error.name
     ) from error
 
-from palkernels.model.causal_lm.attach import LalConfig, LalHandle, LalReport, attach
-from palkernels.model.causal_lm.state import AudioState
-from palkernels.model.causal_lm.training import freeze_ffn
-from palkernels.model.pal.configuration_pal import PalConfig
-from palkernels.model.pal.modeling_pal import AudioFeatures, PalForConditionalGeneration
-from palkernels.model.pal.processing_pal import PalProcessor
+from palkernels.model import auto as _auto
+
+if TYPE_CHECKING:
+    from palkernels.model.audio.files import load_audio
+    from palkernels.model.audio.limits import AudioError
+    from palkernels.model.causal_lm.attach import LalConfig, LalHandle, LalReport, attach
+    from palkernels.model.causal_lm.flamingo import FlamingoConfig, FlamingoHandle, GatedLayer, attach_flamingo
+    from palkernels.model.causal_lm.state import AudioState
+    from palkernels.model.causal_lm.training import freeze_ffn
+    from palkernels.model.connectors.base import Connector
+    from palkernels.model.connectors.lfst import LfstConnector
+    from palkernels.model.connectors.mlp import MlpConnector
+    from palkernels.model.connectors.qformer import QFormerConnector
+    from palkernels.model.connectors.registry import CONNECTORS
+    from palkernels.model.encoders.base import Tower
+    from palkernels.model.encoders.clap import ClapTower
+    from palkernels.model.encoders.registry import TOWERS
+    from palkernels.model.encoders.sslam import SslamTower
+    from palkernels.model.encoders.whisper import WHISPER_SIZES, WhisperAudioEncoder, WhisperTower
+    from palkernels.model.pal import PalConfig, PalForConditionalGeneration, PalProcessor
+    from palkernels.model.pal.clips import AudioFeatures
+    from palkernels.model.pal.tokenizer import AUDIO_TOKEN, byte_tokenizer
 
 __all__ = [
+    "AUDIO_TOKEN",
+    "CONNECTORS",
+    "TOWERS",
+    "WHISPER_SIZES",
+    "AudioError",
     "AudioFeatures",
     "AudioState",
+    "ClapTower",
+    "Connector",
+    "FlamingoConfig",
+    "FlamingoHandle",
+    "GatedLayer",
     "LalConfig",
     "LalHandle",
     "LalReport",
+    "LfstConnector",
+    "MlpConnector",
     "PalConfig",
     "PalForConditionalGeneration",
     "PalProcessor",
+    "QFormerConnector",
+    "SslamTower",
+    "Tower",
+    "WhisperAudioEncoder",
+    "WhisperTower",
     "attach",
+    "attach_flamingo",
+    "byte_tokenizer",
     "freeze_ffn",
+    "load_audio",
 ]
+
+_NAMES_BY_MODULE = {
+    "audio.files": ("load_audio",),
+    "audio.limits": ("AudioError",),
+    "causal_lm.attach": ("LalConfig", "LalHandle", "LalReport", "attach"),
+    "causal_lm.flamingo": ("FlamingoConfig", "FlamingoHandle", "GatedLayer", "attach_flamingo"),
+    "causal_lm.state": ("AudioState",),
+    "causal_lm.training": ("freeze_ffn",),
+    "connectors.base": ("Connector",),
+    "connectors.lfst": ("LfstConnector",),
+    "connectors.mlp": ("MlpConnector",),
+    "connectors.qformer": ("QFormerConnector",),
+    "connectors.registry": ("CONNECTORS",),
+    "encoders.base": ("Tower",),
+    "encoders.clap": ("ClapTower",),
+    "encoders.registry": ("TOWERS",),
+    "encoders.sslam": ("SslamTower",),
+    "encoders.whisper": ("WHISPER_SIZES", "WhisperAudioEncoder", "WhisperTower"),
+    "pal": ("PalConfig", "PalForConditionalGeneration", "PalProcessor"),
+    "pal.clips": ("AudioFeatures",),
+    "pal.tokenizer": ("AUDIO_TOKEN", "byte_tokenizer"),
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
+
+_auto.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)  # asked for once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -36,7 +36,6 @@ from palkernels.model.causal_lm.support import (
     find_decoder,
     find_rotary,
 )
-from palkernels.model.connectors.base import Connector
 
 HANDLE = "_palkernels_handle"
 
@@ -276,6 +275,8 @@ class LalHandle(Attached):
         """The :class:`AudioState` of an encoder's states (A, N, input size): through the connector, if there is one,
         and each layer's projector, if there are any. ``lengths`` are those of the encoder's states; a connector of ours
         turns them into its own, and takes a tuple where it joins several encoders. The rest is AudioState's."""
+        from palkernels.model.connectors.base import Connector  # attach alone needs no connector
+
         states: Any = encoded
         if isinstance(self.connector, Connector):
             states, lengths = self.connector.connect(encoded, lengths)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from palkernels.bench.ask import AUDIO, UNTRAINED, byte_tokenizer
+from palkernels.bench.ask import UNTRAINED
 from palkernels.bench.cli import main
+from palkernels.model import AUDIO_TOKEN, byte_tokenizer
 
 
 def run(*arguments: object) -> int:
@@ -58,7 +59,7 @@ def test_bytes_and_back() -> None:
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text.encode())
     assert tokenizer.decode(ids) == text
-    assert tokenizer(f"a{AUDIO}b")["input_ids"][1] == tokenizer.convert_tokens_to_ids(AUDIO)
+    assert tokenizer(f"a{AUDIO_TOKEN}b")["input_ids"][1] == tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
 
 
 def test_every_mistake_is_one_line(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +75,7 @@ def test_every_mistake_is_one_line(made: Path, tmp_path: Path, capfd: pytest.Cap
         (["ask", "--model", made, "--audio", tmp_path / "text.wav", "?"], "must hold intact WAV, FLAC, OGG or MP3"),
         (["ask", "--model", made, "--audio", tmp_path / "none.wav", "?"], "must exist, got no such file"),
         (["ask", "--model", made, "--device", "tpu", "?"], "--device must be auto, cpu, cuda or cuda:INDEX"),
-        (["ask", "--model", made, f"{AUDIO}?"], "content must be"),
+        (["ask", "--model", made, f"{AUDIO_TOKEN}?"], "content must be"),
     ):
         assert run(*arguments) == 2
         said = capfd.readouterr().err.strip().splitlines()

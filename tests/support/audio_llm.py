@@ -5,35 +5,37 @@ import math
 import torch
 from transformers import AutoConfig
 
-from palkernels.bench.ask import AUDIO, byte_tokenizer
-from palkernels.model import PalConfig, PalForConditionalGeneration, PalProcessor
+from palkernels.model import AUDIO_TOKEN, PalConfig, PalForConditionalGeneration, PalProcessor, byte_tokenizer
 from support.oracles import FAMILIES, SIZES, STOCK_ATTENTION
 
-TOWERS = {
+# Short settings of each encoder and connector.
+TOWER_SETTINGS = {
     "whisper": {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 1, "encoder_ffn_dim": 16},
     "clap": {"patch_embeds_hidden_size": 4, "depths": [1] * 4, "num_attention_heads": [1] * 4},
     "sslam": {"hidden_size": 16, "num_layers": 1, "num_heads": 1},
 }
-CONNECTORS = {
+CONNECTOR_SETTINGS = {
     "mlp": {},
     "qformer": {"num_queries": 5, "num_layers": 1, "width": 16, "num_heads": 2, "dropout": 0.0},
     "lfst": {"width": 16, "num_heads": 2, "depth": 1},
 }
 LAYERS = 3
 TOKENIZER = byte_tokenizer()
-AUDIO_ID = TOKENIZER.convert_tokens_to_ids(AUDIO)
+AUDIO_ID = TOKENIZER.convert_tokens_to_ids(AUDIO_TOKEN)
 
 
-def entry(kind, integration="lal", connector="mlp"):
-    config = [TOWERS[x] for x in kind] if isinstance(kind, list) else TOWERS[kind]
-    settings = {"type": connector, "config": CONNECTORS[connector]}
-    return {"type": kind, "config": config, "integration": integration, "connector": settings}
+def entry(tower_type, integration="lal", connector="mlp"):
+    """An entry of PalConfig's ``encoders``; ``tower_type`` is a name, or for LFST a list of two."""
+    several = isinstance(tower_type, list)
+    config = [TOWER_SETTINGS[name] for name in tower_type] if several else TOWER_SETTINGS[tower_type]
+    settings = {"type": connector, "config": CONNECTOR_SETTINGS[connector]}
+    return {"type": tower_type, "config": config, "integration": integration, "connector": settings}
 
 
 def text_config(family="llama", **changes):
-    model_type, own = FAMILIES[family]
+    model_type, settings = FAMILIES[family]
     vocabulary = {"vocab_size": len(TOKENIZER), "pad_token_id": TOKENIZER.pad_token_id}
-    config = AutoConfig.for_model(model_type, **(SIZES | own | vocabulary | changes))
+    config = AutoConfig.for_model(model_type, **(SIZES | settings | vocabulary | changes))
     config._attn_implementation = STOCK_ATTENTION.get(model_type, "sdpa")
     return config
 

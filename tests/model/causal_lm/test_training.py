@@ -8,7 +8,7 @@ from support.oracles import FAMILIES, build
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from palkernels.model import AudioState, LalConfig, attach, freeze_ffn
-from palkernels.model.connectors.base import MlpConnector
+from palkernels.model.connectors.mlp import MlpConnector
 
 WIDTH = 64
 TOKENS = 6

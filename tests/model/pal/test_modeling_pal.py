@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.audio_llm import AUDIO, AUDIO_ID, LAYERS, build_pal, entry, open_gates, processor_of, tone
+from support.audio_llm import AUDIO_ID, AUDIO_TOKEN, LAYERS, build_pal, entry, open_gates, processor_of, tone
 from support.oracles import Row, oracle_logits
 from transformers import StaticCache
 
@@ -11,7 +11,7 @@ from palkernels.model.pal.clips import Clips
 
 # transformers computes norms in float32.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-TEXTS = [f"hear {AUDIO}: what?", f"{AUDIO} or {AUDIO}, then", "no sound"]
+TEXTS = [f"hear {AUDIO_TOKEN}: what?", f"{AUDIO_TOKEN} or {AUDIO_TOKEN}, then", "no sound"]
 
 
 def clips():
@@ -130,7 +130,7 @@ def test_summary_tokens(layers):
 @pytest.mark.parametrize("integration", ["lal", "plits"])
 def test_lfst_joins_two_encoders(integration):
     model = build_pal(entry(["sslam", "clap"], integration, "lfst"))
-    batch = batch_of(model, [f"{AUDIO}?"], [tone(seconds=0.2)])
+    batch = batch_of(model, [f"{AUDIO_TOKEN}?"], [tone(seconds=0.2)])
     with torch.no_grad():
         pair = tuple(tower(x) for tower, x in zip(model.audio_tower, batch["input_features"], strict=True))
         assert batch["audio_lengths"].tolist() == [[16, 2]]
@@ -144,7 +144,7 @@ def test_lfst_joins_two_encoders(integration):
 
 def test_projections_per_layer():
     model = build_pal(entry("clap"), dtype=torch.float64, layers=[0, 2], projection="per_layer")
-    batch = batch_of(model, [f"{AUDIO} what?"], [tone()])
+    batch = batch_of(model, [f"{AUDIO_TOKEN} what?"], [tone()])
     assert sorted(model.layer_projector) == ["0", "2"]
     with torch.no_grad():
         (tokens,) = encoded(model, batch)
@@ -201,7 +201,7 @@ def test_several_clips_of_any_length(entries):
     """Rows whose clips fill them unevenly, one clip twice, texts in any order of clips."""
     model = build_any(entries)
     short, middle, long = tone(seconds=0.02), tone(200, 0.1), tone(300, 0.3)
-    texts = [f"{AUDIO}a{AUDIO}", f"b{AUDIO}{AUDIO}c{AUDIO}", f"{AUDIO} d"]
+    texts = [f"{AUDIO_TOKEN}a{AUDIO_TOKEN}", f"b{AUDIO_TOKEN}{AUDIO_TOKEN}c{AUDIO_TOKEN}", f"{AUDIO_TOKEN} d"]
     audio = [[short, middle], [long, short, long], [middle]]
     batch = dict(processor_of(model)(texts, audio, 16_000))
     assert len(batch["audio_lengths"]) == 3
@@ -215,7 +215,7 @@ def test_several_clips_of_any_length(entries):
 def test_texts_share_a_clip():
     """It is encoded once; what each text computes is as with a clip of its own."""
     model = build_pal(entry("whisper", "plits"), entry("sslam"), dtype=torch.float64)
-    texts, clip = [f"what is {AUDIO}?", f"{AUDIO} when?"], tone()
+    texts, clip = [f"what is {AUDIO_TOKEN}?", f"{AUDIO_TOKEN} when?"], tone()
     shared = batch_of(model, texts, [clip, clip])
     own = batch_of(model, texts, [clip, clip.clone()])
     assert (len(shared["audio_lengths"]), len(own["audio_lengths"])) == (1, 2)
@@ -226,7 +226,7 @@ def test_texts_share_a_clip():
 @pytest.mark.parametrize("integration", ["lal", "plits"])
 def test_one_clip_per_text_needs_no_index(integration):
     model = build_pal(entry("whisper", integration))
-    batch = batch_of(model, [f"a{AUDIO}b", f"bc{AUDIO}"], [tone(), tone(200)])
+    batch = batch_of(model, [f"a{AUDIO_TOKEN}b", f"bc{AUDIO_TOKEN}"], [tone(), tone(200)])
     with torch.no_grad():
         want = model(**batch).logits
         plain = {**batch, "audio_index": None, "insert_at": batch["insert_at"][:, 0]}
@@ -237,7 +237,7 @@ def test_one_clip_per_text_needs_no_index(integration):
 
 def test_labels_of_placeholders_do_not_count():
     model = build_pal(entry("whisper", "plits"))
-    batch = batch_of(model, [f"a {AUDIO} b", f"{AUDIO} c"], [tone(), tone(200)])
+    batch = batch_of(model, [f"a {AUDIO_TOKEN} b", f"{AUDIO_TOKEN} c"], [tone(), tone(200)])
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     with torch.no_grad():
         found = model(**batch, labels=labels)
@@ -287,9 +287,9 @@ def test_a_conversation_goes_on_with_its_cache(entries):
     model = build_any(entries)
     first, second = tone(), tone(300, 0.06)
     settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
-    start = batch_of(model, [f"one {AUDIO}?"], [first])
+    start = batch_of(model, [f"one {AUDIO_TOKEN}?"], [first])
     begun = model.generate(**start, **settings, return_dict_in_generate=True)
-    more = batch_of(model, [f"one {AUDIO}?{AUDIO} two?"], [first, second])
+    more = batch_of(model, [f"one {AUDIO_TOKEN}?{AUDIO_TOKEN} two?"], [first, second])
     prompt = start["input_ids"].shape[1]
     # The answer's tokens, as they are, between the first question and the second.
     answer = begun.sequences[:, prompt:]

@@ -5,7 +5,17 @@ import json
 
 import pytest
 import torch
-from support.audio_llm import AUDIO, AUDIO_ID, TOKENIZER, build_pal, entry, open_gates, processor_of, text_config, tone
+from support.audio_llm import (
+    AUDIO_ID,
+    AUDIO_TOKEN,
+    TOKENIZER,
+    build_pal,
+    entry,
+    open_gates,
+    processor_of,
+    text_config,
+    tone,
+)
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -17,8 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from palkernels.model import LalConfig, PalConfig, PalForConditionalGeneration, attach
-from palkernels.model.encoders.towers import TOWERS
+from palkernels.model import TOWERS, LalConfig, PalConfig, PalForConditionalGeneration, attach
 
 KINDS = {
     "lal": ([entry("sslam")], {}),
@@ -35,7 +44,7 @@ def logits(model, batch):
         return model(**batch).logits
 
 
-def batch_of(model, texts=(f"hear {AUDIO}: what?", f"{AUDIO} then"), audio=None, **settings):
+def batch_of(model, texts=(f"hear {AUDIO_TOKEN}: what?", f"{AUDIO_TOKEN} then"), audio=None, **settings):
     return dict(processor_of(model)(list(texts), audio or [tone(), tone(300)], 16_000, **settings))
 
 
@@ -59,7 +68,7 @@ def test_a_saved_model_is_the_same_to_the_bit(kind, tmp_path):
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert [name for name, parameter in again.named_parameters() if parameter.requires_grad] == trained
     assert AutoConfig.from_pretrained(tmp_path).to_dict()["encoders"] == model.config.encoders
-    texts = [f"hear {AUDIO}: what?", f"{AUDIO} then"]
+    texts = [f"hear {AUDIO_TOKEN}: what?", f"{AUDIO_TOKEN} then"]
     found = AutoProcessor.from_pretrained(tmp_path)(texts, [tone(), tone(300)], 16_000)
     assert torch.equal(found["input_ids"], batch["input_ids"])
     assert torch.equal(found["audio_lengths"], batch["audio_lengths"])
@@ -256,7 +265,7 @@ class Sounds(torch.utils.data.Dataset):
 
     def __init__(self, model):
         sounds = [tone(150 * (i + 2)) for i in range(10)]
-        found = processor_of(model)([f"{AUDIO}is {'abcdefghij'[i]}" for i in range(10)], sounds, 16_000)
+        found = processor_of(model)([f"{AUDIO_TOKEN}is {'abcdefghij'[i]}" for i in range(10)], sounds, 16_000)
         del found["audio_index"]  # text i hears clip i
         found["labels"] = found["input_ids"].clone()
         found["labels"][:, :-1] = -100
@@ -308,7 +317,7 @@ def test_the_trainer_with_texts_and_clips(tmp_path):
     """The processor as collator; rows without audio; checkpointed layers; a checkpoint is a whole model."""
     model = build_pal(entry("whisper", "plits"), entry("sslam"))
     processor = processor_of(model)
-    rows = [{"text": f"{AUDIO}is a", "clips": [tone()]}, {"text": "none", "clips": []}] * 2
+    rows = [{"text": f"{AUDIO_TOKEN}is a", "clips": [tone()]}, {"text": "none", "clips": []}] * 2
 
     def collate_texts(rows):
         texts, clips = [row["text"] for row in rows], [row["clips"] for row in rows]
@@ -326,7 +335,7 @@ def test_the_trainer_with_texts_and_clips(tmp_path):
     assert losses[1] < losses[0]
     saved = tmp_path / "checkpoint-2"
     again, processor = AutoModelForMultimodalLM.from_pretrained(saved), AutoProcessor.from_pretrained(saved)
-    batch = processor([f"{AUDIO}is"], [tone()], 16_000)
+    batch = processor([f"{AUDIO_TOKEN}is"], [tone()], 16_000)
     assert torch.equal(logits(again, batch), logits(model.eval(), batch))
 
 
