@@ -6,8 +6,8 @@
     connectors/    from an encoder's states to the language model's width
     pal/           the whole audio LLM: config, model, processor
 
-``from palkernels.model import attach`` loads no encoder, no connector and no audio LLM. Still, importing this package is
-enough for transformers' Auto classes to load a saved audio LLM, model type "pal": :mod:`palkernels.model.auto` gives
+``from palkernels.model import attach`` loads no encoder, no connector and no audio LLM. Yet ``import palkernels.model``
+is enough for transformers' Auto classes to load a saved audio LLM, model type "pal": :mod:`palkernels.model.auto` gives
 them stand-ins, which load :mod:`palkernels.model.pal` when a saved model needs it.
 """
 

@@ -20,7 +20,10 @@ CONNECTOR_SETTINGS = {
     "lfst": {"width": 16, "num_heads": 2, "depth": 1},
 }
 LAYERS = 3
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # transformers computes norms in float32
 TOKENIZER = byte_tokenizer()
+# One clip, two, none.
+TEXTS = [f"hear {AUDIO_TOKEN}: what?", f"{AUDIO_TOKEN} or {AUDIO_TOKEN}, then", "no sound"]
 AUDIO_ID = TOKENIZER.convert_tokens_to_ids(AUDIO_TOKEN)
 
 
@@ -30,6 +33,25 @@ def entry(tower_type, integration="lal", connector="mlp"):
     config = [TOWER_SETTINGS[name] for name in tower_type] if several else TOWER_SETTINGS[tower_type]
     settings = {"type": connector, "config": CONNECTOR_SETTINGS[connector]}
     return {"type": tower_type, "config": config, "integration": integration, "connector": settings}
+
+
+# By name: entries whose audio enters in one way, or in two at once.
+MIXED = {
+    "lal": [entry("whisper")],
+    "plits": [entry("whisper", "plits")],
+    "plits+lal": [entry("whisper", "plits"), entry("sslam")],
+    "plits+flamingo": [entry("whisper", "plits"), entry("sslam", "flamingo")],
+    "lal+lal": [entry("clap", "lal", "qformer"), entry("whisper")],
+}
+# Every way for audio to enter: the entries of a config, and its other settings.
+INTEGRATIONS = {
+    "lal": ([entry("sslam")], {}),
+    "plits": ([entry("sslam", "plits")], {}),
+    "plits+lal": ([entry("whisper", "plits"), entry("sslam")], {}),
+    "flamingo": ([entry("sslam", "flamingo")], {"flamingo": {"every": 1, "ffn_multiplier": 1}}),
+    "lfst": ([entry(["sslam", "clap"], "lal", "lfst")], {}),
+    "summary": ([entry("sslam")], {"summary_tokens": 2, "projection": "per_layer"}),
+}
 
 
 def text_config(family="llama", **changes):
@@ -58,8 +80,33 @@ def open_gates(model):
     return model
 
 
+def build_mixed(name):
+    """One of MIXED in float64, its gates open if it has any."""
+    settings = {"flamingo": {"every": 2}} if "flamingo" in name else {}
+    return open_gates(build_pal(*MIXED[name], dtype=torch.float64, **settings))
+
+
 def processor_of(model, **settings):
     return PalProcessor.from_config(TOKENIZER, model.config, **settings)
+
+
+def batch_of(model, texts=TEXTS, audio=None, **settings):
+    """A batch of texts, by default of TEXTS with a clip for each of their audio tokens."""
+    return dict(processor_of(model)(texts, three_clips() if audio is None else audio, 16_000, **settings))
+
+
+def batch_of_two(model):
+    """A batch of two texts with a clip each."""
+    return batch_of(model, [f"hear {AUDIO_TOKEN}: what?", f"{AUDIO_TOKEN} then"], [tone(), tone(300)])
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def three_clips():
+    return [tone(), tone(300, 0.04), tone(700, 0.07)]
 
 
 def tone(hertz=440.0, seconds=0.1, rate=16_000):

@@ -100,7 +100,7 @@ def test_tags_behind_the_audio_are_not_audio(tmp_path: Path) -> None:
 
 
 def test_streamed_wav_without_a_length(tmp_path: Path) -> None:
-    """A program that writes into a pipe cannot go back to fill in the lengths: this is no file cut short."""
+    """A program that writes into a pipe cannot go back to fill in the lengths: such a file is not cut short."""
     path = write(tmp_path / "a", sine())
     data = bytearray(path.read_bytes())
     assert data[36:40] == b"data"

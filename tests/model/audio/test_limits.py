@@ -1,4 +1,4 @@
-"""The bounds on samples and rates, by whatever way audio comes."""
+"""Bounds on samples and rates: one for files, arrays and features."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Sampling rates: frequencies and amplitudes stay, and blocks do not show."""
+"""Resampling: frequencies and amplitudes stay, and blocks do not show."""
 
 import math
 from pathlib import Path

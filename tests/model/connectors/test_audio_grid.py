@@ -13,7 +13,7 @@ from palkernels.model.connectors.audio_grid import CLAP_GRID, SSLAM_GRID, AudioG
 
 @pytest.mark.parametrize(("grid", "scale"), [(SSLAM_GRID, "kaldi"), (CLAP_GRID, "slaney")])
 def test_band_edges_are_those_of_the_filters(grid, scale):
-    """Between the centres of neighbouring filters, from transformers' own mel scales."""
+    """Bands meet between the centres of neighbouring filters, by transformers' mel scales."""
     ends = [float(hertz_to_mel(hertz, mel_scale=scale)) for hertz in (grid.low_hz, grid.high_hz)]
     centres = torch.linspace(*ends, grid.mel_bins + 2, dtype=torch.float64)[1:-1]
     wide = grid.mel_bins // grid.freq
@@ -25,7 +25,7 @@ def test_band_edges_are_those_of_the_filters(grid, scale):
 
 
 def test_grids_are_those_of_the_feature_extractors():
-    """What the two encoders are fed: mel bins, band limits and seconds of their feature extractors in transformers."""
+    """Mel bins, band limits and seconds agree with the feature extractors in transformers."""
     clap, sslam = ClapFeatureExtractor(frequency_min=50), ASTFeatureExtractor()
     assert (CLAP_GRID.mel_bins, CLAP_GRID.high_hz) == (clap.mel_filters_slaney.shape[1], clap.frequency_max)
     assert CLAP_GRID.seconds == clap.nb_max_samples / clap.sampling_rate
@@ -36,7 +36,7 @@ def test_grids_are_those_of_the_feature_extractors():
 
 
 def test_default_cells_see_what_covers_them():
-    """64 x 8 cells: each its own SSLAM token, and the CLAP token of its seconds and hertz, worked out here."""
+    """Each of 64 x 8 cells sees its own SSLAM token, and the CLAP token of its seconds and hertz, worked out here."""
     assert seen_tokens(SSLAM_GRID, SSLAM_GRID) == [[i] for i in range(512)]
     found = seen_tokens(SSLAM_GRID, CLAP_GRID)
     # CLAP's two bands meet between its 32nd and 33rd filter: by Slaney's scale at 2292 Hz.
@@ -54,7 +54,7 @@ def test_default_cells_see_what_covers_them():
 
 
 def test_finer_tokens_fall_into_one_cell_each():
-    """Twice as fine along time and four times along frequency: windows of 8 that share nothing and miss nothing."""
+    """Tokens twice as fine in time and four times in frequency: windows of 8 share nothing and miss nothing."""
     found = seen_tokens(COARSE, FINE)
     assert [len(tokens) for tokens in found] == [8] * 12
     assert sorted(token for tokens in found for token in tokens) == list(range(96))

@@ -12,7 +12,7 @@ from palkernels.model.connectors.audio_grid import AudioGrid
 
 @pytest.mark.parametrize("name", CONNECTORS)
 def test_config_rebuilds_it(name: str) -> None:
-    """Through JSON: one of the same shape, which takes the weights."""
+    """A config that went through JSON makes a connector of the same shape, which takes the weights."""
     grids = (AudioGrid(4, 2, 1.0, 8, 0.0, 4_000.0), AudioGrid(3, 4, 1.5, 16, 50.0, 8_000.0, "slaney"))
     connector: Connector = {
         "mlp": MlpConnector(6, 10),
@@ -31,7 +31,7 @@ def test_config_rebuilds_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "qformer"])
 def test_connect_refuses(name: str) -> None:
-    """What does not fit is named, by every connector of one encoder alike."""
+    """Every connector of one encoder refuses what does not fit, in the same words."""
     connector: Connector = MlpConnector(6, 10) if name == "mlp" else small_qformer().float()
     states = torch.randn(2, 3, 6)
     with pytest.raises(TypeError, match=r"^states must be one tensor, got a tuple of 2$"):

@@ -10,7 +10,7 @@ from palkernels.model.connectors.audio_grid import cell_windows
 
 
 def by_hand(connector, states, lengths):
-    """The connector's result for one row, cell by cell and head by head, in valid time steps only."""
+    """The connector's result for one clip, cell by cell and head by head, in valid time steps only."""
     grid = connector.grids[0]
     steps = grid.time if lengths is None else int(lengths) // grid.freq
     weights = dict(connector.named_parameters())
@@ -27,7 +27,7 @@ def by_hand(connector, states, lengths):
         x = linear(f"encoder_projections.{i}.2", gelu(linear(f"encoder_projections.{i}.0", x)))
         encoded.append(norm(f"encoder_projections.{i}.3", x))
     mean = encoded[0][: steps * grid.freq].mean(dim=0)
-    heads, rows = connector.config["num_heads"], []
+    heads, out = connector.config["num_heads"], []
     windows = [seen_tokens(grid, other) for other in connector.grids]
     slots = [cell_windows(grid, other)[1] for other in connector.grids]
     for t in range(steps):
@@ -54,9 +54,9 @@ def by_hand(connector, states, lengths):
                     gathered.append(sum(s * value[h] for s, value in zip(share, values, strict=True)))
                 hidden = norm(f"{at}.norm", hidden + linear(f"{at}.attended", torch.cat(gathered)))
                 token = token + linear(f"{at}.mlp.2", gelu(linear(f"{at}.mlp.0", hidden)))
-            rows.append(linear("projection.linear_2", gelu(linear("projection.linear_1", token))))
-        rows.append(connector.newline)
-    return torch.stack(rows)
+            out.append(linear("projection.linear_2", gelu(linear("projection.linear_1", token))))
+        out.append(connector.newline)
+    return torch.stack(out)
 
 
 PAIRS = {"finer": (COARSE, FINE), "ragged": (COARSE, FINE_IN_TIME), "coarser": (FINE, COARSE), "one": (COARSE,)}
@@ -79,9 +79,9 @@ def test_against_a_loop_over_cells(pair):
     connected, valid = connector.connect(states, lengths)
     assert connected.shape == (3, time * (freq + 1), 9)
     assert valid.tolist() == [time * (freq + 1), 2 * (freq + 1), 0]
-    for row in range(2):
-        want = by_hand(connector, [x[row] for x in states], lengths[row])
-        torch.testing.assert_close(connected[row, : valid[row]], want, rtol=0, atol=1e-10)
+    for clip in range(2):
+        want = by_hand(connector, [x[clip] for x in states], lengths[clip])
+        torch.testing.assert_close(connected[clip, : valid[clip]], want, rtol=0, atol=1e-10)
     whole, nothing = connector.connect(states)
     assert nothing is None
     torch.testing.assert_close(whole[0], connected[0], rtol=0, atol=1e-12)
@@ -89,7 +89,7 @@ def test_against_a_loop_over_cells(pair):
 
 
 def test_default_sizes():
-    """512 SSLAM and 64 CLAP tokens become 512 cells and 64 newlines, a clip of 12 steps 108 states."""
+    """512 SSLAM and 64 CLAP tokens become 512 cells and 64 newlines; a clip of 12 steps has 108 valid states."""
     connector = LfstConnector((768, 768), 24, width=16, num_heads=2, depth=1)
     connected, lengths = connector.connect((torch.randn(1, 512, 768), torch.randn(1, 64, 768)), torch.tensor([96]))
     assert connected.shape == (1, 576, 24)
@@ -97,7 +97,7 @@ def test_default_sizes():
 
 
 def test_does_not_depend_on_padding():
-    """Neither what is valid nor a gradient does, whatever the padding holds."""
+    """Valid states and gradients are the same whatever the padding holds."""
     connector, states = connector_of((FINE, COARSE))
     lengths = torch.tensor([36, 96, 12])
     grads = []
@@ -105,7 +105,7 @@ def test_does_not_depend_on_padding():
         sslam = states[0].clone()
         sslam[0, 36:], sslam[2, 12:] = padding, padding
         connected, valid = connector.connect((sslam, states[1]), lengths)
-        kept = torch.cat([row[:n] for row, n in zip(connected, valid.tolist(), strict=True)])
+        kept = torch.cat([clip[:n] for clip, n in zip(connected, valid.tolist(), strict=True)])
         connector.zero_grad()
         kept.square().sum().backward()
         grads.append([kept.detach(), *(p.grad for p in connector.parameters())])
@@ -124,7 +124,7 @@ def test_gradients_reach_both_encoders_and_every_weight():
 
 
 def test_built_without_values():
-    """On the meta device the cells' tokens are known all the same, so that weights are all there is to load."""
+    """Built on the meta device the connector knows its cells' tokens all the same: only weights must be loaded."""
     connector, states = connector_of((COARSE, FINE))
     with torch.device("meta"):
         empty = LfstConnector(**connector.config)

@@ -1,4 +1,4 @@
-"""The MLP: Linear, GELU, Linear, of every position alike."""
+"""The MLP: Linear, GELU, Linear, the same for every position."""
 
 import pytest
 import torch

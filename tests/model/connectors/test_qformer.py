@@ -1,4 +1,4 @@
-"""The Q-Former against transformers' own, row by row and without padding."""
+"""The Q-Former against transformers' own, clip by clip and without padding."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 
 def test_is_blip2s_with_learnt_queries() -> None:
-    """Against transformers' Q-Former, row by row and unpadded, with this one's weights."""
+    """Each clip, without padding, gives what transformers' Q-Former gives with the same weights."""
     connector = small_qformer()
     config = Blip2QFormerConfig(
         hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, encoder_hidden_size=6
@@ -21,13 +21,13 @@ def test_is_blip2s_with_learnt_queries() -> None:
     assert connected.shape == (3, 5, 10)
     assert valid is not None
     assert valid.tolist() == [5, 5, 5]
-    for row, length in enumerate(lengths.tolist()):
-        gathered = model(query_embeds=connector.queries, encoder_hidden_states=states[row : row + 1, :length])
-        torch.testing.assert_close(connected[row], connector.projection(gathered.last_hidden_state)[0])
+    for clip, length in enumerate(lengths.tolist()):
+        gathered = model(query_embeds=connector.queries, encoder_hidden_states=states[clip : clip + 1, :length])
+        torch.testing.assert_close(connected[clip], connector.projection(gathered.last_hidden_state)[0])
 
 
 def test_does_not_depend_on_padding() -> None:
-    """Not on what it holds, NaN included, nor on how much there is; a row without audio is finite."""
+    """Neither the content of padding, NaN included, nor its length matters; an empty clip's states are finite."""
     connector = small_qformer()
     states, lengths = torch.randn(3, 9, 6, dtype=torch.float64), torch.tensor([4, 0, 9])
     connected, valid = connector.connect(states, lengths)

@@ -31,7 +31,7 @@ def checkpoint(whisper: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder() -> SslamEncoder:
-    """A small network of SSLAM's, every weight of which matters."""
+    """SSLAM's network, small, with norms and biases that matter."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         encoder = SslamEncoder(WIDTH, LAYERS, HEADS)

@@ -23,7 +23,7 @@ each = pytest.mark.parametrize("name", TOWERS)
 
 @each
 def test_batch_of_any_lengths_is_its_clips_alone(towers: dict[str, Tower], name: str) -> None:
-    """Shapes as promised, and a clip's valid states do not know what it was batched with."""
+    """States have the stated shapes, and a clip's valid states do not depend on its batch."""
     tower = towers[name]
     clips = [clip(samples, seed=samples) for samples in (70_000, 321, tower.features.max_samples)]
     input_features, lengths = tower.features(clips)
@@ -51,7 +51,7 @@ def test_computes_in_the_weights_dtype(towers: dict[str, Tower], name: str) -> N
 
 @each
 def test_refuses_features_of_another_shape(towers: dict[str, Tower], name: str) -> None:
-    """Say, another encoder's."""
+    """Features of another shape, such as another encoder's, are refused."""
     for shape in [(1, 10), (2, *towers[name].features.shape[:-1], 7), towers[name].features.shape[1:]]:
         with pytest.raises(
             ValueError, match=rf"^input_features must have shape \(B, .*\), got {re.escape(str(shape))}"
@@ -61,7 +61,7 @@ def test_refuses_features_of_another_shape(towers: dict[str, Tower], name: str) 
 
 @each
 def test_frozen_inside_a_model_that_trains(towers: dict[str, Tower], name: str) -> None:
-    """No gradients, evaluation mode; the states can be trained on."""
+    """A frozen tower has no gradients and stays in evaluation mode; a connector behind it trains."""
     tower = towers[name]
     outer = nn.ModuleDict({"tower": tower, "connector": nn.Linear(WIDTHS[name], 4)}).train()
     assert outer["connector"].training
@@ -78,7 +78,7 @@ def test_frozen_inside_a_model_that_trains(towers: dict[str, Tower], name: str) 
 
 @each
 def test_trainable_if_asked(name: str) -> None:
-    """Gradients for its weights, and the mode of the model around it."""
+    """An unfrozen tower has gradients and follows the mode of the model around it."""
     tower = TOWERS[name](**SMALL_TOWERS[name], freeze=False)
     nn.ModuleDict({"tower": tower}).train()
     assert all(module.training for module in tower.modules())
@@ -90,7 +90,7 @@ def test_trainable_if_asked(name: str) -> None:
 
 @each
 def test_seed_decides_the_weights(towers: dict[str, Tower], name: str) -> None:
-    """Whatever the global random state is, which stays as it was."""
+    """The global random state does not matter, and stays as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(1234)
         before = torch.get_rng_state(), numpy.random.get_state()[1].copy()
@@ -102,7 +102,7 @@ def test_seed_decides_the_weights(towers: dict[str, Tower], name: str) -> None:
 
 
 def test_defaults_are_the_published_sizes() -> None:
-    """Whisper tiny, LAION's HTSAT-tiny, SSLAM base; `WHISPER_SIZES` are arguments."""
+    """The defaults are Whisper tiny, LAION's HTSAT-tiny and SSLAM base; `WHISPER_SIZES` holds arguments."""
     with torch.device("meta"):
         sizes = {name: sum(weight.numel() for weight in TOWERS[name]().parameters()) for name in TOWERS}
         large = WhisperTower(**WHISPER_SIZES["large-v3"])
@@ -116,7 +116,7 @@ def test_defaults_are_the_published_sizes() -> None:
 
 @each
 def test_round_trip_through_config_and_state_dict(name: str) -> None:
-    """JSON and tensors are all there is of a tower; without weights, its features."""
+    """A JSON config and a state dict make the same tower; the config alone makes the same features."""
     tower = TOWERS[name](**SMALL_TOWERS[name], seed=5, freeze=False).eval()
     config = json.loads(json.dumps(tower.config))
     assert config == tower.config
@@ -131,7 +131,7 @@ def test_round_trip_through_config_and_state_dict(name: str) -> None:
 
 @each
 def test_without_memory_under_meta(towers: dict[str, Tower], name: str) -> None:
-    """As large models are built before they are filled."""
+    """A tower can be built without memory and then filled, as large models are."""
     with torch.device("meta"):
         tower = TOWERS[name](**SMALL_TOWERS[name])
     assert all(tensor.is_meta for tensor in weights(tower).values())
@@ -161,7 +161,7 @@ class Outer(PreTrainedModel):
 
 @each
 def test_inside_a_transformers_model(towers: dict[str, Tower], tmp_path: Path, name: str) -> None:
-    """Its initialisation leaves the tower's weights alone; save_pretrained and from_pretrained keep them."""
+    """The model's initialisation leaves the tower's weights alone; save_pretrained and from_pretrained keep them."""
     outer = Outer(OuterConfig(name, {**SMALL_TOWERS[name], "seed": 0}))
     assert equal(weights(outer.audio_tower), weights(towers[name]))
     outer.audio_tower.load_state_dict(TOWERS[name](**SMALL_TOWERS[name], seed=3).state_dict())
@@ -174,7 +174,7 @@ def test_inside_a_transformers_model(towers: dict[str, Tower], tmp_path: Path, n
 
 @pytest.mark.parametrize("name", ["whisper", "clap"])
 def test_checkpoint_tower_is_frozen_or_not_and_rebuilds(tmp_path: Path, name: str) -> None:
-    """As one with random weights."""
+    """A tower of a checkpoint freezes and rebuilds as one with random weights does."""
     {"whisper": whisper_checkpoint, "clap": clap_checkpoint}[name](tmp_path)
     tower = TOWERS[name].from_checkpoint(str(tmp_path))
     tower.train()
@@ -187,7 +187,7 @@ def test_checkpoint_tower_is_frozen_or_not_and_rebuilds(tmp_path: Path, name: st
 
 
 def test_refuses_another_models_checkpoint(tmp_path: Path) -> None:
-    """And pickled weights."""
+    """A checkpoint of another model is refused, and so are pickled weights."""
     whisper_checkpoint(tmp_path / "whisper")
     with pytest.raises(ValueError, match=r"must hold a CLAP model, got model_type 'whisper'$"):
         ClapTower.from_checkpoint(tmp_path / "whisper")
@@ -217,7 +217,7 @@ def test_refuses_another_models_checkpoint(tmp_path: Path) -> None:
     ],
 )
 def test_constructor_arguments(name: str, settings: dict[str, Any], message: str) -> None:
-    """Refused in one line."""
+    """Wrong arguments are refused in one line."""
     with pytest.raises(ValueError, match=f"^{re.escape(message)}") as caught:
         TOWERS[name](**settings)
     assert len(str(caught.value).splitlines()) == 1

@@ -44,7 +44,7 @@ def test_order_is_time_then_frequency(towers: dict[str, Tower]) -> None:
 
 @pytest.mark.parametrize("kind", [ClapModel, ClapAudioModel, ClapAudioModelWithProjection])
 def test_checkpoint_layouts(tmp_path: Path, kind: Any) -> None:
-    """The whole model, or its audio half with or without the projection; float16 becomes float32."""
+    """The whole model loads, and its audio half with or without the projection; float16 becomes float32."""
     clap_checkpoint(tmp_path, kind)
     tower = ClapTower.from_checkpoint(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
@@ -70,7 +70,7 @@ def test_checkpoint_layouts(tmp_path: Path, kind: Any) -> None:
     ],
 )
 def test_refuses_a_config_that_does_not_fit(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-    """Fusion and other geometries too: their states would be others."""
+    """Fusion and other geometries are refused too: their states would mean something else."""
     clap_checkpoint(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())

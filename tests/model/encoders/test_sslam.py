@@ -20,7 +20,7 @@ def spectrogram(batch: int, seed: int = 0) -> Tensor:
 
 
 def restated(state: dict[str, Tensor], spectrogram: Tensor, heads: int) -> Tensor:
-    """The definition, from the tensors' published names, in the state's dtype."""
+    """The network's definition, from the tensors' published names, in the state's dtype."""
 
     def norm(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
@@ -53,7 +53,7 @@ def restated(state: dict[str, Tensor], spectrogram: Tensor, heads: int) -> Tenso
 
 
 def test_network_is_the_definition_in_float64(encoder: SslamEncoder) -> None:
-    """Patches, positions, CLS, post-norm blocks."""
+    """Patches, positions, CLS and post-norm blocks are exact in float64."""
     double = SslamEncoder(WIDTH, LAYERS, HEADS).double().eval()
     state = {name: tensor.double() for name, tensor in encoder.state_dict().items()}
     state["fixed_positional_encoder.positions"] = by_formula(WIDTH)[None]
@@ -63,7 +63,7 @@ def test_network_is_the_definition_in_float64(encoder: SslamEncoder) -> None:
 
 
 def test_network_in_float32(encoder: SslamEncoder) -> None:
-    """Close to the definition, CLS before 512 tokens."""
+    """float32 is close to the definition, with CLS before 512 tokens."""
     x = spectrogram(1, seed=1)
     state = {name: tensor.double() for name, tensor in encoder.state_dict().items()}
     states = encoder(x)
@@ -72,7 +72,7 @@ def test_network_in_float32(encoder: SslamEncoder) -> None:
 
 
 def test_token_stands_on_its_patch() -> None:
-    """Token 8 * t + f reads frames 16t.. and bins 16f..; seen where no block mixes them."""
+    """Token 8 * t + f reads 16 frames from 16 t and 16 bins from 16 f, as the blocks' input shows."""
     encoder = SslamEncoder(WIDTH, 1, HEADS)
     patches: list[Tensor] = []
     encoder.pre_norm.register_forward_pre_hook(lambda module, inputs: patches.append(inputs[0]))
@@ -102,13 +102,13 @@ def test_published_size() -> None:
     ],
 )
 def test_sizes(sizes: tuple[Any, Any, Any], message: str) -> None:
-    """Refused before anything is built."""
+    """Wrong sizes are refused before anything is built."""
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         SslamEncoder(*sizes)
 
 
 def test_states_leave_cls_out_unless_asked(towers: dict[str, Tower]) -> None:
-    """With it, it comes first and counts as valid."""
+    """With CLS, it comes first and counts as valid."""
     tower = towers["sslam"]
     with_cls = SslamTower(**SMALL_TOWERS["sslam"], with_cls=True)
     input_features, lengths = tower.features([clip(50_000)])
@@ -121,7 +121,7 @@ def test_states_leave_cls_out_unless_asked(towers: dict[str, Tower]) -> None:
 
 
 def test_tower_of_a_checkpoint(tmp_path: Path) -> None:
-    """A tower's own weights, as the Hugging Face port would hold them."""
+    """A tower takes the weights of a file with the Hugging Face port's names."""
     tower = SslamTower(hidden_size=64, num_layers=1, num_heads=1, seed=4)
     save_file(
         {f"model.{name}": tensor for name, tensor in tower.encoder.state_dict().items()}, tmp_path / "a.safetensors"

@@ -15,7 +15,7 @@ State = dict[str, Any]
 
 
 def port(state: State, finetuned: bool = False) -> State:
-    """The Hugging Face ports of EAT and SSLAM: positions for 768 steps of time."""
+    """The layout of the Hugging Face ports of EAT and SSLAM, with positions for 768 steps of time."""
     width = state["extra_tokens"].shape[-1]
     published = {f"model.{name}": tensor for name, tensor in state.items()}
     published["model.fixed_positional_encoder.positions"] = by_formula(width, 768)[None].float()
@@ -26,7 +26,7 @@ def port(state: State, finetuned: bool = False) -> State:
 
 
 def fairseq(state: State, finetuned: bool = False) -> State:
-    """data2vec-multi's names, with what pretraining leaves: a decoder, projections; or a classifier around it."""
+    """fairseq's layout: its names, and a decoder and projections from pretraining, or a classifier around it."""
     width = state["extra_tokens"].shape[-1]
     published = {}
     for name, tensor in state.items():
@@ -56,7 +56,7 @@ def stored(state: State, path: Path) -> Path:
 
 
 def same(loaded: SslamEncoder, encoder: SslamEncoder) -> bool:
-    """All weights equal; positions, which two programs computed, nearly."""
+    """Whether all weights are equal; positions, which two programs computed, need only be close."""
     ours, theirs = encoder.state_dict(), loaded.state_dict()
     assert all(tensor.dtype == torch.float32 for tensor in theirs.values())
     positions = "fixed_positional_encoder.positions"
@@ -67,7 +67,7 @@ def same(loaded: SslamEncoder, encoder: SslamEncoder) -> bool:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("container", ["directory", "safetensors", "pt"])
 def test_published_layouts(tmp_path: Path, encoder: SslamEncoder, layout: str, container: str) -> None:
-    """Each gives the encoder that it was made from, from each container."""
+    """Each layout, in each container, gives the encoder that it was made from."""
     state = LAYOUTS[layout](encoder.state_dict())
     if container == "pt":
         path = tmp_path / "checkpoint_last.pt"
@@ -83,7 +83,7 @@ def test_published_layouts(tmp_path: Path, encoder: SslamEncoder, layout: str, c
 
 
 def test_half_precision_and_bare_state_dict(tmp_path: Path, encoder: SslamEncoder) -> None:
-    """Loaded as float32, rounded positions and all."""
+    """float16 weights load as float32, although their positions are rounded."""
     path = tmp_path / "half.pth"
     torch.save({name: tensor.half() for name, tensor in port(encoder.state_dict()).items()}, path)
     loaded = load_sslam(path)
@@ -92,7 +92,7 @@ def test_half_precision_and_bare_state_dict(tmp_path: Path, encoder: SslamEncode
 
 
 def test_heads_are_those_of_the_config(tmp_path: Path, encoder: SslamEncoder) -> None:
-    """And 64 wide without one."""
+    """Without a config heads are 64 wide, as `test_published_layouts` shows."""
     path = stored(port(encoder.state_dict()), tmp_path / "model.safetensors").parent
     settings = {"model_type": "eat", "num_heads": 4, "norm_eps": 1e-06, "patch_size": 16, "layer_norm_first": False}
     (path / "config.json").write_text(json.dumps(settings))
@@ -110,7 +110,7 @@ def refusal(path: Path) -> str:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_refuses_missing_and_unexpected_tensors(tmp_path: Path, encoder: SslamEncoder, layout: str) -> None:
-    """All counted, the first ones named."""
+    """The error counts all of them and names the first ones."""
     state = LAYOUTS[layout](encoder.state_dict())
     for name in [name for name in state if "blocks.1.mlp" in name and "decoder" not in name]:
         del state[name]
@@ -152,7 +152,7 @@ def test_refuses_missing_and_unexpected_tensors(tmp_path: Path, encoder: SslamEn
     ids=["shape", "short positions", "other grid", "integers", "no CLS", "width", "twice"],
 )
 def test_refuses_tensors_that_do_not_fit(tmp_path: Path, encoder: SslamEncoder, change: State, message: str) -> None:
-    """Before anything runs on them."""
+    """Tensors that do not fit are refused before anything runs on them."""
     assert refusal(stored(port(encoder.state_dict()) | change, tmp_path / "x.safetensors")).startswith(message)
 
 
@@ -167,7 +167,7 @@ def test_refuses_tensors_that_do_not_fit(tmp_path: Path, encoder: SslamEncoder, 
     ],
 )
 def test_refuses_a_config_of_another_network(tmp_path: Path, encoder: SslamEncoder, setting: Any, message: str) -> None:
-    """One whose weights would load and mean something else."""
+    """A config is refused if the weights would load and mean something else."""
     path = stored(port(encoder.state_dict()), tmp_path / "model.safetensors").parent
     (path / "config.json").write_text(json.dumps(setting))
     assert refusal(path).startswith(message)
@@ -188,7 +188,7 @@ def test_pickles_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, en
 
 
 def test_refuses_files_that_hold_no_weights(tmp_path: Path, encoder: SslamEncoder) -> None:
-    """In one line each."""
+    """Each is refused in one line."""
     assert refusal(tmp_path / "none").startswith("be an existing directory or file")
     assert refusal(tmp_path).startswith("hold safetensors weights, got ValueError: neither model.safetensors")
     junk = tmp_path / "junk.pt"

@@ -1,4 +1,4 @@
-"""Whisper: transformers' states of one window, and of a looped clip, pooled to the number asked for."""
+"""Whisper: transformers' states of a window, and those of a looped clip pooled to the number asked for."""
 
 import math
 import re
@@ -102,7 +102,7 @@ def test_default_device_does_not_reach_the_weights(tiny: WhisperAudioEncoder) ->
 
 
 def test_tower_gives_transformers_states(tmp_path: Path) -> None:
-    """Of a whole model's directory: its encoder on its extractor's features, 1500 states."""
+    """A tower from a whole model's directory gives the 1500 states that transformers gives."""
     model = whisper_checkpoint(tmp_path)
     tower = WhisperTower.from_checkpoint(tmp_path)
     waveform = clip(6.25)

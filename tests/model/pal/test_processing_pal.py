@@ -22,7 +22,7 @@ from palkernels.model.audio.waveforms import waveform
 
 @pytest.fixture(scope="module")
 def both():
-    """Whisper by PLITS, SSLAM by LAL."""
+    """The processor of a model with Whisper by PLITS and SSLAM by LAL."""
     return processor_of(build_pal(entry("whisper", "plits"), entry("sslam")))
 
 
@@ -93,7 +93,7 @@ def test_clips_for_each_text_or_in_one_list(both):
 
 
 def test_rates_and_kinds_of_clips(lal, tmp_path):
-    """Arrays, tensors and files of any rate are what load_audio makes of a file."""
+    """Arrays, tensors and files of any rate become what load_audio makes of a file."""
     sound = tone(seconds=0.3, rate=44_100).double() * 0.5
     write_wav(tmp_path / "a.wav", sound, 44_100)
     want = load_audio(tmp_path / "a.wav")
@@ -133,7 +133,7 @@ def test_chat(both, tmp_path):
 
 
 def test_a_beginning_is_not_added_twice(both, tmp_path):
-    """A tokenizer that begins every text with a token of its own, as Llama's does."""
+    """A tokenizer that begins every text with BOS, as Llama's does, begins no text with two."""
     TOKENIZER.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, bos_token="<s>")
     bos = tokenizer.bos_token_id
@@ -156,7 +156,7 @@ def test_a_beginning_is_not_added_twice(both, tmp_path):
 
 
 def test_a_text_that_begins_with_bos_gets_no_other(both):
-    """Each text for itself, whatever stands before it in the batch."""
+    """This holds for each text, whatever stands before it in the batch."""
     processor = copy.deepcopy(both)
     tokenizer = processor.tokenizer
     tokenizer.add_special_tokens({"bos_token": "<s>"})
@@ -217,7 +217,7 @@ def test_hostile_files(both, tmp_path):
 
 
 def test_hostile_clips_take_no_memory(tmp_path):
-    """What all of them add to the peak of a process that has heard one clip."""
+    """Refusing all of them adds little to the peak of a process that has processed one clip."""
     path = os.pathsep.join([str(Path(hostile.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     command, environment = [sys.executable, hostile.__file__], {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
