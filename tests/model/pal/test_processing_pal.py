@@ -218,8 +218,8 @@ def test_hostile_files(both, tmp_path):
 
 def test_hostile_clips_take_no_memory(tmp_path):
     """Refusing all of them adds little to the peak of a process that has processed one clip."""
-    path = os.pathsep.join([str(Path(hostile.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command, environment = [sys.executable, hostile.__file__], {**os.environ, "PYTHONPATH": path}
+    path = os.pathsep.join([str(Path(hostile.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command, environment = [sys.executable, "-m", "support.hostile"], {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "accepted" not in done.stdout
     assert int(done.stdout) < 256 * 2**20
