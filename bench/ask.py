@@ -4,47 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, TextStreamer
+from transformers import AutoModelForCausalLM, LlamaConfig, TextStreamer
 from transformers.utils import logging
 
 from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.experiments.settings import parse_device
-from palkernels.model import PalForConditionalGeneration, PalProcessor
-from palkernels.model.audio.files import AudioError
+from palkernels.model import AUDIO_TOKEN, AudioError, PalForConditionalGeneration, PalProcessor, byte_tokenizer
 
-__all__ = ["ask", "byte_tokenizer", "init"]
+__all__ = ["ask", "init"]
 
-PAD, END, AUDIO = "<|pad|>", "<|end|>", "<|AUDIO|>"
-MADE = "untrained.json"  # says of a directory that `init` made it
+UNTRAINED_FILE = "untrained.json"  # in a directory that `init` wrote
 UNTRAINED = "The weights of this model are random: its answer means nothing."
 WHISPER = {"d_model": 64, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 128}
+# Every message ends with the tokenizer's end of text, so that a trained answer would end there.
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
 
-def byte_tokenizer() -> Any:
-    """A tokenizer of bytes, which needs no file: one token per byte of UTF-8, and `PAD`, `END` and `AUDIO`."""
-    special = [PAD, END, AUDIO]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*special, *letters])}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
-    found.add_special_tokens({"additional_special_tokens": [AUDIO]})
-    return found
-
-
 def init(directory: Path, integration: str = "lal", seed: int = 0) -> None:
     """Write a small audio LLM with random weights: Llama of two layers, a Whisper encoder of one, an MLP between them.
 
     Raises:
-        UserError: the directory holds something, or the integration is unknown.
+        UserError: the directory holds something already, or the integration is unknown.
     """
     if integration not in ("lal", "plits"):
         raise UserError(f"--integration must be lal or plits, got {integration!r}")
@@ -66,35 +51,35 @@ def init(directory: Path, integration: str = "lal", seed: int = 0) -> None:
     torch.manual_seed(seed)
     entry = {"type": "whisper", "config": WHISPER, "integration": integration, "connector": {"type": "mlp"}}
     model = PalForConditionalGeneration.from_parts(
-        AutoModelForCausalLM.from_config(config), [entry], audio_token_id=tokenizer.convert_tokens_to_ids(AUDIO)
+        AutoModelForCausalLM.from_config(config), [entry], audio_token_id=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
     )
     model.save_pretrained(directory)
     PalProcessor.from_config(tokenizer, model.config, chat_template=TEMPLATE).save_pretrained(directory)
-    (directory / MADE).write_text(json.dumps({"weights": "random", "seed": seed}) + "\n")
+    (directory / UNTRAINED_FILE).write_text(json.dumps({"weights": "random", "seed": seed}) + "\n")
 
 
 def ask(directory: Path, audio: Path, question: str, max_new_tokens: int = 64, device: str = "cpu") -> None:
     """Print the answer of a saved model to a question about a sound, token by token.
 
     Raises:
-        UserError: the directory holds no such model, the file is refused, or there is no such device.
+        UserError: the directory holds no audio LLM, the file is refused, or there is no such device.
     """
     if not (directory / "config.json").is_file():
         raise UserError(f"--model must be a directory with a saved model, got {str(directory)!r}")
-    where = parse_device(device)
+    target = parse_device(device)
     logging.disable_progress_bar()
     try:
-        model = PalForConditionalGeneration.from_pretrained(directory, local_files_only=True).to(where).eval()
+        model = PalForConditionalGeneration.from_pretrained(directory, local_files_only=True).to(target).eval()
         processor = PalProcessor.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"--model must be a saved audio LLM, got {one_line(error)}") from error
     item = {"type": "audio", "path": audio}
     messages = [{"role": "user", "content": [item, {"type": "text", "text": question}]}]
     try:
-        inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True).to(where)
+        inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True).to(target)
     except (AudioError, ValueError) as error:
         raise UserError(one_line(error)) from error
-    if (directory / MADE).is_file():
+    if (directory / UNTRAINED_FILE).is_file():
         print(UNTRAINED)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(**inputs, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False)

@@ -42,7 +42,7 @@ from palkernels.bench.methods.methods import LEARNING_RATE, METHODS, MODES
 from palkernels.bench.report import document as results
 from palkernels.bench.report import html as report
 from palkernels.model.audio.files import load_audio
-from palkernels.model.connectors.base import MlpConnector
+from palkernels.model.connectors.mlp import MlpConnector
 from palkernels.model.encoders.whisper import WhisperAudioEncoder
 
 __all__ = ["FILES", "Options", "run"]

@@ -43,7 +43,7 @@ from palkernels.bench.methods.methods import DEFAULT_METHODS, LEVERS, METHODS, M
 from palkernels.bench.presets import LlmPlan, plan_llm
 from palkernels.bench.report import document as results
 from palkernels.bench.report import html as report
-from palkernels.model.connectors.base import MlpConnector
+from palkernels.model.connectors.mlp import MlpConnector
 
 __all__ = ["FILES", "OPTIMIZERS", "Options", "Simulation", "World", "run"]
 

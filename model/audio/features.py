@@ -1,7 +1,7 @@
 """What each encoder hears of a waveform: its spectrogram, and how many of its states stand on the clip.
 
-All three have one window of fixed length. A shorter clip is padded to it, as the encoder was trained; a longer one is
-refused, since what to do with the rest is the caller's to say. A clip's features do not depend on its batch.
+Every encoder has one window of fixed length. A shorter clip is padded to it, as the encoder was trained. A longer one
+is refused: what to do with the rest is for the caller to say. A clip's features do not depend on its batch.
 
     class             rate       window               states of a window
     WhisperFeatures   16 kHz     30 s                 1500, every 20 ms
@@ -15,45 +15,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import ClapFeatureExtractor, WhisperFeatureExtractor
 
-__all__ = ["ClapFeatures", "Features", "SslamFeatures", "WhisperFeatures", "checked_waveform"]
+from palkernels.model.audio.dependencies import import_audio_package
+from palkernels.model.audio.limits import checked_waveform
 
-MAX_AMPLITUDE = 2.0**31  # Far beyond audio. The spectrum of much larger samples overflows float32.
-
-
-def checked_waveform(waveform: Tensor, name: str, max_samples: int | None = None, sampling_rate: int = 1) -> Tensor:
-    """The clip as float32 on the CPU, if it is (samples,) of finite floats within 2**31; else a ValueError."""
-    if not isinstance(waveform, Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor, got {type(waveform).__name__}")
-    if waveform.ndim != 1:
-        raise ValueError(f"{name} must have shape (samples,), got {tuple(waveform.shape)}")
-    if not waveform.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {waveform.dtype}")
-    if waveform.numel() == 0:
-        raise ValueError(f"{name} must hold at least one sample, got none")
-    if max_samples is not None and waveform.numel() > max_samples:
-        window = f"the encoder's window of {max_samples / sampling_rate:g} s ({max_samples} samples)"
-        raise ValueError(f"{name} must fit {window}, got {waveform.numel()} samples")
-    clip = waveform.detach().to("cpu", torch.float32)
-    # Checked in float32, which a float64 sample may overflow and in which the bound is exact.
-    if not bool((clip.abs() <= MAX_AMPLITUDE).all()):  # false for NaN too
-        raise ValueError(f"{name} must be finite and within 2**31, got NaN, infinity or a larger sample")
-    return clip
+__all__ = ["ClapFeatures", "Features", "SslamFeatures", "WhisperFeatures"]
 
 
 class Features(ABC):
-    """Waveforms to an encoder's input. Call it with a list of clips.
+    """From waveforms to an encoder's input. Call it with a list of clips.
 
     Attributes:
         sampling_rate: Of the clips, in Hz.
         max_samples: The longest clip that is accepted: the encoder's window.
-        num_states: States the encoder gives for every clip, whatever its length.
-        shape: One clip's features; a batch's are (B, *shape).
+        num_states: States that the encoder gives for every clip, whatever its length.
+        shape: The shape of one clip's features; a batch has (B, *shape).
     """
 
     sampling_rate: ClassVar[int]
@@ -62,7 +43,7 @@ class Features(ABC):
     shape: tuple[int, ...]
 
     def __call__(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features of a batch, and how many states of each clip are valid: the first ones.
+        """Return the features of a batch, and how many states of each clip are valid: the first ones.
 
         Args:
             waveforms: Clips (samples,), any float dtype, any device.
@@ -72,7 +53,7 @@ class Features(ABC):
             state_lengths: (B,) int64 on the CPU, each from 1 to `num_states`.
 
         Raises:
-            ValueError: No clip, or one that is not one-dimensional, not floating point, empty, longer than
+            ValueError: There is no clip, or one that is not one-dimensional, not floating point, empty, longer than
                 `max_samples`, not finite or beyond 2**31.
             ModuleNotFoundError: SSLAM's features need torchaudio.
         """
@@ -82,25 +63,25 @@ class Features(ABC):
         input_features = torch.empty(len(waveforms), *self.shape, dtype=torch.float32, device="cpu")
         lengths = []
         with torch.device("cpu"):  # whatever the caller's default device is
-            for at, waveform in enumerate(waveforms):
-                clip = checked_waveform(waveform, f"waveforms[{at}]", self.max_samples, self.sampling_rate)
-                input_features[at] = self._one(clip)
+            for number, waveform in enumerate(waveforms):
+                clip = checked_waveform(f"waveforms[{number}]", waveform, self.sampling_rate, self.max_samples)
+                input_features[number] = self._extract(clip)
                 lengths.append(self.state_length(clip.numel()))
         return input_features, torch.tensor(lengths, dtype=torch.int64, device="cpu")
 
     @abstractmethod
     def state_length(self, samples: int) -> int:
-        """Valid states of a clip of so many samples, 1 to `max_samples`."""
+        """Return how many states are valid for a clip of `samples` samples, 1 to `max_samples`."""
 
     @abstractmethod
-    def _one(self, clip: Tensor) -> Tensor:
-        """The features of one clip, (samples,) to `shape`."""
+    def _extract(self, clip: Tensor) -> Tensor:
+        """Return the features of one clip, (samples,) to `shape`."""
 
 
 class WhisperFeatures(Features):
     """Log-mel spectrogram of the clip and silence up to 30 s: (num_mel_bins, 3000 frames of 10 ms).
 
-    A state stands on two frames, 320 samples; valid are those that start within the clip, ceil(samples / 320).
+    A state stands on two frames, 320 samples. States that start within the clip are valid: ceil(samples / 320).
     """
 
     sampling_rate = 16_000
@@ -115,7 +96,7 @@ class WhisperFeatures(Features):
     def state_length(self, samples: int) -> int:
         return -(-samples // 320)
 
-    def _one(self, clip: Tensor) -> Tensor:
+    def _extract(self, clip: Tensor) -> Tensor:
         features = self._extractor(clip.numpy(), sampling_rate=self.sampling_rate, return_tensors="pt")
         return torch.as_tensor(features["input_features"][0])
 
@@ -124,9 +105,8 @@ class ClapFeatures(Features):
     """Log-mel spectrogram of the clip repeated whole as often as 10 s hold it, then silence: (1, 1001 frames, 64).
 
     The settings are those of LAION's CLAP without fusion, some of which are not the defaults of transformers. Its
-    "rand_trunc" cuts longer clips at random; here there are none to cut. The states that the repetitions fill
-    are not counted: valid are those of the time steps of 312.5 ms (15,000 samples) that start within the clip, two a
-    step.
+    "rand_trunc" cuts longer clips at random; here there are none to cut. Time steps of 312.5 ms (15,000 samples) that
+    start within the clip are valid, two states a step. The states that the repetitions fill are not counted.
     """
 
     sampling_rate = 48_000
@@ -150,7 +130,7 @@ class ClapFeatures(Features):
     def state_length(self, samples: int) -> int:
         return 2 * -(-samples // 15_000)
 
-    def _one(self, clip: Tensor) -> Tensor:
+    def _extract(self, clip: Tensor) -> Tensor:
         features = self._extractor(clip.numpy(), sampling_rate=self.sampling_rate, return_tensors="np")
         return torch.as_tensor(features["input_features"][0])
 
@@ -159,9 +139,9 @@ class SslamFeatures(Features):
     """Kaldi's log-mel filter bank, zeros up to 1024 frames of 10 ms, scaled: (1024 frames, 128).
 
     The clip's mean is taken off first. Zeros are added before the scaling, (x + 4.268) / (2 * 4.569), whose constants
-    are AudioSet's mean and deviation. A clip shorter than one analysis window of 25 ms is filled up with zeros
-    to have one frame. Tokens stand on patches of 16 frames x 16 bins; valid are those whose patch holds a frame
-    of the clip, eight per patch of time.
+    are AudioSet's mean and deviation. A clip shorter than one analysis window of 25 ms is filled up with zeros to have
+    one frame. A token stands on a patch of 16 frames x 16 bins and is valid if the patch holds a frame of the clip:
+    eight tokens for each 16 frames begun.
 
     Args:
         with_cls: The tower's states begin with the CLS token, which counts as valid.
@@ -173,16 +153,17 @@ class SslamFeatures(Features):
 
     def __init__(self, with_cls: bool = False) -> None:
         self.num_states = 512 + with_cls
-        self._extra = int(with_cls)
+        self._cls_tokens = int(with_cls)
 
     def state_length(self, samples: int) -> int:
         frames = 1 + max(0, samples - 400) // 160
-        return self._extra + 8 * -(-frames // 16)
+        return self._cls_tokens + 8 * -(-frames // 16)
 
-    def _one(self, clip: Tensor) -> Tensor:
+    def _extract(self, clip: Tensor) -> Tensor:
         clip = clip - clip.mean()
         clip = nn.functional.pad(clip, (0, max(0, 400 - clip.numel())))
-        frames = _kaldi().fbank(
+        kaldi = import_audio_package("torchaudio.compliance.kaldi", "SSLAM's filter bank")
+        frames = kaldi.fbank(
             clip[None],
             sample_frequency=self.sampling_rate,
             window_type="hanning",
@@ -195,15 +176,3 @@ class SslamFeatures(Features):
         )
         padded = nn.functional.pad(frames, (0, 0, 0, self.shape[0] - len(frames)))
         return (padded + 4.268) / (2 * 4.569)
-
-
-def _kaldi() -> Any:
-    """torchaudio.compliance.kaldi, imported on first use: it is in the extra `audio`."""
-    try:
-        from torchaudio.compliance import kaldi
-    except (ImportError, OSError) as error:  # OSError: the package is there and its shared library is not
-        reason = " ".join(str(error).split())
-        raise ModuleNotFoundError(
-            f"SSLAM's features need torchaudio: pip install 'palkernels[audio]' ({reason})", name="torchaudio"
-        ) from error
-    return kaldi

@@ -30,7 +30,6 @@ from palkernels.model.causal_lm.support import (
     find_rotary,
 )
 from palkernels.model.causal_lm.texts import Texts
-from palkernels.model.connectors.base import Connector
 
 
 class LalHandle(Attached):
@@ -98,6 +97,8 @@ class LalHandle(Attached):
                 into the valid tokens of its output.
             index, insert_at: as in AudioState.
         """
+        from palkernels.model.connectors.base import Connector  # attach alone needs no connector
+
         states: Any = encoded
         if isinstance(self.connector, Connector):
             states, lengths = self.connector.connect(encoded, lengths)

@@ -18,14 +18,18 @@ from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.config import LalConfig
 from palkernels.model.causal_lm.layers import head_dim_of
-from palkernels.model.connectors.base import CONNECTORS
 
 FILE_NAME = "lal.safetensors"
 METADATA = "palkernels"
 FORMAT = 1
-# Modules that a file can rebuild, by the names of their classes.
-BUILDABLE: dict[str, type[nn.Module]] = {made.__name__: made for made in (*CONNECTORS.values(), nn.Linear)}
 CONNECTOR = "connector"
+
+
+def buildable() -> dict[str, type[nn.Module]]:
+    """Return the classes of modules that a file can rebuild, by name."""
+    from palkernels.model.connectors.registry import CONNECTORS  # attach alone needs no connector
+
+    return {module_class.__name__: module_class for module_class in (*CONNECTORS.values(), nn.Linear)}
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
@@ -138,15 +142,16 @@ def _describe(module: nn.Module) -> dict[str, Any]:
     if type(module) is nn.Linear:
         arguments = {"in_features": module.in_features, "out_features": module.out_features}
         arguments["bias"] = module.bias is not None
-    elif BUILDABLE.get(name) is type(module):
+    elif buildable().get(name) is type(module):
         arguments = module.config  # type: ignore[assignment]
     return {"class": name, "arguments": arguments}
 
 
 def _build(path: Path, name: str, description: dict[str, Any]) -> nn.Module:
-    if description["arguments"] is None or description["class"] not in BUILDABLE:
+    classes = buildable()
+    if description["arguments"] is None or description["class"] not in classes:
         raise ValueError(f"{name} must be given to attach: {path} holds the weights of a {description['class']} only")
-    return BUILDABLE[description["class"]](**description["arguments"])
+    return classes[description["class"]](**description["arguments"])
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,108 +1,136 @@
-"""What LFST is made of: where encoders' tokens lie in seconds and hertz, which of them a time-frequency cell sees, and
-the layer that gathers them there."""
+"""LFST: a learnt token in every time-frequency cell gathers what two encoders have there."""
 
-import math
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CLAP_GRID", "SSLAM_GRID", "AggregatorLayer", "AudioGrid", "cell_windows"]
+from palkernels.model.connectors.audio_grid import CLAP_GRID, SSLAM_GRID, AudioGrid, cell_windows
+from palkernels.model.connectors.base import (
+    Connector,
+    States,
+    check_heads,
+    check_positive,
+    checked_lengths,
+    describe,
+    valid_mask,
+)
+from palkernels.model.connectors.mlp import MlpConnector
 
-NONE = -1  # in a window: no token
-MEL_SCALES = ("htk", "slaney")
-# Slaney's scale (Auditory Toolbox, 1998): linear up to a corner, logarithmic beyond it.
-CORNER_HZ, CORNER_MEL = 1000.0, 15.0
-MELS_PER_E = 27 / math.log(6.4)
+__all__ = ["AggregatorLayer", "LfstConnector"]
 
 
-@dataclass(frozen=True)
-class AudioGrid:
-    """A time x frequency grid of tokens over a log-mel spectrogram, tokens in time-major order.
+class LfstConnector(Connector):
+    """LFST, the connector of PAL (arXiv 2506.10423) that fuses SSLAM and CLAP.
+
+    It is the spatial aggregator of Cambrian-1 (arXiv 2406.16860) over time and frequency: one learnt token stands in
+    every time-frequency cell and is updated, layer by layer, by cross-attention to what each encoder has at that cell.
+
+    The cells are the first encoder's grid. A cell sees those tokens of each encoder that :func:`cell_windows` gives it:
+    with the default grids its own SSLAM token, and the CLAP token that covers it in seconds and hertz. The result
+    holds, for each time step, its cells from low to high frequency and then a learnt newline token: 64 x (8 + 1) = 576
+    states with the default grids.
+
+    As in Cambrian-1, each encoder's states first pass Linear, GELU, Linear, LayerNorm. Every cell is told the mean of
+    the first encoder's states, for the whole clip. An :class:`MlpConnector` ends in the language model's width. The
+    paper does not give the sizes: the defaults are Cambrian-1's.
 
     Args:
-        time, freq: Tokens along each axis; token (t, f) is number ``t * freq + f``.
-        seconds: What the time axis spans, divided evenly.
-        mel_bins: Mel filters of the spectrogram, divided evenly among the ``freq`` tokens.
-        low_hz, high_hz: Where the first filter begins and the last one ends.
-        mel_scale: "htk", which is Kaldi's too, or "slaney".
+        input_sizes: Width of each encoder's states, at least one; SSLAM's and CLAP's are 768.
+        hidden_size: Width of the language model's states.
+        grids: Each encoder's :class:`AudioGrid`, or its arguments by name.
+        width, num_heads, depth: Shape of the aggregator and its number of layers.
 
     Raises:
-        ValueError: A count is not a positive integer, a range is empty or the scale unknown.
+        ValueError: A size is not a positive integer, the heads do not divide the width, or there is not one grid per
+            encoder.
     """
 
-    time: int
-    freq: int
-    seconds: float
-    mel_bins: int
-    low_hz: float
-    high_hz: float
-    mel_scale: str = "htk"
+    def __init__(
+        self,
+        input_sizes: Sequence[int],
+        hidden_size: int,
+        grids: Sequence[AudioGrid | Mapping[str, Any]] = (SSLAM_GRID, CLAP_GRID),
+        width: int = 1024,
+        num_heads: int = 16,
+        depth: int = 3,
+    ) -> None:
+        super().__init__()
+        sizes = {"hidden_size": hidden_size, "width": width, "num_heads": num_heads, "depth": depth}
+        check_positive(**sizes, **{f"input_sizes[{i}]": size for i, size in enumerate(input_sizes)})
+        check_heads(num_heads, width)
+        if not input_sizes or len(grids) != len(input_sizes):
+            raise ValueError(f"grids must be one for each of input_sizes, got {len(grids)} for {len(input_sizes)}")
+        self.grids = tuple(grid if isinstance(grid, AudioGrid) else AudioGrid(**grid) for grid in grids)
+        self.config = sizes | {"input_sizes": list(input_sizes), "grids": [asdict(grid) for grid in self.grids]}
+        self.input_sizes = tuple(input_sizes)
+        # No buffers: they are not weights, and a model that is built without values would leave them without.
+        self.windows = [cell_windows(self.grids[0], grid) for grid in self.grids]
 
-    def __post_init__(self) -> None:
-        for name in ("time", "freq", "mel_bins"):
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be a positive integer, got {count!r}")
-        if not 0 < self.seconds < math.inf:
-            raise ValueError(f"seconds must be positive, got {self.seconds!r}")
-        if not 0 <= self.low_hz < self.high_hz < math.inf:
-            raise ValueError(f"low_hz must be from 0 to below high_hz, got {self.low_hz!r} and {self.high_hz!r}")
-        if self.mel_scale not in MEL_SCALES:
-            raise ValueError(f"mel_scale must be one of {', '.join(map(repr, MEL_SCALES))}, got {self.mel_scale!r}")
+        self.encoder_projections = nn.ModuleList(
+            nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width))
+            for size in input_sizes
+        )
+        self.query = nn.Parameter(torch.randn(width) * width**-0.5)
+        slots = [index.shape[1] for index, _ in self.windows]
+        self.layers = nn.ModuleList(AggregatorLayer(width, num_heads, slots) for _ in range(depth))
+        self.projection = MlpConnector(width, hidden_size)
+        self.newline = nn.Parameter(torch.randn(hidden_size) * hidden_size**-0.5)
 
-    @property
-    def num_tokens(self) -> int:
-        return self.time * self.freq
+    def forward(self, states: tuple[Tensor, ...], lengths: Tensor | None = None) -> Tensor:
+        """Return the states of :meth:`connect`, in the weights' dtype.
 
-    def time_edges(self) -> tuple[float, ...]:
-        """Seconds at which tokens begin and end, ``time + 1`` of them."""
-        return tuple(i * self.seconds / self.time for i in range(self.time + 1))
-
-    def freq_edges(self) -> tuple[float, ...]:
-        """Hertz at which tokens begin and end, ``freq + 1`` of them.
-
-        The filters' centres lie evenly on the mel scale, a step from each other and from the ends. Two neighbouring
-        tokens meet in the middle between the centres of their last and first filter; the outer ones reach the ends.
+        With the defaults ((B, 512, 768), (B, 64, 768)) becomes (B, 576, hidden_size). Each encoder's states are in its
+        grid's time-major order. What lies beyond ``lengths`` does not change what is valid.
         """
-        low, high = _mel(self.low_hz, self.mel_scale), _mel(self.high_hz, self.mel_scale)
-        step = (high - low) / (self.mel_bins + 1)
-        inner = [low + (i * self.mel_bins / self.freq + 0.5) * step for i in range(1, self.freq)]
-        return (float(self.low_hz), *(_hertz(mel, self.mel_scale) for mel in inner), float(self.high_hz))
+        encoders, lengths = self._checked(states, lengths)
+        batch, time, freq = encoders[0].shape[0], self.grids[0].time, self.grids[0].freq
+        padded = None
+        if lengths is not None:
+            padded = ~valid_mask(lengths, encoders[0]).unsqueeze(-1)
+            encoders[0] = encoders[0].masked_fill(padded, 0)
+        encoders = [project(x) for project, x in zip(self.encoder_projections, encoders, strict=True)]
+        if padded is None or lengths is None:
+            context = encoders[0].mean(dim=1)
+        else:
+            context = encoders[0].masked_fill(padded, 0).sum(dim=1) / lengths.clamp(min=1).unsqueeze(1)
 
+        windows = [(index.to(context.device), seen.to(context.device)) for index, seen in self.windows]
+        cells = self.query.expand(batch, time * freq, -1)
+        for layer in self.layers:
+            cells = layer(cells, context, encoders, windows)
+        projected = self.projection(cells).unflatten(1, (time, freq))
+        newlines = self.newline.to(projected.dtype).expand(batch, time, 1, -1)
+        return torch.cat([projected, newlines], dim=2).flatten(1, 2)
 
-# 1024 frames of 10 ms, Kaldi's filters from its default of 20 Hz up to half of 16 kHz, patches of 16 x 16.
-SSLAM_GRID = AudioGrid(64, 8, 10.24, 128, 20.0, 8_000.0, "htk")
-# 10 s, repeat-padded; transformers takes Slaney's filters for clips that are cut or padded to it ("rand_trunc").
-CLAP_GRID = AudioGrid(32, 2, 10.0, 64, 50.0, 14_000.0, "slaney")
+    def connect(self, states: States, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Connect as :meth:`Connector.connect` says. ``lengths`` count the first encoder's states in whole time steps:
+        multiples of its grid's freq (8), which become multiples of freq + 1 (9)."""
+        _, checked = self._checked(states, lengths)
+        return self(states, lengths), None if checked is None else self.output_lengths(checked)
 
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """Return ``lengths`` of the first encoder's states, and one newline more for every time step."""
+        freq = self.grids[0].freq
+        return lengths.long() // freq * (freq + 1)
 
-def cell_windows(cells: AudioGrid, tokens: AudioGrid) -> tuple[Tensor, Tensor]:
-    """Which tokens of one grid each cell of another sees, by seconds and hertz.
-
-    Along either axis a cell sees the tokens whose middles lie in it. Where there are none, since tokens are larger than
-    cells, it sees the token that covers its own middle, or the nearest if none does. So where tokens are smaller each
-    is seen by at most one cell (by none beyond the cells' axis), and where they are larger each cell sees one.
-
-    Returns:
-        index (cells, W), int64: token numbers, cells in time-major order. W is the product of the most tokens that a
-        cell sees along time and along frequency, the window's slots being time-major too; W = 1 makes it a map from
-        cells to tokens.
-        seen (cells, W), bool: False in the slots that a cell has no token for, where ``index`` is 0.
-    """
-    times = _windows(cells.time_edges(), tokens.time_edges())
-    freqs = _windows(cells.freq_edges(), tokens.freq_edges())
-    index = [
-        [t * tokens.freq + f if t >= 0 and f >= 0 else NONE for t in of_time for f in of_freq]
-        for of_time in times
-        for of_freq in freqs
-    ]
-    # On the CPU whatever the default is: on the meta device there would be no values.
-    found = torch.tensor(index, dtype=torch.int64, device="cpu")
-    return found.clamp(min=0), found >= 0
+    def _checked(self, states: States, lengths: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        """Return each encoder's states, and the lengths, after checking that they fit."""
+        expected = [("B", grid.num_tokens, size) for grid, size in zip(self.grids, self.input_sizes, strict=True)]
+        if isinstance(states, Tensor) or not all(isinstance(x, Tensor) for x in states):
+            raise TypeError(f"states must be a tuple of {len(expected)} tensors, got {describe(states)}")
+        shapes = [tuple(x.shape) for x in states]
+        if [shape[1:] for shape in shapes] != [shape[1:] for shape in expected] or len({x[0] for x in shapes}) != 1:
+            raise ValueError(f"states must have shapes {_shapes(expected)}, got {_shapes(shapes)}")
+        lengths = checked_lengths(lengths, states[0])
+        freq = self.grids[0].freq
+        if lengths is not None and lengths.device.type == "cpu" and bool((lengths % freq != 0).any()):
+            raise ValueError(f"lengths must be multiples of {freq}, whole time steps, got {lengths.tolist()}")
+        return list(states), lengths
 
 
 class AggregatorLayer(nn.Module):
@@ -115,7 +143,12 @@ class AggregatorLayer(nn.Module):
         x = x + W_o softmax(W_q norm(x) . k) v      over all i and s, in each head
         q = q + W_2 gelu(W_1 norm(x))
 
-    p_is are learnt, there only for encoders whose windows have several slots. No Linear has a bias.
+    p_is are learnt, and exist only for encoders whose windows have several slots. No Linear has a bias.
+
+    Args:
+        width: Of cells and encoders' tokens.
+        num_heads: Attention heads.
+        slots: Slots in a cell's window, for each encoder.
     """
 
     def __init__(self, width: int, num_heads: int, slots: Sequence[int]) -> None:
@@ -142,6 +175,7 @@ class AggregatorLayer(nn.Module):
         encoders: list[Tensor],  # (B, N_i, width)
         windows: list[tuple[Tensor, Tensor]],  # (C, W_i): token numbers, and whether they are seen
     ) -> Tensor:
+        """Return the updated cells (B, C, width)."""
         told = self.context(context).unsqueeze(1).expand(-1, cells.shape[1], -1)
         hidden = self.input(torch.cat([cells, told], dim=-1))
         query = self._heads(self.to_query(hidden))  # (B, C, H, D)
@@ -164,32 +198,9 @@ class AggregatorLayer(nn.Module):
         return updated
 
     def _heads(self, projected: Tensor) -> Tensor:
+        """(..., width) to (..., heads, width / heads)."""
         return projected.view(*projected.shape[:-1], self.num_heads, -1)
 
 
-def _windows(cells: Sequence[float], tokens: Sequence[float]) -> list[list[int]]:
-    """Along one axis, given edges: the tokens that each cell sees, filled up with NONE."""
-    middles = [(low + high) / 2 for low, high in pairwise(tokens)]
-    found = []
-    for low, high in pairwise(cells):
-        inside = [i for i, middle in enumerate(middles) if low <= middle < high]
-        covering = bisect_right(tokens, (low + high) / 2) - 1
-        found.append(inside or [min(max(covering, 0), len(middles) - 1)])
-    widest = max(map(len, found))
-    return [window + [NONE] * (widest - len(window)) for window in found]
-
-
-def _mel(hertz: float, scale: str) -> float:
-    if scale == "htk":
-        return 1127 * math.log1p(hertz / 700)
-    if hertz < CORNER_HZ:
-        return hertz * CORNER_MEL / CORNER_HZ
-    return CORNER_MEL + MELS_PER_E * math.log(hertz / CORNER_HZ)
-
-
-def _hertz(mel: float, scale: str) -> float:
-    if scale == "htk":
-        return 700 * math.expm1(mel / 1127)
-    if mel < CORNER_MEL:
-        return mel * CORNER_HZ / CORNER_MEL
-    return CORNER_HZ * math.exp((mel - CORNER_MEL) / MELS_PER_E)
+def _shapes(shapes: Sequence[tuple[object, ...]]) -> str:
+    return ", ".join(f"({', '.join(map(str, shape))})" for shape in shapes)

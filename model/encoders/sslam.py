@@ -1,4 +1,4 @@
-"""SSLAM's encoder: a ViT over patches of a spectrogram, and the loader of its published weights.
+"""SSLAM's encoder: a ViT over patches of a spectrogram, the loader of its published weights, and its tower.
 
 The network is EAT's (arXiv 2401.03497), which follows AudioMAE and data2vec 2.0; SSLAM (ICLR 2025) trains it on
 mixtures, so that the weights of both load. In order:
@@ -15,25 +15,28 @@ Tensors are named as in the Hugging Face ports of both, less their "model." in f
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from palkernels.model.encoders.weights import fill, named, one_line, outline, read_json, read_tensors
+from palkernels.model.audio.features import SslamFeatures
+from palkernels.model.encoders.base import Tower
+from palkernels.model.encoders.weights import checkpoint_name, fill, one_line, outline, read_json, read_tensors
 
-__all__ = ["SslamEncoder", "load_sslam"]
+__all__ = ["SslamEncoder", "SslamTower", "load_sslam"]
 
 FRAMES, MEL_BINS, PATCH = 1_024, 128, 16
 TIME, FREQUENCY = FRAMES // PATCH, MEL_BINS // PATCH  # the grid of patches
 EPS = 1e-6
 HEAD_WIDTH = 64  # of every published size
-WHAT = "an SSLAM encoder"
+DESCRIPTION = "an SSLAM encoder"
 
-# Settings of a published config.json that change what the weights mean, and the one value built here.
-SETTINGS = {
+# Settings of a published config.json that change what the weights mean, and the one value that this network has.
+REQUIRED_SETTINGS = {
     "patch_size": PATCH,
     "stride": PATCH,
     "in_chans": 1,
@@ -44,14 +47,14 @@ SETTINGS = {
     "fixed_positions": True,
 }
 
-FAIRSEQ_NORM = "context_encoder.norm."  # the ports' pre_norm
+FAIRSEQ_NORM = "context_encoder.norm."  # fairseq's name for pre_norm
 # What the training of EAT and SSLAM leaves in a checkpoint beside the encoder: the teacher, decoders and projections
-# of its losses, and a classifier's head. A name in this list skips the tensors under it.
+# of its losses, and a classifier's head. Tensors under these names are not read.
 SKIPPED = ("_ema", "decoder", "shared_decoder", "recon_proj", "cls_proj", "center", "fc_norm", "head")
 
 
 class SslamEncoder(nn.Module):
-    """The encoder. Published sizes: (768, 12, 12), EAT-large (1024, 24, 16).
+    """The network of SSLAM and EAT. Published sizes: (768, 12, 12), EAT-large (1024, 24, 16).
 
     Args:
         hidden_size: Width, a multiple of 4 and of `num_heads`.
@@ -59,7 +62,7 @@ class SslamEncoder(nn.Module):
         num_heads: Attention heads.
 
     Raises:
-        ValueError: An argument is no positive integer, or the width does not divide.
+        ValueError: An argument is no positive integer, or the width is no multiple of 4 and of `num_heads`.
     """
 
     def __init__(self, hidden_size: int = 768, num_layers: int = 12, num_heads: int = 12) -> None:
@@ -91,6 +94,8 @@ class SslamEncoder(nn.Module):
 
 
 class Block(nn.Module):
+    """A post-norm transformer block, (B, N, width) to the same."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.attn = Attention(width, heads)
@@ -106,6 +111,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention over all tokens, without a mask."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -121,7 +128,7 @@ class Attention(nn.Module):
 
 
 def _positions(width: int) -> Tensor:
-    """(1, 512, width): sines and cosines of the frequency index, then of the time index, a quarter each."""
+    """Return (1, 512, width): sines and cosines of the frequency index, then of the time index, a quarter each."""
     rates = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     time, frequency = torch.meshgrid(torch.arange(TIME), torch.arange(FREQUENCY), indexing="ij")
     angles = [index.reshape(-1, 1) * rates for index in (frequency, time)]
@@ -129,82 +136,147 @@ def _positions(width: int) -> Tensor:
 
 
 def load_sslam(path: Path) -> SslamEncoder:
-    """The encoder of a checkpoint of SSLAM or EAT, float32 on the CPU.
+    """Return the encoder of a checkpoint of SSLAM or EAT, float32 on the CPU.
 
     Args:
         path: A directory as the Hugging Face ports have it (config.json and safetensors), a safetensors file, or
             a .pt or .pth file as fairseq writes it. The last is read with `weights_only=True`: tensors and plain
-            values, never code. Pretrained and fine-tuned layouts are known, with and without the port's names.
+            values, never code. Pretrained and fine-tuned layouts are known, with and without the ports' names.
             Without a config.json that says otherwise, heads are 64 wide.
 
     Raises:
-        ValueError: The checkpoint is none of these, or a tensor of the encoder is missing, has another shape,
-            or one is there that neither the encoder nor the list of what training leaves behind knows.
+        ValueError: The checkpoint is none of these; a tensor of the encoder is missing or has another shape; or a
+            tensor is there that neither the encoder nor `SKIPPED` has.
     """
+    checkpoint = checkpoint_name(path)
     if not path.exists():
-        raise ValueError(f"{named(path)} must be an existing directory or file, got none there")
-    tensors = _pickled(path) if path.suffix in (".pt", ".pth") and path.is_file() else read_tensors(path, _our_name)
+        raise ValueError(f"{checkpoint} must be an existing directory or file, got none there")
+    pickled = path.suffix in (".pt", ".pth") and path.is_file()
+    tensors = _read_pickled(path) if pickled else read_tensors(path, _name_in_encoder)
     cls, positions = tensors.get("extra_tokens"), tensors.get("fixed_positional_encoder.positions")
     if cls is None or cls.ndim != 3 or positions is None:
-        found = f"{len(tensors)} tensors, the first {', '.join(map(repr, sorted(tensors)[:3]))}" if tensors else "none"
-        raise ValueError(f"{named(path)} must hold extra_tokens (1, 1, width) and positions of {WHAT}, got {found}")
+        stored = f"{len(tensors)} tensors, the first {', '.join(map(repr, sorted(tensors)[:3]))}" if tensors else "none"
+        raise ValueError(
+            f"{checkpoint} must hold extra_tokens (1, 1, width) and positions of {DESCRIPTION}, got {stored}"
+        )
     width = cls.shape[-1]
     layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     heads = _settings(path).get("num_heads", width // HEAD_WIDTH)
-    encoder = outline(lambda: SslamEncoder(width, layers, heads), path, WHAT)
-    # Stored for longer clips too, 8 to a step of time. Only a grid 8 wide has these values: another would load
-    # and mean something else.
-    ours = _positions(width)
-    if positions.ndim == 3 and positions.shape[1] > ours.shape[1]:
-        positions = positions[:, : ours.shape[1]]
-    if positions.shape == ours.shape and not torch.allclose(positions.float(), ours, rtol=0, atol=0.01):
-        raise ValueError(f"{named(path)} must hold the positions of a grid {FREQUENCY} frequencies wide, got others")
+    encoder = outline(lambda: SslamEncoder(width, layers, heads), path, DESCRIPTION)
+    # Positions are stored for longer clips too, 8 to a step of time. Only a grid 8 frequencies wide has these values:
+    # those of another grid would load and mean something else.
+    expected = _positions(width)
+    if positions.ndim == 3 and positions.shape[1] > expected.shape[1]:
+        positions = positions[:, : expected.shape[1]]
+    if positions.shape == expected.shape and not torch.allclose(positions.float(), expected, rtol=0, atol=0.01):
+        raise ValueError(f"{checkpoint} must hold the positions of a grid {FREQUENCY} frequencies wide, got others")
     tensors["fixed_positional_encoder.positions"] = positions
-    fill(encoder, tensors, path, WHAT, f"to fit extra_tokens of width {width}")
+    fill(encoder, tensors, path, DESCRIPTION, f"to fit extra_tokens of width {width}")
     return encoder
 
 
-def _our_name(key: str) -> str | None:
-    """A published name as the encoder's own, None for what is no part of it."""
+def _name_in_encoder(key: str) -> str | None:
+    """Return a stored tensor's name in `SslamEncoder`, None for what is no part of the encoder."""
     name = key.removeprefix("model.").removeprefix("modality_encoders.IMAGE.")
     if name.split(".")[0] in SKIPPED:
         return None
     return f"pre_norm.{name.removeprefix(FAIRSEQ_NORM)}" if name.startswith(FAIRSEQ_NORM) else name
 
 
-def _pickled(path: Path) -> dict[str, Tensor]:
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    """Return a .pt file's tensors by their names in `SslamEncoder`."""
+    checkpoint = checkpoint_name(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever bytes that are no such file make torch raise
         raise ValueError(
-            f"{named(path)} must load with torch.load(weights_only=True); if you trust it, store its tensors as "
+            f"{checkpoint} must load with torch.load(weights_only=True); if you trust it, store its tensors as "
             f"safetensors; got {one_line(error)[:200]}"
         ) from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):  # fairseq's, beside its settings
         content = content["model"]
     if not isinstance(content, dict):
-        raise ValueError(f"{named(path)} must hold a state dict, got {type(content).__name__}")
+        raise ValueError(f"{checkpoint} must hold a state dict, got {type(content).__name__}")
     tensors: dict[str, Tensor] = {}
     for key, value in content.items():
-        name = _our_name(str(key))
+        name = _name_in_encoder(str(key))
         if name is None:
             continue
         if not isinstance(value, Tensor) or name in tensors:
             got = "it twice" if name in tensors else type(value).__name__
-            raise ValueError(f"{named(path)} must hold {name} once, as a tensor, got {got}")
+            raise ValueError(f"{checkpoint} must hold {name} once, as a tensor, got {got}")
         tensors[name] = value
     return tensors
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The directory's config.json, if there is one, and if it describes this network."""
+    """Return the directory's config.json, or {} if there is none.
+
+    Raises:
+        ValueError: It describes another network.
+    """
     if not (path / "config.json").is_file():
         return {}
     try:
         settings = read_json(path / "config.json")
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{named(path)} must hold a readable config.json, got {one_line(error)}") from error
-    for name, value in SETTINGS.items():
+        raise ValueError(f"{checkpoint_name(path)} must hold a readable config.json, got {one_line(error)}") from error
+    for name, value in REQUIRED_SETTINGS.items():
         if settings.get(name, value) != value:
-            raise ValueError(f"{named(path)} must have {name} {json.dumps(value)}, got {settings[name]!r}")
+            raise ValueError(f"{checkpoint_name(path)} must have {name} {json.dumps(value)}, got {settings[name]!r}")
     return settings
+
+
+class SslamTower(Tower):
+    """SSLAM's encoder as a part of a model.
+
+    The states are the last block's, time-major: state 8 * t + f is band f of step t, f = 0 the lowest.
+
+    Args:
+        hidden_size: Width.
+        num_layers: Blocks.
+        num_heads: Attention heads.
+        with_cls: Whether the CLS token comes before the others as a state of its own; it counts as valid.
+        seed: Seed of the random weights.
+        freeze: Whether the weights stay as they are in training; see `Tower`.
+
+    Raises:
+        ValueError: A size is no positive integer, or `hidden_size` is no multiple of 4 and of `num_heads`.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        with_cls: bool = False,
+        seed: int = 0,
+        freeze: bool = True,
+    ) -> None:
+        if not isinstance(with_cls, bool):
+            raise ValueError(f"with_cls must be True or False, got {with_cls!r}")
+        sizes = {"hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads}
+        config = {**sizes, "with_cls": with_cls, "seed": seed, "freeze": freeze}
+        super().__init__(lambda: SslamEncoder(**sizes), hidden_size, config)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str], *, with_cls: bool = False, freeze: bool = True) -> Self:
+        """Return a tower with the weights of SSLAM or EAT: a directory, a safetensors file, or fairseq's .pt.
+
+        Raises:
+            ValueError: `load_sslam` refuses the checkpoint.
+        """
+        encoder = load_sslam(Path(path))
+        with torch.device("meta"):
+            tower = cls(**encoder.sizes, with_cls=with_cls, freeze=freeze)
+        return tower._adopt(encoder)
+
+    @classmethod
+    def make_features(cls, config: dict[str, Any]) -> SslamFeatures:
+        """Return the filter-bank features, the CLS token counted if the tower has it."""
+        return SslamFeatures(config.get("with_cls", False))
+
+    def _encode(self, input_features: Tensor) -> Tensor:
+        states: Tensor = self.encoder(input_features)
+        return states if self.config["with_cls"] else states[:, 1:]

@@ -1,8 +1,8 @@
 """Where an encoder's weights come from: a seed, or a checkpoint on this machine. Nothing is ever downloaded.
 
-A checkpoint's tensors are read by name, and each one must be there with its shape. `from_pretrained` would do more
-than is wanted: it takes pickled weights too, fills what is missing with random numbers, and takes a path that is no
-directory for the name of a model to download.
+A checkpoint's tensors are read by name, and each one must be there with its shape. transformers' `from_pretrained`
+would do more than is wanted: it takes pickled weights too, fills what is missing with random numbers, and takes a path
+that is no directory for the name of a model to download.
 """
 
 from __future__ import annotations
@@ -16,14 +16,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-__all__ = ["drawn", "fill", "load_config", "named", "one_line", "outline", "read_tensors"]
+__all__ = [
+    "build_seeded", "checkpoint_name", "fill", "load_config", "one_line", "outline", "read_json", "read_tensors",
+]  # fmt: skip
 
-Made = TypeVar("Made", bound=nn.Module)
-LISTED = 3  # names that an error spells out; it counts the others
+Module = TypeVar("Module", bound=nn.Module)
+NAMES_LISTED = 3  # names of tensors that an error spells out; it counts the others
 
 
-def drawn(make: Callable[[], Made], seed: int) -> Made:
-    """What `make` makes, its random weights drawn on the CPU from `seed`. The global random state stays as it was."""
+def build_seeded(make: Callable[[], Module], seed: int) -> Module:
+    """Return what `make` builds, its random weights drawn on the CPU from `seed`.
+
+    The global random state stays as it was.
+
+    Raises:
+        ValueError: `seed` is no integer from 0 to 2**63 - 1.
+    """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
     # The CPU's generator alone: torch.manual_seed would reseed the CUDA devices too.
@@ -32,34 +40,49 @@ def drawn(make: Callable[[], Made], seed: int) -> Made:
         return make()
 
 
-def outline(make: Callable[[], Made], path: Path, what: str) -> Made:
-    """What `make` makes, without memory for its weights: they come from the checkpoint at `path`."""
+def outline(make: Callable[[], Module], path: Path, description: str) -> Module:
+    """Return what `make` builds, without memory for its weights: they come from the checkpoint at `path`.
+
+    Raises:
+        ValueError: The checkpoint's settings describe no such module; `description` says which, for the error.
+    """
     try:
         with torch.device("meta"):
             return make()
     except (ValueError, RuntimeError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"{named(path)} must describe {what}, got {one_line(error)}") from error
+        raise ValueError(f"{checkpoint_name(path)} must describe {description}, got {one_line(error)}") from error
 
 
-def load_config(directory: Path, kind: Any, model_types: tuple[str, ...], what: str) -> Any:
-    """The `kind` of transformers configuration in the directory's config.json, of one of `model_types`."""
+def load_config(directory: Path, config_class: Any, model_types: tuple[str, ...], description: str) -> Any:
+    """Return the transformers configuration in the directory's config.json, as a `config_class`.
+
+    Raises:
+        ValueError: There is no such directory, or its config.json is unreadable, malformed or of a model type that is
+            not among `model_types`; `description` says for the error what these are.
+    """
+    name = checkpoint_name(directory)
     if not directory.is_dir():
-        raise ValueError(f"{named(directory)} must be an existing directory, got none there")
+        raise ValueError(f"{name} must be an existing directory, got none there")
     try:
         model_type = read_json(directory / "config.json")["model_type"]
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{named(directory)} must hold a readable config.json, got {one_line(error)}") from error
+        raise ValueError(f"{name} must hold a readable config.json, got {one_line(error)}") from error
     except KeyError:
         model_type = None
     if model_type not in model_types:
-        raise ValueError(f"{named(directory)} must hold {what}, got model_type {model_type!r}")
+        raise ValueError(f"{name} must hold {description}, got model_type {model_type!r}")
     try:
-        return kind.from_pretrained(str(directory), local_files_only=True)
+        return config_class.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # whatever a malformed setting makes transformers raise
-        raise ValueError(f"{named(directory)} must hold a valid config.json, got {one_line(error)}") from error
+        raise ValueError(f"{name} must hold a valid config.json, got {one_line(error)}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        OSError, ValueError, TypeError: The file cannot be read, is no JSON or holds something else.
+    """
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise TypeError(f"{path.name} must hold a JSON object, got {type(content).__name__}")
@@ -67,9 +90,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a directory with one or with shards, by the names `rename` gives.
+    """Return the tensors of a safetensors file, or of a directory with one or with shards, on the CPU.
 
-    It gives None for a tensor that is not wanted; that one is not read.
+    Args:
+        path: The file or the directory.
+        rename: From a tensor's stored name to the one it gets here, or None for a tensor that is not to be read.
+
+    Raises:
+        ValueError: The weights are missing or damaged, a shard lies elsewhere, or two tensors get one name.
     """
     tensors: dict[str, Tensor] = {}
     try:
@@ -82,11 +110,12 @@ def read_tensors(path: Path, rename: Callable[[str], str | None]) -> dict[str, T
                     if name is not None:
                         tensors[name] = weights.get_tensor(key)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"{named(path)} must hold safetensors weights, got {one_line(error)}") from error
+        raise ValueError(f"{checkpoint_name(path)} must hold safetensors weights, got {one_line(error)}") from error
     return tensors
 
 
 def _files(path: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint: itself, the directory's one file, or its shards."""
     if path.is_file():
         return [path]
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
@@ -102,33 +131,48 @@ def _files(path: Path) -> list[Path]:
 
 
 def fill(
-    module: nn.Module, tensors: dict[str, Tensor], path: Path, what: str, reason: str = "as its config.json says"
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    path: Path,
+    description: str,
+    reason: str = "as its config.json says",
 ) -> None:
-    """Give an outline its weights, float32: every tensor of it and no other, each of its shape."""
+    """Give an outline its weights in the outline's dtypes, float32.
+
+    Args:
+        module: The outline.
+        tensors: Every tensor of it and no other, by name.
+        path, description, reason: For errors: the checkpoint, what the module is, and why shapes are as they are.
+
+    Raises:
+        ValueError: A tensor is missing, unexpected or of another shape, or integers stand where floats must.
+    """
     expected = module.state_dict()
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or unexpected:
-        found = [
-            f"{len(names)} {kind}, the first {', '.join(map(repr, sorted(names)[:LISTED]))}"
-            for kind, names in (("missing", missing), ("unexpected", unexpected))
+        faults = [
+            f"{len(names)} {fault}, the first {', '.join(map(repr, sorted(names)[:NAMES_LISTED]))}"
+            for fault, names in (("missing", missing), ("unexpected", unexpected))
             if names
         ]
-        only = " and no other" if unexpected else ""
-        raise ValueError(f"{named(path)} must hold every tensor of {what}{only}, got {' and '.join(found)}")
+        only = f"{description} and no other" if unexpected else description
+        raise ValueError(f"{checkpoint_name(path)} must hold every tensor of {only}, got {' and '.join(faults)}")
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape:
             raise ValueError(
-                f"{named(path)} must hold {name} with shape {tuple(tensor.shape)} {reason}, "
+                f"{checkpoint_name(path)} must hold {name} with shape {tuple(tensor.shape)} {reason}, "
                 f"got {tuple(tensors[name].shape)}"
             )
         if tensors[name].is_floating_point() != tensor.is_floating_point():
-            raise ValueError(f"{named(path)} must hold {name} as {tensor.dtype}, got {tensors[name].dtype}")
+            raise ValueError(f"{checkpoint_name(path)} must hold {name} as {tensor.dtype}, got {tensors[name].dtype}")
     module.load_state_dict({name: tensors[name].to(tensor.dtype) for name, tensor in expected.items()}, assign=True)
 
 
-def named(path: Path) -> str:
+def checkpoint_name(path: Path) -> str:
+    """Return what errors call a checkpoint."""
     return f"checkpoint {str(path)!r}"
 
 
 def one_line(error: BaseException) -> str:
+    """Return an error's class and message without line breaks."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,33 +1,28 @@
-"""Frozen audio encoders: a waveform in, any number of audio states out.
-
-Nothing is ever downloaded. An encoder has random weights from a seed, which costs the same time and memory as
-trained ones and is what measurements need, or the weights of a checkpoint directory on this machine.
-"""
+"""Whisper's encoder: transformers' network as a tower, and pooled to any number of audio tokens for measurements."""
 
 from __future__ import annotations
 
 import math
 import os
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from palkernels.model.audio.features import WhisperFeatures, checked_waveform
-from palkernels.model.encoders.weights import drawn, fill, load_config, named, outline, read_tensors
+from palkernels.model.audio.features import WhisperFeatures
+from palkernels.model.audio.limits import checked_waveform
+from palkernels.model.encoders.base import Tower, configured, plain_settings
+from palkernels.model.encoders.weights import checkpoint_name, fill, load_config, outline, read_tensors
 
-__all__ = ["WHISPER_SIZES", "WhisperAudioEncoder"]
-
-WINDOW_SAMPLES = WhisperFeatures.max_samples  # 30 s at 16 kHz
-WINDOW_STATES = WhisperFeatures.num_states
+__all__ = ["WHISPER_SIZES", "WhisperAudioEncoder", "WhisperTower"]
 
 # Tensors of the models around an encoder: a decoder, the head of a classifier.
 NOT_THE_ENCODER = ("model.", "decoder.", "proj_out.", "projector.", "classifier.", "layer_weights")
 
-# The published encoders.
+# The published encoders, as arguments of WhisperTower.
 WHISPER_SIZES: dict[str, dict[str, int]] = {
     name: {
         "d_model": width,
@@ -46,36 +41,79 @@ WHISPER_SIZES: dict[str, dict[str, int]] = {
 }
 
 
-class WhisperAudioEncoder(nn.Module):
-    """A frozen Whisper encoder whose states are pooled to the number of audio tokens asked for.
+class WhisperTower(Tower):
+    """Whisper's encoder, transformers' `WhisperEncoder`: 1500 states of 30 s.
 
-    Make one with `build`. It has no gradients, stays in evaluation mode inside a model that is trained, and
-    computes in float32 unless it is converted with `.to(dtype)`.
+    Args:
+        seed: Seed of the random weights.
+        freeze: Whether the weights stay as they are in training; see `Tower`.
+        settings: Arguments of `WhisperConfig`, those in `SETTINGS`; the others are Whisper tiny's. `WHISPER_SIZES` has
+            the published shapes.
 
-    Attributes:
-        size: Name of the published shape in `WHISPER_SIZES`, or "custom" for a checkpoint of another shape.
-        weights: "random (seed 0)" or the checkpoint's path, for printing beside results.
-        hidden_size: Width of the states.
-        encoder: transformers' `WhisperEncoder`.
+    Raises:
+        ValueError: A setting is unknown, or no encoder can be built with it.
     """
 
-    def __init__(self, encoder: WhisperEncoder, *, weights: str) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.weights = weights
-        config = encoder.config
-        self.hidden_size: int = config.d_model
-        self.size = next(
-            (
-                name
-                for name, shape in WHISPER_SIZES.items()
-                if all(getattr(config, key) == value for key, value in shape.items())
-            ),
-            "custom",
-        )
-        self._features = WhisperFeatures(config.num_mel_bins)
-        self.requires_grad_(False)
-        self.eval()
+    SETTINGS = (
+        "d_model",
+        "encoder_layers",
+        "encoder_attention_heads",
+        "encoder_ffn_dim",
+        "num_mel_bins",
+        "activation_function",
+        "scale_embedding",
+        "dropout",
+        "attention_dropout",
+        "activation_dropout",
+        "encoder_layerdrop",
+    )
+
+    def __init__(self, *, seed: int = 0, freeze: bool = True, **settings: Any) -> None:
+        whisper = configured(WhisperConfig, self.SETTINGS, settings)
+        config = plain_settings(whisper, self.SETTINGS) | {"seed": seed, "freeze": freeze}
+        super().__init__(lambda: WhisperEncoder(whisper), whisper.d_model, config)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str], *, freeze: bool = True) -> Self:
+        """Return a tower with the weights of a directory with a Whisper model, whole or encoder only, in safetensors.
+
+        Raises:
+            ValueError: The directory does not hold an intact one.
+        """
+        directory = Path(path)
+        whisper = load_config(directory, WhisperConfig, ("whisper",), "a Whisper model")
+        positions = whisper.max_source_positions
+        if positions != WhisperFeatures.num_states:
+            name = checkpoint_name(directory)
+            raise ValueError(f"{name} must have {WhisperFeatures.num_states} source positions, got {positions}")
+        tensors = read_tensors(directory, _name_in_encoder)
+        description = "a Whisper encoder"
+        encoder = outline(lambda: WhisperEncoder(whisper), directory, description)
+        fill(encoder, tensors, directory, description)
+        with torch.device("meta"):
+            tower = cls(**plain_settings(whisper, cls.SETTINGS), freeze=freeze)
+        return tower._adopt(encoder)
+
+    @classmethod
+    def make_features(cls, config: dict[str, Any]) -> WhisperFeatures:
+        """Return the log-mel features with the tower's number of mel bins."""
+        return WhisperFeatures(config.get("num_mel_bins", 80))
+
+    def _encode(self, input_features: Tensor) -> Tensor:
+        states: Tensor = self.encoder(input_features).last_hidden_state
+        return states
+
+
+class WhisperAudioEncoder(WhisperTower):
+    """A frozen Whisper tower that gives any number of audio tokens of any clip, for measurements.
+
+    Make one with `build`.
+
+    Attributes:
+        weights: "random (seed 0)" or the checkpoint's path, for printing beside results.
+    """
+
+    weights: str
 
     @classmethod
     def build(
@@ -85,7 +123,7 @@ class WhisperAudioEncoder(nn.Module):
         seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> Self:
-        """An encoder with random weights, or with those of a local checkpoint.
+        """Return an encoder with random weights, or with those of a local checkpoint.
 
         Args:
             size: The shape of a random encoder: "tiny", "base", "small", "medium" or "large-v3". A checkpoint
@@ -101,19 +139,23 @@ class WhisperAudioEncoder(nn.Module):
                 an intact Whisper encoder.
         """
         if checkpoint is not None:
-            return cls(load_encoder(Path(checkpoint)), weights=os.fspath(checkpoint)).to(device)
-        if size not in WHISPER_SIZES:
+            encoder = cls.from_checkpoint(checkpoint)
+            encoder.weights = os.fspath(checkpoint)
+        elif size in WHISPER_SIZES:
+            with torch.device("cpu"):  # under a default device "meta" a tower would have no weights
+                encoder = cls(seed=seed, freeze=True, **WHISPER_SIZES[size])
+            encoder.weights = f"random (seed {seed})"
+        else:
             raise ValueError(f"size must be one of {', '.join(WHISPER_SIZES)}, got {size!r}")
-        encoder = drawn(lambda: WhisperEncoder(WhisperConfig(**WHISPER_SIZES[size])), seed)
-        return cls(encoder, weights=f"random (seed {seed})").to(device)
+        return encoder.to(device)
 
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode: the `train()` of a model around a frozen encoder must not reach it."""
-        super().train(False)
-        return self
+    @property
+    def size(self) -> str:
+        """The name of the published shape in `WHISPER_SIZES`, or "custom" for a checkpoint of another shape."""
+        return next((name for name, shape in WHISPER_SIZES.items() if shape.items() <= self.config.items()), "custom")
 
     @torch.no_grad()
-    def encode(self, waveform: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def encode(self, waveform: Tensor, num_tokens: int) -> Tensor:
         """Encode a clip into exactly `num_tokens` states.
 
         The clip is repeated end to end until it fills ceil(num_tokens / 1500) windows of 30 s, and what it
@@ -135,32 +177,21 @@ class WhisperAudioEncoder(nn.Module):
         """
         if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
             raise ValueError(f"num_tokens must be a positive integer, got {num_tokens!r}")
-        clip = checked_waveform(waveform, "waveform")
-        weight = self.encoder.conv1.weight
+        clip = checked_waveform("waveform", waveform, self.sampling_rate)
+        device = next(self.encoder.parameters()).device
+        window_samples = self.features.max_samples
         states = []
-        for window in range(math.ceil(num_tokens / WINDOW_STATES)):
-            start = window * WINDOW_SAMPLES
-            looped = clip[torch.arange(start, start + WINDOW_SAMPLES, device="cpu") % clip.numel()]
-            mel, _ = self._features([looped])
-            states.append(self.encoder(mel.to(weight.device, weight.dtype)).last_hidden_state[0])
+        for window in range(math.ceil(num_tokens / self.features.num_states)):
+            start = window * window_samples
+            looped = clip[torch.arange(start, start + window_samples, device="cpu") % clip.numel()]
+            input_features, _ = self.features([looped])
+            states.append(self(input_features.to(device))[0])
         joined = torch.cat(states)  # (windows * 1500, hidden_size)
         return nn.functional.adaptive_avg_pool1d(joined.T[None], num_tokens)[0].T.contiguous()
 
 
-def load_encoder(directory: Path) -> WhisperEncoder:
-    """The encoder of a Whisper checkpoint directory, float32 on the CPU."""
-    config = load_config(directory, WhisperConfig, ("whisper",), "a Whisper model")
-    if config.max_source_positions != WINDOW_STATES:
-        got = config.max_source_positions
-        raise ValueError(f"{named(directory)} must have {WINDOW_STATES} source positions, got {got}")
-    tensors = read_tensors(directory, _encoder_name)
-    encoder = outline(lambda: WhisperEncoder(config), directory, "a Whisper encoder")
-    fill(encoder, tensors, directory, "a Whisper encoder")
-    return encoder
-
-
-def _encoder_name(key: str) -> str | None:
-    """A tensor's name without the encoder's place in its model, None for what is not the encoder's."""
+def _name_in_encoder(key: str) -> str | None:
+    """Return a stored tensor's name in `WhisperEncoder`, None for the tensors of the model around it."""
     for prefix in ("model.encoder.", "encoder."):
         if key.startswith(prefix):
             return key.removeprefix(prefix)

@@ -1,1 +1,14 @@
-"""The whole audio LLM, with Hugging Face's conventions."""
+"""The whole audio LLM, by Hugging Face's conventions: config, model, processor. Importing it tells the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+
+from palkernels.model.pal.configuration_pal import PalConfig
+from palkernels.model.pal.modeling_pal import PalForConditionalGeneration
+from palkernels.model.pal.processing_pal import PalProcessor
+
+__all__ = ["PalConfig", "PalForConditionalGeneration", "PalProcessor"]
+
+AutoConfig.register(PalConfig.model_type, PalConfig)
+AutoModel.register(PalConfig, PalForConditionalGeneration)
+AutoModelForMultimodalLM.register(PalConfig, PalForConditionalGeneration)
+AutoProcessor.register(PalConfig, PalProcessor)

@@ -1,5 +1,8 @@
-"""Audio tokens of many clips, brought into the rows of a batch of texts: several encoders' tokens of one clip one after
-the other, several clips of one text one after the other, never padding between them."""
+"""Audio tokens of many clips, brought to the texts of a batch.
+
+Several encoders' tokens of one clip stand one after the other, and so do several clips of one text; there is never
+padding between them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,30 +11,49 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = ["AudioFeatures", "AudioRows", "Clips", "audio_rows", "join", "summaries", "token_places"]
+
 
 class Clips(NamedTuple):
-    """Audio tokens (A, N, d), of which the first ``lengths`` (A,) of each row are valid."""
+    """Audio tokens (A, N, d), of which the first ``lengths`` (A,) of each clip are valid."""
 
     states: Tensor
     lengths: Tensor
 
     def valid(self) -> Tensor:
-        """(A, N), True where a token is valid."""
+        """Return (A, N), True where a token is valid."""
         return torch.arange(self.states.shape[1], device=self.lengths.device) < self.lengths.unsqueeze(1)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The audio of a batch of texts. Texts that hear the same clips share a row: there are A <= B of them."""
+class AudioFeatures(NamedTuple):
+    """Encoded clips, by the way in which they enter the language model; None where nothing enters so.
 
-    audio: Clips
-    index: Tensor  # (B,) row of each text
-    part: Tensor  # (A, N) which of its text's clips each token belongs to, not decreasing
+    Given as ``audio_features=`` instead of ``input_features``, clips are encoded once for several calls.
+    """
+
+    plits: Clips | None = None
+    lal: Clips | None = None
+    flamingo: Clips | None = None
+
+
+@dataclass(frozen=True)
+class AudioRows:
+    """The audio of a batch of B texts. Texts that hear the same clips share an audio row: there are A <= B of them."""
+
+    audio: Clips  # the clips of each audio row, joined: (A, N, d)
+    index: Tensor  # (B,) audio row of each text
+    clip: Tensor  # (A, N) which of its text's clips each token belongs to, not decreasing
 
 
 def join(parts: Sequence[Clips]) -> tuple[Clips, Tensor]:
-    """Row by row, the valid tokens of all parts one after the other, padding behind them; and the part of each token
-    (A, N), not decreasing."""
+    """Join the valid tokens of all parts, one part after the other, with the padding behind them.
+
+    Args:
+        parts: Tokens (A, N_i, d) each, of one A.
+
+    Returns:
+        The joined tokens (A, N, d), and the number of the part that each comes from (A, N), not decreasing.
+    """
     states, lengths = torch.cat([part.states for part in parts], dim=1), sum(part.lengths for part in parts)
     assert isinstance(lengths, Tensor)
     origin = torch.cat([lengths.new_full((part.states.shape[1],), i) for i, part in enumerate(parts)])
@@ -40,36 +62,54 @@ def join(parts: Sequence[Clips]) -> tuple[Clips, Tensor]:
     valid = torch.cat([part.valid() for part in parts], dim=1)
     order = torch.argsort(valid.logical_not().byte(), dim=1, stable=True)
     if not torch.compiler.is_compiling() and lengths.numel():
-        order = order[:, : int(lengths.max())]  # rows of padding would pass through every layer's projections
+        order = order[:, : int(lengths.max())]  # columns of padding would pass through every layer's projections
     states = states.gather(1, order.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
     return Clips(states, lengths), origin[order].cummax(dim=1).values
 
 
-def rows_of(clips: Clips, index: Tensor) -> Rows:
-    """The clips ``index`` (B, K) of each text, -1 where there is none."""
-    distinct, row = torch.unique(index, dim=0, return_inverse=True)
+def audio_rows(clips: Clips, index: Tensor) -> AudioRows:
+    """Return the audio of each text from the clips that it hears, ``index`` (B, K), -1 where there is none."""
+    distinct, row_of_text = torch.unique(index, dim=0, return_inverse=True)
     parts = []
     for column in distinct.unbind(dim=1):
-        taken = column.clamp(min=0)
-        parts.append(Clips(clips.states[taken], clips.lengths[taken].masked_fill(column < 0, 0)))
-    audio, part = join(parts)
-    return Rows(audio, row, part)
+        number = column.clamp(min=0)
+        parts.append(Clips(clips.states[number], clips.lengths[number].masked_fill(column < 0, 0)))
+    audio, clip = join(parts)
+    return AudioRows(audio, row_of_text, clip)
 
 
-def places(rows: Rows, insert_at: Tensor) -> Tensor:
-    """Where each audio token stands in its text (B, N), from where each clip stands (B, K)."""
-    return insert_at.gather(1, rows.part[rows.index])
+def token_places(rows: AudioRows, insert_at: Tensor, index: Tensor) -> Tensor:
+    """Return where audio stands in each text, as ``AudioState`` takes it: (B,) for one clip a text, else (B, N).
+
+    Args:
+        rows: The audio, by :func:`audio_rows`.
+        insert_at: Where each clip of a text stands in it, (B, K) or for one clip (B,).
+        index: The clips (B, K) of each text, -1 where there is none.
+
+    Raises:
+        ValueError: ``insert_at`` has another shape.
+    """
+    places = insert_at.reshape(index.shape[0], -1).to(index.device)
+    if places.shape != index.shape:
+        raise ValueError(f"insert_at must be (B, K) = {tuple(index.shape)}, got {tuple(insert_at.shape)}")
+    # Where there is no clip there is no place: it takes that of the clip before it, so that places do not decrease.
+    clip_before = places.masked_fill(index < 0, 0).cummax(dim=1).values
+    places = torch.where(index < 0, clip_before, places)
+    return places.squeeze(1) if places.shape[1] == 1 else places.gather(1, rows.clip[rows.index])
 
 
 def summaries(clips: Clips, count: int) -> Clips:
-    """Each clip's n valid tokens averaged to ``count``: token i is the mean of those from floor(i n / count) to, but
-    not including, ceil((i + 1) n / count), as in ``adaptive_avg_pool1d``."""
+    """Average each clip's n valid tokens to ``count`` tokens.
+
+    Token i is the mean of those from floor(i n / count) to, but not including, ceil((i + 1) n / count), as in
+    ``adaptive_avg_pool1d``. An empty clip has none.
+    """
     steps = torch.arange(count, device=clips.lengths.device)
     length = clips.lengths.unsqueeze(1)
     first = (steps * length).div(count, rounding_mode="floor").unsqueeze(-1)  # (A, count, 1)
     last = -(-(steps + 1) * length).div(count, rounding_mode="floor").unsqueeze(-1)
     token = torch.arange(clips.states.shape[1], device=clips.lengths.device)
-    taken = ((token >= first) & (token < last)).to(clips.states.dtype)
+    averaged = ((token >= first) & (token < last)).to(clips.states.dtype)
     states = clips.states.masked_fill(~clips.valid().unsqueeze(-1), 0)
-    pooled = (taken / taken.sum(dim=-1, keepdim=True).clamp(min=1)) @ states
+    pooled = (averaged / averaged.sum(dim=-1, keepdim=True).clamp(min=1)) @ states
     return Clips(pooled, torch.where(clips.lengths > 0, count, 0))

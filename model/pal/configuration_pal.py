@@ -1,4 +1,4 @@
-"""What an audio LLM is built of: its language model, its encoders, and how each one's audio enters."""
+"""The parts of an audio LLM: its language model, its encoders, and the way in which each one's audio enters."""
 
 import copy
 from typing import Any, ClassVar
@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from palkernels.model.causal_lm.config import LalConfig
-from palkernels.model.connectors.base import CONNECTORS
-from palkernels.model.encoders.towers import TOWERS
+from palkernels.model.connectors.registry import CONNECTORS
+from palkernels.model.encoders.registry import TOWERS
 
 __all__ = ["PalConfig"]
 
 INTEGRATIONS = ("lal", "plits", "flamingo")
 PROJECTIONS = ("shared", "per_layer")
-PAIR = ("sslam", "clap")  # the towers of an entry whose connector is LFST, in this order
+LFST_TOWERS = ("sslam", "clap")  # the towers of an entry whose connector is LFST, in this order
 ENTRY_KEYS = ("type", "config", "integration", "connector")
 
 
@@ -25,27 +25,27 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
     ways (unified PAL): a few tokens by PLITS, all of them by LAL.
 
     Args:
-        text_config: the language model's, a config or a dict with its ``model_type``: any that ``attach`` takes.
+        text_config: the language model's config, or a dict with its ``model_type``: any model that ``attach`` takes.
         encoders: one entry per encoder, {"type": "whisper", "clap" or "sslam", "config": the tower's arguments,
             "integration": "lal", "plits" or "flamingo", "connector": {"type": "mlp", "qformer" or "lfst", "config": the
             connector's arguments}}. Both ``config`` may be left out; a connector's widths are filled in. LFST fuses two
             towers: its entry has "type": ["sslam", "clap"] and a list of two configs, or none.
         layers: "all", or the layers that LAL's audio enters; delayed LAL is ``range(4, num_layers)``. With an empty
             list LAL's audio is not there at all.
-        rope, impl, recompute_audio_kv: :class:`LalConfig`'s.
+        rope, impl, recompute_audio_kv: as in :class:`LalConfig`.
         projection: "shared": all layers take the connector's output; "per_layer": each projects it once more, by a
             linear map of its own. The paper does not say which; the default is ours.
         flamingo: arguments of :func:`attach_flamingo` such as {"every": 4}, where audio enters by Flamingo. LAL and
             Flamingo exclude each other.
-        summary_tokens: tokens by PLITS per clip of the one encoder whose audio enters by LAL; 0: none. They are means
-            over the connector's output.
-        audio_token_id: the placeholder that each PLITS token replaces, within the vocabulary; may be None if there are
-            none.
-        freeze_encoders: the encoders are not trained.
-        freeze_ffn: the language model's FFNs are not trained.
+        summary_tokens: how many tokens per clip enter by PLITS besides LAL, where one encoder's audio enters by LAL;
+            0: none. They are means over the connector's output.
+        audio_token_id: the token, within the vocabulary, that stands in ``input_ids`` for each PLITS token; None where
+            no audio enters by PLITS.
+        freeze_encoders: whether the encoders keep their weights in training.
+        freeze_ffn: whether the language model's FFNs keep their weights in training.
 
     Raises:
-        TypeError, ValueError: the parts do not fit each other, in one line.
+        TypeError, ValueError: the parts do not fit each other; the message is one line.
     """
 
     model_type = "pal"
@@ -75,28 +75,29 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
         kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)  # else it would be reset
         if not isinstance(self.encoders, list | tuple) or not self.encoders:
             raise ValueError(f"encoders must be a list of at least one entry, got {self.encoders!r}")
-        self.encoders = [_entry(entry, self.text_config.hidden_size) for entry in self.encoders]
+        self.encoders = [_complete_entry(entry, self.text_config.hidden_size) for entry in self.encoders]
         layers = self.lal().layers  # sorted, and all of these settings checked
         self.layers = "all" if layers == "all" else list(layers)
         self._check()
         super().__post_init__(**kwargs)
 
     def lal(self) -> LalConfig:
-        """The settings for ``attach``."""
+        """Return the settings for ``attach``."""
         return LalConfig(self.layers, self.rope, self.impl, self.recompute_audio_kv)
 
     def lal_layers(self) -> list[int]:
-        """The layers that LAL's audio enters; none where no encoder's audio enters by LAL."""
+        """Return the layers that LAL's audio enters; none if no encoder's audio enters by LAL."""
         if not self.uses("lal"):
             return []
         return list(range(self.text_config.num_hidden_layers)) if self.layers == "all" else list(self.layers)
 
     def uses(self, integration: str) -> bool:
-        """Whether some audio enters in this way."""
+        """Return whether some audio enters by "lal", "plits" or "flamingo"."""
         summary = integration == "plits" and self.summary_tokens > 0
         return summary or any(entry["integration"] == integration for entry in self.encoders)
 
     def _check(self) -> None:
+        """Check that the settings fit each other."""
         depth = self.text_config.num_hidden_layers
         if self.layers != "all" and not set(self.layers) <= set(range(depth)):
             raise ValueError(f"layers must be from 0 to {depth - 1}, got {self.layers}")
@@ -109,28 +110,37 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         if not _is_int(self.summary_tokens) or self.summary_tokens < 0:
             raise ValueError(f"summary_tokens must be an integer, at least 0, got {self.summary_tokens!r}")
-        ways = [entry["integration"] for entry in self.encoders]
-        if self.summary_tokens and ways != ["lal"]:
-            raise ValueError(f'summary_tokens must be 0 unless one encoder enters, by "lal", got {ways}')
-        if {"lal", "flamingo"} <= set(ways):
-            raise ValueError(f"audio must enter by LAL or by Flamingo, besides PLITS, got {ways}")
+        integrations = [entry["integration"] for entry in self.encoders]
+        if self.summary_tokens and integrations != ["lal"]:
+            raise ValueError(f'summary_tokens must be 0 unless one encoder enters, by "lal", got {integrations}')
+        if {"lal", "flamingo"} <= set(integrations):
+            raise ValueError(f"audio must enter by LAL or by Flamingo, besides PLITS, got {integrations}")
         if self.flamingo is not None and not (isinstance(self.flamingo, dict) and self.uses("flamingo")):
             raise ValueError(f"flamingo must be a dict where audio enters by it, else None, got {self.flamingo!r}")
-        vocabulary, given = self.text_config.vocab_size, self.audio_token_id
-        if given is None and self.uses("plits"):
+        vocabulary, token = self.text_config.vocab_size, self.audio_token_id
+        if token is None and self.uses("plits"):
             raise ValueError("audio_token_id must be given where audio enters by PLITS, got None")
-        if given is not None and not (_is_int(given) and 0 <= given < vocabulary):
-            raise ValueError(f"audio_token_id must be from 0 to {vocabulary - 1}, got {given!r}")
+        if token is not None and not (_is_int(token) and 0 <= token < vocabulary):
+            raise ValueError(f"audio_token_id must be from 0 to {vocabulary - 1}, got {token!r}")
 
 
-def _entry(given: Any, width: int) -> dict[str, Any]:
-    """An entry of ``encoders`` with everything that may be left out."""
-    if not isinstance(given, dict) or not set(given) <= set(ENTRY_KEYS) or not {"type", "connector"} <= set(given):
-        raise ValueError(f"an entry of encoders must have the keys {_names(ENTRY_KEYS, 'and')}, got {given!r}")
-    entry = {"integration": "lal", **copy.deepcopy(given)}
+def _complete_entry(caller_entry: Any, width: int) -> dict[str, Any]:
+    """Return an entry of ``encoders`` with everything that may be left out, after checking it.
+
+    Args:
+        caller_entry: The entry as a caller gives it.
+        width: Of the language model's states.
+
+    Raises:
+        ValueError: The entry is malformed.
+    """
+    keys = set(caller_entry) if isinstance(caller_entry, dict) else set()
+    if not {"type", "connector"} <= keys <= set(ENTRY_KEYS):
+        raise ValueError(f"an entry of encoders must have the keys {_names(ENTRY_KEYS, 'and')}, got {caller_entry!r}")
+    entry: dict[str, Any] = {"integration": "lal", **copy.deepcopy(caller_entry)}
     several = isinstance(entry["type"], list | tuple)
     types = list(entry["type"]) if several else [entry["type"]]
-    if any(kind not in TOWERS for kind in types) or not types:
+    if any(tower_type not in TOWERS for tower_type in types) or not types:
         raise ValueError(f"an encoder's type must be {_names(TOWERS)}, got {entry['type']!r}")
     if entry["integration"] not in INTEGRATIONS:
         raise ValueError(f"integration must be {_names(INTEGRATIONS)}, got {entry['integration']!r}")
@@ -139,13 +149,17 @@ def _entry(given: Any, width: int) -> dict[str, Any]:
         raise ValueError(f'connector must be a dict with "type" and "config", got {connector!r}')
     if connector.get("type") not in CONNECTORS:
         raise ValueError(f"a connector's type must be {_names(CONNECTORS)}, got {connector.get('type')!r}")
-    wanted = PAIR if connector["type"] == "lfst" else tuple(types[:1])
-    if tuple(types) != wanted or several != (connector["type"] == "lfst"):
-        needed = f"{list(PAIR)}" if connector["type"] == "lfst" else "one encoder's"
-        raise ValueError(f"the type must be {needed} for the connector {connector['type']!r}, got {entry['type']!r}")
+    is_lfst = connector["type"] == "lfst"
+    if several != is_lfst or tuple(types) != (LFST_TOWERS if is_lfst else tuple(types[:1])):
+        expected = f"{list(LFST_TOWERS)}" if is_lfst else "one encoder's"
+        raise ValueError(f"the type must be {expected} for the connector {connector['type']!r}, got {entry['type']!r}")
     entry["config"] = entry.get("config") or ([{} for _ in types] if several else {})
     configs = entry["config"] if several else [entry["config"]]
-    if not isinstance(configs, list) or len(configs) != len(types) or any(not isinstance(x, dict) for x in configs):
+    if (
+        not isinstance(configs, list)
+        or len(configs) != len(types)
+        or any(not isinstance(config, dict) for config in configs)
+    ):
         raise ValueError(f"an encoder's config must be a dict, or a list of one per type, got {entry['config']!r}")
     if any("freeze" in config for config in configs):
         raise ValueError(f"an encoder's config must not say freeze, as freeze_encoders does, got {entry['config']!r}")
@@ -157,12 +171,10 @@ def _entry(given: Any, width: int) -> dict[str, Any]:
 
 
 def _names(names: Any, word: str = "or") -> str:
+    """Return names as an error lists them: "a", "b" or "c"."""
     *first, last = (f'"{name}"' for name in names)
     return f"{', '.join(first)} {word} {last}" if first else last
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-AutoConfig.register(PalConfig.model_type, PalConfig)

@@ -2,17 +2,11 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
 from palkernels.model.causal_lm.attach import attach
@@ -24,32 +18,31 @@ from palkernels.model.causal_lm.handle import LalHandle
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.causal_lm.support import base_model
 from palkernels.model.connectors.base import Connector
-from palkernels.model.pal.clips import Clips, join, places, rows_of, summaries
+from palkernels.model.pal.clips import AudioFeatures, Clips, audio_rows, join, summaries, token_places
 from palkernels.model.pal.configuration_pal import PalConfig
-from palkernels.model.pal.parts import build_connectors, build_towers, connect, tower_types, with_configs
+from palkernels.model.pal.inputs import AudioInputs, clip_index, embed_with_plits, lengths_by_tower
+from palkernels.model.pal.parts import (
+    build_connectors,
+    build_towers,
+    by_entry,
+    connect,
+    entries_with_tower_configs,
+    keep_weights,
+)
 
-__all__ = ["AudioFeatures", "PalForConditionalGeneration"]
+__all__ = ["PalForConditionalGeneration"]
 
 IGNORED = -100  # a label that the loss passes over
 
 
-class AudioFeatures(NamedTuple):
-    """Encoded clips, by the way in which they enter the language model; None where nothing enters so. Given as
-    ``audio_features=`` instead of ``input_features``, clips are encoded once for several calls."""
-
-    plits: Clips | None = None
-    lal: Clips | None = None
-    flamingo: Clips | None = None
-
-
 class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """An audio LLM with the interface of Hugging Face's (Qwen2-Audio, Voxtral).
+    """An audio LLM with the interface of Hugging Face's own, such as Qwen2-Audio and Voxtral.
 
     ``forward`` and ``generate`` take what :class:`PalProcessor` returns:
 
     - input_ids, attention_mask (B, T): texts, padded on either side in ``forward``, on the left in ``generate``. Every
       token that enters by PLITS has a placeholder ``config.audio_token_id`` there, in the order of the clips.
-    - input_features: clips as the tower's ``features`` makes them, (C, ...), or a list of them, one per tower.
+    - input_features: C clips as the tower's ``features`` makes them, (C, ...), or a list of them, one per tower.
     - audio_lengths (C,) or (C, towers): the valid states of each clip; None: all.
     - audio_index (B, K): the clips of each text in their order, -1 where there is none; None: clip b belongs to text
       b, and C == B. Texts may share a clip.
@@ -57,12 +50,13 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
       tokens without padding, not decreasing; None: before the text. Placeholders count as text: with an ``insert_at``
       in front of a clip's placeholders they see its other audio. The paper leaves this open.
 
-    In a sequence that continues a cache (B, T) are the new tokens. All clips of the conversation are given again, as
-    ``audio_features`` if they are not to be encoded again, for LAL's audio lies in no text cache; PLITS tokens do, and
-    are not looked at where ``input_ids`` has no placeholder. ``generate`` takes the whole conversation and its cache.
+    In a sequence that continues a cache, (B, T) are the new tokens. All clips of the conversation are given again,
+    because LAL's audio lies in no text cache; as ``audio_features`` they are not encoded again. PLITS tokens do lie in
+    the cache, and are not looked at where ``input_ids`` has no placeholder. ``generate`` takes the whole conversation
+    and its cache.
 
     Args:
-        config: what it is built of.
+        config: the parts and how they go together.
         language_model, towers: modules to use instead of new ones with random weights; ``from_parts`` takes them.
 
     Raises:
@@ -88,27 +82,31 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.language_model = language_model
-        self.audio_tower = nn.ModuleList(build_towers(config, towers))
-        self.multi_modal_projector = nn.ModuleList(build_connectors(config, list(self.audio_tower)))
-        width, layers = config.text_config.hidden_size, config.lal_layers()
-        own = layers if config.projection == "per_layer" else []
-        self.layer_projector = nn.ModuleDict({str(layer): nn.Linear(width, width) for layer in own})
+        built_towers = build_towers(config, towers)
+        self.audio_tower = nn.ModuleList(built_towers)
+        self.multi_modal_projector = nn.ModuleList(build_connectors(config, built_towers))
+        width = config.text_config.hidden_size
+        projected_layers = config.lal_layers() if config.projection == "per_layer" else []
+        self.layer_projector = nn.ModuleDict({str(layer): nn.Linear(width, width) for layer in projected_layers})
         self.gated_layer = nn.ModuleDict()
         handle = self._attached()  # refuses a language model that cannot be attached
         if isinstance(handle, FlamingoHandle):
             self.gated_layer = handle.layers
         for part in (self.multi_modal_projector, self.layer_projector, self.gated_layer):
-            _keep_weights(part)
+            keep_weights(part)
         self._freeze()
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, from safetensors unless ``use_safetensors`` says otherwise. What the config says is frozen
-        is so again, which loading forgets."""
-        found = super().from_pretrained(*args, **{"use_safetensors": True, **kwargs})
-        (found[0] if isinstance(found, tuple) else found)._freeze()
-        return found
+        """Load a model as transformers does, from safetensors unless ``use_safetensors`` says otherwise.
+
+        Loading forgets what is frozen; what the config says is so again.
+        """
+        loaded = super().from_pretrained(*args, **{"use_safetensors": True, **kwargs})
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        model._freeze()
+        return loaded
 
     @classmethod
     def from_parts(
@@ -118,18 +116,21 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         towers: Sequence[nn.Module | None] | None = None,
         **settings: Any,
     ) -> Self:
-        """An audio LLM around a language model that is there already, which is used, not copied.
+        """Return an audio LLM around a language model that is there already, which is used, not copied.
+
+        Connectors have random weights. All parts get the language model's dtype and device.
 
         Args:
             language_model: any causal LM that ``attach`` takes.
-            encoders: :class:`PalConfig`'s entries. A tower that is given brings its ``config``.
-            towers: one per encoder (of LFST's entry two), in their order; None: one with random weights. Those of
-                ``TOWERS[...].from_checkpoint`` have trained ones.
+            encoders: entries as in :class:`PalConfig`. A tower in ``towers`` brings its own ``config``.
+            towers: one per encoder, and two for an entry with LFST, in their order; None: one with random weights.
+                ``TOWERS[...].from_checkpoint`` gives trained ones.
             settings: the other arguments of PalConfig.
 
-        Connectors have random weights. All parts get the language model's dtype and device.
+        Raises:
+            TypeError, ValueError: the parts do not fit each other.
         """
-        encoders = with_configs(encoders, towers)
+        encoders = entries_with_tower_configs(encoders, towers)
         config = PalConfig(text_config=language_model.config, encoders=encoders, **settings)
         model = cls(config, language_model, towers)
         model.generation_config = copy.deepcopy(language_model.generation_config)
@@ -138,10 +139,10 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         return model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, of the whole model in safetensors.
+        """Save the whole model as transformers does, in safetensors.
 
         Raises:
-            ValueError: it holds peft's adapters, among which weights have names that nothing would load.
+            ValueError: the model holds peft's adapters, under which weights have names that nothing would load.
         """
         if any(".base_layer." in name for name, _ in self.named_parameters()):
             raise ValueError("the model must hold no adapters to be saved: peft's merge_and_unload() merges them")
@@ -154,9 +155,9 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
             freeze_ffn(self.language_model)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Of what a checkpoint lacks."""
+        """Draw the weights that a checkpoint lacks."""
         super()._init_weights(module)
-        if isinstance(module, Connector):  # its queries and the like, which are no module
+        if isinstance(module, Connector):  # its queries and the like, which are parameters of no submodule
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, std=0.02)
         elif isinstance(module, GatedLayer):
@@ -164,7 +165,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
             init.zeros_(module.ffn_gate)
 
     def _attached(self) -> LalHandle | FlamingoHandle | None:
-        """The attached language model's handle; None where none of its layers takes audio."""
+        """Attach the language model if it is not, and return its handle; None if none of its layers takes audio."""
         if self.config.lal_layers():
             return attach(self.language_model, self.config.lal())
         if not self.config.uses("flamingo"):
@@ -193,34 +194,29 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
     def get_audio_features(
         self, input_features: Tensor | Sequence[Tensor], audio_lengths: Tensor | None = None
     ) -> AudioFeatures:
-        """Clips through encoders and connectors; the arguments are ``forward``'s.
+        """Pass clips through encoders and connectors. The arguments are those of ``forward``.
 
         Returns:
-            AudioFeatures of tokens (C, N, d), N by encoder and connector, those of several encoders joined clip by
-            clip.
+            AudioFeatures of tokens (C, N, d). N depends on encoder and connector; the tokens of several encoders are
+            joined clip by clip.
+
+        Raises:
+            ValueError: there is not a tensor for every tower, or the lengths have another shape.
         """
         features = [input_features] if isinstance(input_features, Tensor) else list(input_features)
         count = len(self.audio_tower)
         if len(features) != count:
             raise ValueError(f"input_features must hold a tensor for each of {count} towers, got {len(features)}")
         encoded = [tower(clips) for tower, clips in zip(self.audio_tower, features, strict=True)]
-        if audio_lengths is not None:
-            rows = encoded[0].shape[0]
-            if audio_lengths.numel() != rows * count:
-                got = tuple(audio_lengths.shape)
-                raise ValueError(f"audio_lengths must be (C, towers) = {(rows, count)}, got {got}")
-            audio_lengths = audio_lengths.reshape(rows, count).to(encoded[0].device)
-        found: dict[str, list[Clips]] = {}
-        first = 0
-        for entry, connector in zip(self.config.encoders, self.multi_modal_projector, strict=True):
-            last = first + len(tower_types(entry))
-            lengths = None if audio_lengths is None else audio_lengths[:, first:last]
-            clips = connect(cast(Connector, connector), encoded[first:last], lengths)
-            found.setdefault(entry["integration"], []).append(clips)
-            first = last
+        lengths = lengths_by_tower(audio_lengths, encoded)
+        entries = by_entry(self.config.encoders, list(zip(encoded, lengths, strict=True)))
+        by_integration: dict[str, list[Clips]] = {}
+        for connector, (entry, of_towers) in zip(self.multi_modal_projector, entries, strict=True):
+            clips = connect(cast(Connector, connector), [states for states, _ in of_towers], of_towers[0][1])
+            by_integration.setdefault(entry["integration"], []).append(clips)
         if self.config.summary_tokens:
-            found["plits"] = [summaries(found["lal"][0], self.config.summary_tokens)]
-        return AudioFeatures(**{way: join(parts)[0] for way, parts in found.items()})
+            by_integration["plits"] = [summaries(by_integration["lal"][0], self.config.summary_tokens)]
+        return AudioFeatures(**{integration: join(parts)[0] for integration, parts in by_integration.items()})
 
     def forward(
         self,
@@ -238,30 +234,31 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """One forward of the language model; further keywords are its own.
+        """Run the language model once on texts and audio. Arguments that the class does not describe are its own.
 
         Args:
-            labels: (B, T), -100 where there is none. Placeholders have none.
-            position_ids: each text's own, without LAL's audio.
+            labels: (B, T), -100 where there is none. Labels at placeholders are ignored.
+            position_ids: (B, T) positions in each text, without LAL's audio.
 
         Returns:
             The language model's output: loss, logits (B, T, vocabulary), past_key_values.
         """
-        features = self._features(input_features, audio_lengths, audio_features)
-        arguments = self._with_audio(input_ids, inputs_embeds, features, audio_index, insert_at, past_key_values)
+        audio = AudioInputs(input_features, audio_lengths, audio_index, insert_at, audio_features)
+        arguments = self._with_audio(input_ids, inputs_embeds, audio, past_key_values)
         if "inputs_embeds" in arguments:
             arguments.pop("input_ids", None)
-        found = None if input_ids is None else self._placeholders(input_ids)
-        if labels is not None and found is not None:
-            labels = labels.masked_fill(found, IGNORED)
-        given = {
+        placeholders = None if input_ids is None else self._placeholders(input_ids)
+        if labels is not None and placeholders is not None:
+            labels = labels.masked_fill(placeholders, IGNORED)
+        optional = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "past_key_values": past_key_values,
             "labels": labels,
             "use_cache": use_cache,
         }
-        return self.language_model(**arguments, **{k: v for k, v in given.items() if v is not None}, **kwargs)
+        arguments |= {name: value for name, value in optional.items() if value is not None}
+        return self.language_model(**arguments, **kwargs)
 
     @torch.no_grad()
     def generate(
@@ -278,130 +275,70 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The language model's ``generate``, all its keywords included; the audio is encoded and projected once.
+        """Generate by the language model's ``generate``, all its keywords included.
+
+        The audio is encoded and projected once.
 
         Returns:
-            What the language model's returns: tokens (B, prompt and new ones).
+            The language model's own result: tokens (B, prompt and new ones), or with ``return_dict_in_generate=True``
+            its output object.
         """
         prompt = inputs if input_ids is None else input_ids
-        features = self._features(input_features, audio_lengths, audio_features)
-        arguments = self._with_audio(prompt, inputs_embeds, features, audio_index, insert_at, None)
+        audio = AudioInputs(input_features, audio_lengths, audio_index, insert_at, audio_features)
+        arguments = self._with_audio(prompt, inputs_embeds, audio, cache=None)
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
         base_model(self.language_model).generation_config = self.generation_config
         return self.language_model.generate(**arguments, **kwargs)
 
-    def _features(
-        self,
-        input_features: Tensor | Sequence[Tensor] | None,
-        audio_lengths: Tensor | None,
-        audio_features: AudioFeatures | None,
-    ) -> AudioFeatures | None:
-        if input_features is None:
-            return audio_features
-        if audio_features is not None:
-            raise ValueError("audio must be input_features or audio_features, got both")
-        return self.get_audio_features(input_features, audio_lengths)
-
     def _with_audio(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        features: AudioFeatures | None,
-        audio_index: Tensor | None,
-        insert_at: Tensor | None,
-        cache: Any,
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, audio: AudioInputs, cache: Any
     ) -> dict[str, Any]:
-        """The language model's arguments: text, with PLITS tokens in their places, and LAL's audio."""
+        """Return the language model's arguments: text, with PLITS tokens in their places, and LAL's audio."""
+        features = audio.audio_features
+        if audio.input_features is not None:
+            if features is not None:
+                raise ValueError("audio must be input_features or audio_features, got both")
+            features = self.get_audio_features(audio.input_features, audio.audio_lengths)
         arguments: dict[str, Any] = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-        arguments = {name: given for name, given in arguments.items() if given is not None}
+        arguments = {name: tensor for name, tensor in arguments.items() if tensor is not None}
         if not arguments:
             raise ValueError("input_ids or inputs_embeds must be given, got neither")
-        found = None if input_ids is None else self._placeholders(input_ids)
+        placeholders = None if input_ids is None else self._placeholders(input_ids)
         if features is None or not any(features):
-            if found is not None and not torch.compiler.is_compiling() and bool(found.any()):
-                raise ValueError(f"audio must be given for {int(found.sum())} placeholders in input_ids, got none")
+            if placeholders is not None and not torch.compiler.is_compiling() and bool(placeholders.any()):
+                count = int(placeholders.sum())
+                raise ValueError(f"audio must be given for {count} placeholders in input_ids, got none")
             return arguments
         batch = next(iter(arguments.values())).shape[0]
-        clips = next(part for part in features if part is not None)
-        index = _index(audio_index, batch, clips)
+        index = clip_index(audio.audio_index, batch, next(clips for clips in features if clips is not None))
         if features.plits is not None:
-            continued = cache is not None and cache.get_seq_length() > 0
-            if found is None or inputs_embeds is not None:
+            token = self.config.audio_token_id
+            if input_ids is None or placeholders is None or token is None or inputs_embeds is not None:
                 raise ValueError("input_ids must be given alone where audio enters by PLITS, got inputs_embeds")
-            if not continued or bool(found.any()):
-                arguments["inputs_embeds"] = self._embed(input_ids, found, features.plits, index)
+            continued = cache is not None and cache.get_seq_length() > 0
+            if not continued or bool(placeholders.any()):
+                embedding = self.get_input_embeddings()
+                arguments["inputs_embeds"] = embed_with_plits(embedding, input_ids, token, features.plits, index)
         inside = features.lal or features.flamingo
         if inside is not None and self._attached() is not None:
-            arguments["audio"] = self._state(inside, index, insert_at)
+            arguments["audio"] = self._audio_state(inside, index, audio.insert_at)
         return arguments
 
     def _placeholders(self, input_ids: Tensor) -> Tensor | None:
-        """(B, T), None where there can be none."""
+        """Return (B, T), True at placeholders; None if there can be none."""
         token = self.config.audio_token_id
         return torch.eq(input_ids, token) if token is not None and self.config.uses("plits") else None
 
-    def _embed(self, input_ids: Tensor | None, found: Tensor, clips: Clips, index: Tensor) -> Tensor:
-        """The text's embeddings (B, T, d), each placeholder replaced by its PLITS token."""
-        assert input_ids is not None
-        rows = rows_of(clips, index)
-        audio = Clips(rows.audio.states[rows.index], rows.audio.lengths[rows.index])
-        counts = found.sum(dim=1)
-        if not torch.compiler.is_compiling() and not torch.equal(counts, audio.lengths):
-            raise ValueError(
-                f"input_ids must hold a placeholder, token {self.config.audio_token_id}, for each PLITS token, "
-                f"{audio.lengths.tolist()} in the texts, got {counts.tolist()}"
-            )
-        embeds: Tensor = self.get_input_embeddings()(input_ids)
-        tokens = audio.states[audio.valid()].to(embeds.dtype)
-        return embeds.masked_scatter(found.unsqueeze(-1), tokens)
-
-    def _state(self, clips: Clips, index: Tensor, insert_at: Tensor | None) -> AudioState:
-        rows = rows_of(clips, index)
-        states: Any = rows.audio.states
-        weight: Any = self.get_input_embeddings().weight
-        autocast = torch.is_autocast_enabled(states.device.type)
-        dtype = states.dtype if autocast else weight.dtype
-        if self.layer_projector:
-            layers = (str(layer) for layer in range(self.config.text_config.num_hidden_layers))
-            own = self.layer_projector
-            states = [own[layer](states).to(dtype) if layer in own else None for layer in layers]
-        else:
-            states = states.to(dtype)
-        if insert_at is not None:
-            given = insert_at.reshape(index.shape[0], -1).to(index.device)
-            if given.shape != index.shape:
-                raise ValueError(f"insert_at must be (B, K) = {tuple(index.shape)}, got {tuple(insert_at.shape)}")
-            before = given.masked_fill(index < 0, 0).cummax(dim=1).values
-            given = torch.where(index < 0, before, given)  # no clip, no place: that of the clip before it
-            insert_at = given.squeeze(1) if given.shape[1] == 1 else places(rows, given)
-        return AudioState(states, rows.audio.lengths, rows.index, insert_at)
-
-
-def _keep_weights(part: nn.Module) -> None:
-    """What a constructor has drawn, ``post_init`` must not draw again."""
-    for module in part.modules():
-        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if own and not any(tensor.is_meta for tensor in own):
-            module._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def _index(audio_index: Tensor | None, batch: int, clips: Clips) -> Tensor:
-    """(B, K) clips of each text."""
-    count = clips.states.shape[0]
-    if audio_index is None:
-        if count != batch:
-            raise ValueError(f"audio_index must be given for {count} clips and {batch} texts, got None")
-        return torch.arange(batch, device=clips.lengths.device).unsqueeze(1)
-    if audio_index.is_floating_point() or audio_index.is_complex() or audio_index.dtype == torch.bool:
-        raise TypeError(f"audio_index must have an integer dtype, got {audio_index.dtype}")
-    if audio_index.ndim not in (1, 2) or audio_index.shape[0] != batch:
-        raise ValueError(f"audio_index must be (B, K) with B = {batch}, got shape {tuple(audio_index.shape)}")
-    index = audio_index.reshape(batch, -1).to(clips.lengths.device, torch.long)
-    if index.device.type == "cpu" and index.numel() and not -1 <= int(index.min()) <= int(index.max()) < count:
-        raise ValueError(f"audio_index must be from -1 to {count - 1}, got {index.tolist()}")
-    return index
-
-
-AutoModel.register(PalConfig, PalForConditionalGeneration)
-AutoModelForMultimodalLM.register(PalConfig, PalForConditionalGeneration)
+    def _audio_state(self, clips: Clips, index: Tensor, insert_at: Tensor | None) -> AudioState:
+        """Return the audio that enters the language model's layers, in the dtype that they compute in."""
+        rows = audio_rows(clips, index)
+        places = None if insert_at is None else token_places(rows, insert_at, index)
+        states, weight = rows.audio.states, cast(Tensor, self.get_input_embeddings().weight)
+        dtype = states.dtype if torch.is_autocast_enabled(states.device.type) else weight.dtype
+        if not self.layer_projector:
+            return AudioState(states.to(dtype), rows.audio.lengths, rows.index, places)
+        projectors = dict(self.layer_projector.items())
+        layers = [projectors.get(str(layer)) for layer in range(self.config.text_config.num_hidden_layers)]
+        by_layer = [None if projector is None else projector(states).to(dtype) for projector in layers]
+        return AudioState(by_layer, rows.audio.lengths, rows.index, places)

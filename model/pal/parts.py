@@ -1,94 +1,143 @@
-"""Towers and connectors as a :class:`PalConfig` has them."""
+"""Towers and connectors as the ``encoders`` of a :class:`PalConfig` describe them.
 
-from collections.abc import Sequence
-from typing import Any
+An entry of ``encoders`` has one tower, or with LFST two. Things that are listed tower by tower, such as features and
+lengths, are dealt out to the entries by :func:`by_entry`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from palkernels.model.connectors.base import CONNECTORS, Connector
-from palkernels.model.encoders.towers import TOWERS, Tower
+from palkernels.model.connectors.base import Connector
+from palkernels.model.connectors.registry import CONNECTORS
+from palkernels.model.encoders.base import Tower
+from palkernels.model.encoders.registry import TOWERS
 from palkernels.model.pal.clips import Clips
 from palkernels.model.pal.configuration_pal import PalConfig
 
+__all__ = [
+    "build_connectors", "build_towers", "by_entry", "connect", "entries_with_tower_configs", "keep_weights",
+    "outline_connectors", "tower_settings",
+]  # fmt: skip
+
+Item = TypeVar("Item")
+
 
 def tower_types(entry: dict[str, Any]) -> list[str]:
-    """The types of an entry's towers: one, or two for LFST."""
+    """Return the types of an entry's towers: one, or two for LFST."""
     return [entry["type"]] if isinstance(entry["type"], str) else list(entry["type"])
 
 
 def tower_settings(encoders: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Type and config of every tower of a config's entries."""
-    found: list[tuple[str, dict[str, Any]]] = []
+    """Return type and config of every tower of all entries."""
+    settings: list[tuple[str, dict[str, Any]]] = []
     for entry in encoders:
         configs = entry["config"] if isinstance(entry["config"], list) else [entry["config"]]
-        found += zip(tower_types(entry), configs, strict=True)
-    return found
+        settings += zip(tower_types(entry), configs, strict=True)
+    return settings
 
 
-def with_configs(encoders: Sequence[dict[str, Any]], towers: Sequence[nn.Module | None] | None) -> list[dict[str, Any]]:
-    """Entries whose ``config`` is that of the tower that is given."""
-    found, rest = [], list(towers or [])
+def by_entry(
+    encoders: Sequence[dict[str, Any]], items: Sequence[Item]
+) -> Iterator[tuple[dict[str, Any], Sequence[Item]]]:
+    """Yield each entry with its share of ``items``, of which there is one for every tower."""
+    first = 0
+    for entry in encoders:
+        last = first + len(tower_types(entry))
+        yield entry, items[first:last]
+        first = last
+
+
+def entries_with_tower_configs(
+    encoders: Sequence[dict[str, Any]], towers: Sequence[nn.Module | None] | None
+) -> list[dict[str, Any]]:
+    """Return the entries with the ``config`` of every tower that is given, instead of their own.
+
+    The entries are a caller's and not checked yet: what is wrong with them, :class:`PalConfig` says.
+    """
+    entries, remaining = [], list(towers or [])
     for entry in encoders:
         count = len(tower_types(entry)) if isinstance(entry, dict) and "type" in entry else 1
-        given, rest = rest[:count], rest[count:]
-        if any(tower is not None for tower in given):
-            configs = [dict(getattr(tower, "config", {})) for tower in given]
+        entry_towers, remaining = remaining[:count], remaining[count:]
+        if any(tower is not None for tower in entry_towers):
+            configs = [dict(getattr(tower, "config", {})) for tower in entry_towers]
             for config in configs:
                 config.pop("freeze", None)  # PalConfig.freeze_encoders says it
             entry = {**entry, "config": configs if isinstance(entry["type"], list | tuple) else configs[0]}
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
-def build_towers(config: PalConfig, given: Sequence[nn.Module | None] | None = None) -> list[Tower]:
-    """All towers of a config, in its order; ``given`` ones are taken instead of new ones."""
-    wanted = tower_settings(config.encoders)
-    given = [None] * len(wanted) if given is None else given
-    if len(given) != len(wanted):
-        raise ValueError(f"towers must be {len(wanted)}, each a module or None, got {len(given)}")
-    found: list[Tower] = []
-    for (kind, settings), tower in zip(wanted, given, strict=True):
+def build_towers(config: PalConfig, towers: Sequence[nn.Module | None] | None = None) -> list[Tower]:
+    """Return all towers of a config, in its order.
+
+    Args:
+        config: The config.
+        towers: Towers to take instead of new ones; None in the place of a tower that is to be built.
+
+    Raises:
+        TypeError, ValueError: There are too few or too many towers, or one does not fit the config.
+    """
+    settings_of_towers = tower_settings(config.encoders)
+    towers = [None] * len(settings_of_towers) if towers is None else towers
+    if len(towers) != len(settings_of_towers):
+        raise ValueError(f"towers must be {len(settings_of_towers)}, each a module or None, got {len(towers)}")
+    built: list[Tower] = []
+    for (tower_type, settings), tower in zip(settings_of_towers, towers, strict=True):
+        tower_class = TOWERS[tower_type]
         if tower is None:
-            tower = TOWERS[kind](**{**settings, "freeze": config.freeze_encoders})
-        elif not isinstance(tower, TOWERS[kind]):
-            raise TypeError(f"a tower must be a {TOWERS[kind].__name__}, got {type(tower).__name__}")
+            tower = tower_class(**{**settings, "freeze": config.freeze_encoders})
+        elif not isinstance(tower, tower_class):
+            raise TypeError(f"a tower must be a {tower_class.__name__}, got {type(tower).__name__}")
         elif tower.config["freeze"] != config.freeze_encoders:
             raise ValueError(f"towers must have freeze={config.freeze_encoders} as freeze_encoders says, got another")
-        found.append(tower)
-    return found
+        built.append(tower)
+    return built
 
 
-def build_connectors(config: PalConfig, towers: Sequence[nn.Module]) -> list[Connector]:
-    """One connector per entry of a config, from its towers' width to the language model's."""
-    found, rest = [], list(towers)
-    for entry in config.encoders:
-        count = len(tower_types(entry))
-        own, rest = rest[:count], rest[count:]
-        sizes: list[Any] = [tower.hidden_size for tower in own]
-        found.append(_connector(entry, sizes, config.text_config.hidden_size))
-    return found
-
-
-def connect(connector: Connector, states: Sequence[Tensor], lengths: Tensor | None) -> Clips:
-    """An entry's encoded clips, one tensor per tower, through its connector; ``lengths`` (C, towers)."""
-    dtype = next(x.dtype for x in connector.parameters() if x.is_floating_point())
-    given = tuple(x.to(dtype) for x in states)
-    first = None if lengths is None else lengths[:, 0]
-    out, valid = connector.connect(given if len(given) > 1 else given[0], first)
-    if valid is None:
-        valid = torch.full(out.shape[:1], out.shape[1], device=out.device)
-    return Clips(out, valid)
+def build_connectors(config: PalConfig, towers: Sequence[Tower]) -> list[Connector]:
+    """Return one connector per entry of a config, from its towers' width to the language model's."""
+    width = config.text_config.hidden_size
+    return [
+        _build_connector(entry, [tower.hidden_size for tower in entry_towers], width)
+        for entry, entry_towers in by_entry(config.encoders, towers)
+    ]
 
 
 def outline_connectors(encoders: Sequence[dict[str, Any]]) -> list[Connector]:
-    """The connectors of a config's entries without weights, their widths made up: they know how many states they make
-    of how many."""
+    """Return the entries' connectors without weights, their widths made up: they know how many states they make of how
+    many."""
     with torch.device("meta"):
-        return [_connector(entry, [1] * len(tower_types(entry)), 1) for entry in encoders]
+        return [_build_connector(entry, [1] * len(tower_types(entry)), 1) for entry in encoders]
 
 
-def _connector(entry: dict[str, Any], sizes: list[int], width: int) -> Connector:
-    widths = {"input_sizes": sizes} if len(sizes) > 1 else {"input_size": sizes[0]}
+def _build_connector(entry: dict[str, Any], input_sizes: list[int], hidden_size: int) -> Connector:
+    widths: dict[str, Any] = {"input_sizes": input_sizes} if len(input_sizes) > 1 else {"input_size": input_sizes[0]}
     settings = entry["connector"]["config"]
-    return CONNECTORS[entry["connector"]["type"]](**{**widths, "hidden_size": width, **settings})
+    return CONNECTORS[entry["connector"]["type"]](**{**widths, "hidden_size": hidden_size, **settings})
+
+
+def connect(connector: Connector, states: Sequence[Tensor], lengths: Tensor | None) -> Clips:
+    """Pass an entry's encoded clips through its connector.
+
+    Args:
+        connector: The entry's.
+        states: (C, N, width) of each of its towers.
+        lengths: (C,) valid states of the first tower; None: all.
+    """
+    dtype = next(weight.dtype for weight in connector.parameters() if weight.is_floating_point())
+    inputs = tuple(tower_states.to(dtype) for tower_states in states)
+    outputs, valid = connector.connect(inputs if len(inputs) > 1 else inputs[0], lengths)
+    if valid is None:
+        valid = torch.full(outputs.shape[:1], outputs.shape[1], device=outputs.device)
+    return Clips(outputs, valid)
+
+
+def keep_weights(part: nn.Module) -> None:
+    """Mark what a constructor has drawn, so that transformers' ``post_init`` does not draw it again."""
+    for module in part.modules():
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if tensors and not any(tensor.is_meta for tensor in tensors):
+            module._is_hf_initialized = True  # type: ignore[assignment]

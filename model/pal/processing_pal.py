@@ -1,4 +1,4 @@
-"""Texts and clips as :class:`PalForConditionalGeneration` takes them."""
+"""From texts and clips to the inputs that :class:`PalForConditionalGeneration` takes."""
 
 import os
 from collections.abc import Sequence
@@ -6,17 +6,18 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
+from palkernels.model.audio.limits import MAX_BYTES
 from palkernels.model.audio.waveforms import waveform
-from palkernels.model.encoders.towers import TOWERS
+from palkernels.model.encoders.registry import TOWERS
 from palkernels.model.pal.configuration_pal import PalConfig
-from palkernels.model.pal.parts import outline_connectors, tower_settings
+from palkernels.model.pal.parts import by_entry, outline_connectors, tower_settings
+from palkernels.model.pal.tokenizer import AUDIO_TOKEN
 
 __all__ = ["PalProcessor"]
 
-AUDIO_TOKEN = "<|AUDIO|>"
-MAX_BYTES = 100 * 10**6
+AUDIO_KEYS = ("audio", "path", "url", "audio_url")  # under which a message's item may hold its clip
 # For tokenizers that bring no template of their own.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -25,15 +26,15 @@ PLAIN_TEMPLATE = (
 
 
 class PalProcessor(ProcessorMixin):  # type: ignore[misc]
-    """A tokenizer, and what the encoders hear of a clip. It loads no encoder.
+    """A tokenizer, and the features that the encoders take of a clip. It loads no encoder.
 
     Args:
         tokenizer: a tokenizer that knows ``audio_token``.
-        encoders, summary_tokens: those of the :class:`PalConfig`; ``PalProcessor.from_config`` takes them from it.
-        audio_token: stands in a text wherever a clip is heard. If audio enters by PLITS its id is
+        encoders, summary_tokens: as in the :class:`PalConfig`; ``PalProcessor.from_config`` takes them from it.
+        audio_token: the token that stands in a text wherever a clip is heard. If audio enters by PLITS its id is
             ``config.audio_token_id``.
-        chat_template: what :meth:`apply_chat_template` renders messages with; None: the tokenizer's own, which need not
-            know of audio.
+        chat_template: the template that :meth:`apply_chat_template` renders messages with; None: the tokenizer's own,
+            which need not know of audio.
         max_seconds: the longest clip; None: what the encoder with the shortest window hears. Longer ones are refused.
         max_bytes: the largest file or array.
 
@@ -60,8 +61,10 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         self.audio_token_id: int = tokenizer.convert_tokens_to_ids(audio_token)
         if self.audio_token_id is None or self.audio_token_id == tokenizer.unk_token_id:
             raise ValueError(f"the tokenizer must know {audio_token!r} as one token: add_special_tokens adds it")
-        self._features = [TOWERS[kind].make_features(settings) for kind, settings in tower_settings(self.encoders)]
-        window = min(x.max_samples / x.sampling_rate for x in self._features)
+        self._features = [
+            TOWERS[tower_type].make_features(settings) for tower_type, settings in tower_settings(self.encoders)
+        ]
+        window = min(features.max_samples / features.sampling_rate for features in self._features)
         self.max_seconds = window if max_seconds is None else max_seconds
         if not 0 < self.max_seconds <= window:
             raise ValueError(f"max_seconds must be from above 0 to {window:g}, which is heard, got {max_seconds!r}")
@@ -69,13 +72,21 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, tokenizer: Any, config: PalConfig, **settings: Any) -> Self:
-        """The processor of a model with this config; ``settings`` are further arguments of the class."""
-        found = cls(tokenizer, config.encoders, config.summary_tokens, **settings)
-        if config.uses("plits") and found.audio_token_id != config.audio_token_id:
-            raise ValueError(
-                f"the audio token must have the id {config.audio_token_id} as in the config, got {found.audio_token_id}"
-            )
-        return found
+        """Return the processor of a model with this config.
+
+        Args:
+            tokenizer: the model's.
+            config: the model's.
+            settings: further arguments of the class.
+
+        Raises:
+            ValueError: the audio token has another id than in the config.
+        """
+        processor = cls(tokenizer, config.encoders, config.summary_tokens, **settings)
+        expected, token_id = config.audio_token_id, processor.audio_token_id
+        if config.uses("plits") and token_id != expected:
+            raise ValueError(f"the audio token must have the id {expected} as in the config, got {token_id}")
+        return processor
 
     def __call__(
         self,
@@ -90,17 +101,18 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         pad_to_multiple_of: int | None = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
-        """One batch for ``forward`` and ``generate``.
+        """Return one batch for ``forward`` and ``generate``.
 
         Args:
             text: one text or several, with ``audio_token`` for each clip that is heard there. It becomes as many
                 placeholders as the clip has PLITS tokens; LAL audio stands before them.
-            audio: clips in the order of their tokens, or a list of them for each text; one may stand alone. Each is
-                (samples,), a float NumPy array or tensor, or the path of a WAV, FLAC, OGG or MP3 file. An object that
-                is given several times is encoded once.
+            audio: clips in the order of their tokens, or a list of them for each text; a single clip needs no list.
+                Each is (samples,), a float NumPy array or tensor, or the path of a WAV, FLAC, OGG or MP3 file. An
+                object that is given several times is encoded once.
             sampling_rate: of the arrays, in Hz. Other rates than the encoders' are converted.
-            add_special_tokens: the tokenizer's; a text that begins with its BOS token gets none.
-            padding, padding_side, max_length, pad_to_multiple_of: the tokenizer's, for whole batches of "pt" tensors.
+            add_special_tokens: as the tokenizer takes it, but a text that begins with the BOS token gets no second one.
+            padding, padding_side, max_length, pad_to_multiple_of: as ``tokenizer.pad`` takes them.
+            return_tensors: "pt".
 
         Returns:
             input_ids, attention_mask (B, T), and with audio input_features, audio_lengths (C, towers), audio_index and
@@ -108,27 +120,23 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
 
         Raises:
             AudioError: a clip is refused; the message names the limit.
-            ValueError: clips and tokens do not match.
+            ValueError: clips and tokens do not match, or an argument is none of these.
         """
         if return_tensors != "pt":
             raise ValueError(f'return_tensors must be "pt", got {return_tensors!r}')
         texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(x, str) for x in texts):
+        if not texts or not all(isinstance(one, str) for one in texts):
             raise ValueError(f"text must be a string or a list of them, got {text!r}")
-        bos = self.tokenizer.bos_token
-        rows = [
-            self.tokenizer(x, add_special_tokens=add_special_tokens and not (bos and x.startswith(bos)))["input_ids"]
-            for x in texts
-        ]
-        heard = self._heard(audio, [row.count(self.audio_token_id) for row in rows])
-        clips, index = _distinct(heard)
-        found, lengths = self.audio_features(clips, sampling_rate) if clips else (None, None)
+        token_ids = [self._tokenize(one, add_special_tokens) for one in texts]
+        clips_of_texts = self._clips_of_texts(audio, [ids.count(self.audio_token_id) for ids in token_ids])
+        clips, index = _distinct(clips_of_texts)
+        features, lengths = self.audio_features(clips, sampling_rate) if clips else (None, None)
 
         counts = [] if lengths is None else self.num_placeholders(lengths).tolist()
         expanded, insert_at = [], []
-        for row, own in zip(rows, index, strict=True):
-            ids, places = self._expand(row, [counts[clip] for clip in own])
-            expanded.append(ids)
+        for ids, clip_numbers in zip(token_ids, index, strict=True):
+            with_placeholders, places = self._expand(ids, [counts[number] for number in clip_numbers])
+            expanded.append(with_placeholders)
             insert_at.append(places)
         data = dict(
             self.tokenizer.pad(
@@ -140,35 +148,42 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
                 return_tensors="pt",
             )
         )
-        if found is not None:
-            data["input_features"] = found[0] if len(found) == 1 else found
+        if features is not None:
+            data["input_features"] = features[0] if len(features) == 1 else features
             data["audio_lengths"] = lengths
             data["audio_index"] = _table(index, -1)
             data["insert_at"] = _table(insert_at, 0)
         return BatchFeature(data)
 
     def audio_features(self, clips: Sequence[Any], sampling_rate: int | None = None) -> tuple[list[Tensor], Tensor]:
-        """``input_features``, one tensor per tower, and ``audio_lengths`` (C, towers) of clips."""
-        found, lengths = [], []
+        """Return the ``input_features`` of C clips, one tensor per tower, and their ``audio_lengths`` (C, towers).
+
+        Args:
+            clips: arrays, tensors or paths, as ``__call__`` takes them.
+            sampling_rate: of the arrays, in Hz.
+
+        Raises:
+            AudioError: a clip is refused; the message names the limit.
+        """
+        input_features, lengths = [], []
         at_rate: dict[int, list[Tensor]] = {}
         for features in self._features:
             rate = features.sampling_rate
             if rate not in at_rate:
                 limits: dict[str, Any] = {"max_seconds": self.max_seconds, "max_bytes": self.max_bytes}
                 at_rate[rate] = [waveform(clip, sampling_rate, rate, **limits) for clip in clips]
-            inputs, valid = features(at_rate[rate])
-            found.append(inputs)
-            lengths.append(valid)
-        return found, torch.stack(lengths, dim=1)
+            tower_features, tower_lengths = features(at_rate[rate])
+            input_features.append(tower_features)
+            lengths.append(tower_lengths)
+        return input_features, torch.stack(lengths, dim=1)
 
     def num_placeholders(self, audio_lengths: Tensor) -> Tensor:
-        """(C,) PLITS tokens of clips whose towers have ``audio_lengths`` (C, towers) valid states."""
+        """Return how many PLITS tokens each clip has (C,), from its valid states ``audio_lengths`` (C, towers)."""
         total = torch.full_like(audio_lengths[:, 0], self.summary_tokens)
-        first = 0
-        for entry, connector in zip(self.encoders, self._connectors, strict=True):
+        entries = by_entry(self.encoders, audio_lengths.unbind(1))
+        for connector, (entry, lengths) in zip(self._connectors, entries, strict=True):
             if entry["integration"] == "plits":
-                total = total + connector.output_lengths(audio_lengths[:, first])
-            first += len(tower_settings([entry]))
+                total = total + connector.output_lengths(lengths[0])
         return total
 
     def apply_chat_template(
@@ -182,16 +197,18 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         sampling_rate: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Messages as one text, each {"type": "audio"} in a message's content as ``audio_token``.
+        """Render messages as one text, each {"type": "audio"} in a message's content as ``audio_token``.
 
         Args:
             conversation: messages {"role": ..., "content": a string, or a list of {"type": "text", "text": ...} and
                 {"type": "audio", "audio": an array or a path}}, or several such lists. "path", "url" and "audio_url"
                 may stand for "audio"; nothing is downloaded.
-            chat_template: None: the processor's, or the tokenizer's.
-            tokenize: give the batch that ``__call__`` makes of text and clips instead of the text.
-            sampling_rate: of arrays.
-            kwargs: for the template.
+            chat_template: the template; None: the processor's, or the tokenizer's.
+            add_generation_prompt: whether the text ends with the beginning of an answer.
+            tokenize: whether to return the batch that ``__call__`` makes of text and clips instead of the text.
+            return_dict: with ``tokenize``, whether to return the whole batch, or its ``input_ids`` alone.
+            sampling_rate: of arrays, in Hz.
+            kwargs: further arguments of the template.
 
         Raises:
             ValueError: content of another type, or ``audio_token`` in the text of a message.
@@ -206,67 +223,77 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
             clips.append(audio)
         if not tokenize:
             return texts if batched else texts[0]
-        found = self(texts, clips, sampling_rate, add_special_tokens=False)
-        return found if return_dict else found["input_ids"]
+        batch = self(texts, clips, sampling_rate, add_special_tokens=False)
+        return batch if return_dict else batch["input_ids"]
 
     @property
     def model_input_names(self) -> list[str]:
+        """The keys of a batch with audio."""
         names = ["input_ids", "attention_mask"]
         return [*names, "input_features", "audio_lengths", "audio_index", "insert_at"]
 
     def _flatten(self, messages: Sequence[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
-        """Messages with strings for content, and the clips that they hold."""
+        """Return the messages with strings for content, and the clips that they hold."""
         flat, clips = [], []
         for message in messages:
             content, parts = message["content"], []
             for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                kind = item.get("type")
-                source = next((item[x] for x in ("audio", "path", "url", "audio_url") if item.get(x) is not None), None)
-                if kind == "audio" and source is not None:
+                item_type = item.get("type")
+                clip = next((item[key] for key in AUDIO_KEYS if item.get(key) is not None), None)
+                if item_type == "audio" and clip is not None:
                     parts.append(self.audio_token)
-                    clips.append(source)
-                elif kind == "text" and self.audio_token not in item["text"]:
+                    clips.append(clip)
+                elif item_type == "text" and self.audio_token not in item["text"]:
                     parts.append(item["text"])
                 else:
-                    got = f"{self.audio_token!r} in a text" if kind == "text" else f"{sorted(item)} of type {kind!r}"
+                    in_text = item_type == "text"
+                    got = f"{self.audio_token!r} in a text" if in_text else f"{sorted(item)} of type {item_type!r}"
                     raise ValueError(f'content must be "text", or "audio" with an array or a path, got {got}')
             flat.append({**message, "content": "".join(parts)})
         return flat, clips
 
-    def _heard(self, audio: Any, tokens: list[int]) -> list[list[Any]]:
-        """The clips of each text, as many as it has audio tokens."""
-        given = [] if audio is None else list(audio) if isinstance(audio, list | tuple) else [audio]
-        nested = bool(given) and all(isinstance(x, list | tuple) for x in given)
-        got: Any = [len(x) for x in given] if nested else len(given)
-        wanted: Any = tokens if nested else sum(tokens)
-        if got != wanted:
-            raise ValueError(f"audio must hold a clip for each {self.audio_token} in the text, {wanted}, got {got}")
-        if nested:
-            return [list(x) for x in given]
-        rest = iter(given)
-        return [[next(rest) for _ in range(count)] for count in tokens]
+    def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Return a text's ids, without a second BOS token."""
+        bos = self.tokenizer.bos_token
+        begun = bool(bos) and text.startswith(bos)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens and not begun)["input_ids"]
+        return ids
 
-    def _expand(self, row: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """A text's ids with each audio token replaced by its placeholders, and where each stands."""
-        ids: list[int] = []
+    def _clips_of_texts(self, audio: Any, counts: list[int]) -> list[list[Any]]:
+        """Return the clips of each text, as many as ``counts`` says that it has audio tokens."""
+        clips = [] if audio is None else list(audio) if isinstance(audio, list | tuple) else [audio]
+        by_text = bool(clips) and all(isinstance(item, list | tuple) for item in clips)
+        got: Any = [len(of_text) for of_text in clips] if by_text else len(clips)
+        expected: Any = counts if by_text else sum(counts)
+        if got != expected:
+            raise ValueError(f"audio must hold a clip for each {self.audio_token} in the text, {expected}, got {got}")
+        if by_text:
+            return [list(of_text) for of_text in clips]
+        remaining = iter(clips)
+        return [[next(remaining) for _ in range(count)] for count in counts]
+
+    def _expand(self, ids: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return a text's ids with each audio token replaced by its ``counts`` placeholders, and where each stands."""
+        expanded: list[int] = []
         places: list[int] = []
-        for token in row:
+        for token in ids:
             if token == self.audio_token_id:
-                ids += [token] * counts[len(places)]
-                places.append(len(ids) - counts[len(places)])
+                count = counts[len(places)]
+                places.append(len(expanded))
+                expanded += [token] * count
             else:
-                ids.append(token)
-        return ids, places
+                expanded.append(token)
+        return expanded, places
 
 
-def _distinct(heard: list[list[Any]]) -> tuple[list[Any], list[list[int]]]:
-    """Every clip once, and the clips of each text by number."""
+def _distinct(clips_of_texts: list[list[Any]]) -> tuple[list[Any], list[list[int]]]:
+    """Return every clip once, and the clips of each text by number."""
     clips: list[Any] = []
     numbers: dict[Any, int] = {}
     index: list[list[int]] = []
-    for own in heard:
+    for clips_of_text in clips_of_texts:
         index.append([])
-        for clip in own:
+        for clip in clips_of_text:
             key = os.fspath(clip) if isinstance(clip, str | os.PathLike) else id(clip)
             if key not in numbers:
                 numbers[key] = len(clips)
@@ -275,10 +302,7 @@ def _distinct(heard: list[list[Any]]) -> tuple[list[Any], list[list[int]]]:
     return clips, index
 
 
-def _table(rows: list[list[int]], filler: int) -> Tensor:
-    """(B, K), rows filled up to the longest, which has one entry at least."""
-    longest = max(1, *map(len, rows))
-    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
-
-
-AutoProcessor.register(PalConfig, PalProcessor)
+def _table(of_texts: list[list[int]], filler: int) -> Tensor:
+    """Return the numbers of each text as (B, K), filled up to the longest list, K at least 1."""
+    longest = max(1, *map(len, of_texts))
+    return torch.tensor([numbers + [filler] * (longest - len(numbers)) for numbers in of_texts])

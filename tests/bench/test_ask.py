@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from palkernels.bench.ask import AUDIO, UNTRAINED, byte_tokenizer
+from palkernels.bench.ask import UNTRAINED
 from palkernels.bench.cli import main
+from palkernels.model import AUDIO_TOKEN
 
 
 def run(*arguments: object) -> int:
@@ -52,15 +53,6 @@ def test_what_init_writes_is_a_model_like_any(made: Path) -> None:
     assert json.loads((made / "untrained.json").read_text()) == {"weights": "random", "seed": 0}
 
 
-def test_bytes_and_back() -> None:
-    tokenizer = byte_tokenizer()
-    text = "Grüße, 世界\n\t🎵"
-    ids = tokenizer(text)["input_ids"]
-    assert len(ids) == len(text.encode())
-    assert tokenizer.decode(ids) == text
-    assert tokenizer(f"a{AUDIO}b")["input_ids"][1] == tokenizer.convert_tokens_to_ids(AUDIO)
-
-
 def test_every_mistake_is_one_line(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
@@ -74,7 +66,7 @@ def test_every_mistake_is_one_line(made: Path, tmp_path: Path, capfd: pytest.Cap
         (["ask", "--model", made, "--audio", tmp_path / "text.wav", "?"], "must hold intact WAV, FLAC, OGG or MP3"),
         (["ask", "--model", made, "--audio", tmp_path / "none.wav", "?"], "must exist, got no such file"),
         (["ask", "--model", made, "--device", "tpu", "?"], "--device must be auto, cpu, cuda or cuda:INDEX"),
-        (["ask", "--model", made, f"{AUDIO}?"], "content must be"),
+        (["ask", "--model", made, f"{AUDIO_TOKEN}?"], "content must be"),
     ):
         assert run(*arguments) == 2
         said = capfd.readouterr().err.strip().splitlines()
@@ -84,7 +76,7 @@ def test_every_mistake_is_one_line(made: Path, tmp_path: Path, capfd: pytest.Cap
 
 
 def test_the_command(tmp_path: Path) -> None:
-    """As a user runs it, in a process of its own and without a network."""
+    """The command works in a fresh process without a network."""
     code = f"""
 import socket
 def refuse(*arguments):

@@ -1,15 +1,17 @@
-"""Clips that a processor must refuse. Run, it writes by how many bytes refusing them all raises the peak of memory."""
+"""Clips that a processor must refuse.
+
+Run as a program, it prints by how many bytes refusing them all raises the peak of memory.
+"""
 
 import resource
 
 import numpy
 import torch
 
-from palkernels.model import PalProcessor
-from palkernels.model.audio.files import AudioError
-from support.audio_llm import AUDIO, TOKENIZER, entry, tone
+from palkernels.model import AudioError, PalProcessor
+from support.audio_llm import AUDIO_TOKEN, TOKENIZER, entry, tone
 
-# clip, sampling rate, what is said of it
+# By name: the clip, its sampling rate, and what the error says of it.
 HOSTILE = {
     "rank 2": (torch.zeros(2, 100), 16_000, r"audio must have shape \(samples,\), one channel, got \(2, 100\)"),
     "rank 0": (numpy.float32(1), 16_000, "audio must be a NumPy array, a tensor or a path, got float32"),
@@ -38,7 +40,7 @@ def processor():
 
 
 def files():
-    """Paths in the working directory: holes that take no room, of 10 GB and of 49 MB."""
+    """Paths that must be refused. Writes files with holes that take no room, of 10 GB, 49 MB and 45 MB."""
     for name, start, size in (
         ("huge.wav", WAV, 10**10),
         ("hole.flac", b"fLaC", 49 * 10**6),
@@ -55,16 +57,16 @@ def peak():
 
 
 def main():
-    hears = processor()
-    hears(AUDIO, tone(), 16_000)
+    process = processor()
+    process(AUDIO_TOKEN, tone(), 16_000)
     before = peak()
     for clip, rate in [*((clip, rate) for clip, rate, _ in HOSTILE.values()), *((path, None) for path in files())]:
         try:
-            hears(AUDIO, clip, rate)
+            process(AUDIO_TOKEN, clip, rate)
         except AudioError:
             continue
         print("accepted", repr(clip)[:60])
-    hears(AUDIO, "wide.wav")  # 64 channels of 7 s: within every limit
+    process(AUDIO_TOKEN, "wide.wav")  # 64 channels of 7 s: within every limit
     print(peak() - before)
 
 

@@ -16,7 +16,7 @@ from palkernels.bench.machine import package_version
 from palkernels.bench.methods.methods import DEFAULT_METHODS, LEVERS, METHODS, Batch, make_adamw
 from palkernels.bench.presets import LlmPlan, plan_llm
 from palkernels.bench.report import document as results
-from palkernels.model.connectors.base import MlpConnector
+from palkernels.model.connectors.mlp import MlpConnector
 
 FILES = ["simulate.csv", "simulate.html", "simulate.json", "simulate.png"]
 COMMITTED = Path(__file__).parents[3] / "bench" / "results"

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from palkernels.bench.methods.methods import DEFAULT_METHODS, IGNORED, LEVERS, METHODS, POOLED, Batch, Method
 from palkernels.bench.presets import LlmPlan
 from palkernels.model import AudioState, attach
-from palkernels.model.connectors.base import MlpConnector
+from palkernels.model.connectors.mlp import MlpConnector
 
 AUDIO, TEXT, ROWS, VOCAB = 12, 7, 2, 64
 

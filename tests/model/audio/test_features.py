@@ -1,4 +1,4 @@
-"""What each encoder hears: features are those of transformers and torchaudio by hand, lengths follow the clip."""
+"""Encoders' input features: they equal those of transformers and torchaudio by hand, and lengths follow the clip."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def test_sslam_features_are_kaldis(samples: int) -> None:
 
 
 def test_sslam_clip_shorter_than_a_frame_is_filled_up() -> None:
-    """Kaldi itself has no frame for it."""
+    """A clip shorter than one analysis window gets one frame; Kaldi itself would give it none."""
     waveform = clip(100)
     got, lengths = SslamFeatures()([waveform])
     filled = torch.cat([waveform - waveform.mean(), torch.zeros(300)])
@@ -70,7 +70,7 @@ def test_sslam_clip_shorter_than_a_frame_is_filled_up() -> None:
 
 @pytest.mark.parametrize("mel_bins", [80, 128])
 def test_whisper_features_are_transformers(mel_bins: int) -> None:
-    """Of the clip and silence up to 30 s."""
+    """The features are those of the clip and silence up to 30 s."""
     waveform = clip(50_000)
     got, _ = WhisperFeatures(mel_bins)([waveform])
     extractor = WhisperFeatureExtractor(feature_size=mel_bins)
@@ -79,7 +79,7 @@ def test_whisper_features_are_transformers(mel_bins: int) -> None:
 
 @pytest.mark.parametrize("samples", [1_000, 100_000, 480_000])
 def test_clap_features_are_laions(samples: int) -> None:
-    """50 to 14,000 Hz, repeated and padded, one mel: of transformers' defaults two differ, and change the result."""
+    """50 to 14,000 Hz, repeated and padded, one mel. Two settings differ from transformers' defaults, and matter."""
     waveform = clip(samples)
     got, _ = ClapFeatures()([waveform])
     laion = {"frequency_min": 50, "frequency_max": 14_000, "truncation": "rand_trunc", "padding": "repeatpad"}
@@ -99,7 +99,7 @@ def test_clap_features_are_laions(samples: int) -> None:
 
 @each
 def test_a_clips_features_do_not_depend_on_its_batch(features: Features) -> None:
-    """Bit for bit, nor on the global random state, which stays as it was."""
+    """Features are equal bit for bit, and the global random state stays as it was."""
     clips = [clip(samples, seed=samples) for samples in (20_000, 1, features.max_samples)]
     before = torch.get_rng_state(), numpy.random.get_state()[1].copy()
     together, lengths = features(clips)
@@ -128,7 +128,7 @@ def test_default_device_does_not_matter(features: Features) -> None:
 @each
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_waveform_of_another_dtype(features: Features, dtype: torch.dtype) -> None:
-    """Taken as float32; the clip is left alone."""
+    """The clip is taken as float32 and left as it was."""
     waveform = clip(5_000).to(dtype).requires_grad_()
     before = waveform.detach().clone()
     got, _ = features([waveform])
@@ -138,7 +138,7 @@ def test_waveform_of_another_dtype(features: Features, dtype: torch.dtype) -> No
 
 @each
 def test_loudest_clip_is_finite(features: Features) -> None:
-    """Samples of 2**31 are the bound."""
+    """Samples at the bound, 2**31, give finite features."""
     got, _ = features([2.0**31 * torch.sin(torch.arange(8_000) / 3)])
     assert got.isfinite().all()
 
@@ -157,7 +157,7 @@ def test_loudest_clip_is_finite(features: Features) -> None:
     ids=["whisper", "clap", "sslam", "sslam with CLS"],
 )
 def test_lengths_follow_the_clip(features: Features, lengths: dict[int, int]) -> None:
-    """A state is valid if what it stands on begins within the clip; a full window has them all."""
+    """A state is valid if the samples under it begin within the clip. In a full window all states are valid."""
     assert {samples: features.state_length(samples) for samples in lengths} == lengths
     assert max(lengths.values()) == features.num_states
     samples = next(iter(lengths))
@@ -165,7 +165,7 @@ def test_lengths_follow_the_clip(features: Features, lengths: dict[int, int]) ->
 
 
 def test_sslam_patches_beyond_the_length_are_empty() -> None:
-    """And the last valid one is not."""
+    """The last valid patch is not empty."""
     features, lengths = SslamFeatures()([clip(50_000)])
     steps = int(lengths[0]) // 8
     beyond = features[0, 16 * steps :]
@@ -185,14 +185,14 @@ def test_sslam_patches_beyond_the_length_are_empty() -> None:
         (torch.tensor(0.0), "must have shape (samples,), got ()"),
         (torch.zeros(10, dtype=torch.int16), "must be floating point, got torch.int16"),
         (torch.zeros(0), "must hold at least one sample, got none"),
-        (torch.tensor([0.0, math.nan]), "must be finite and within 2**31"),
-        (torch.tensor([-math.inf, 0.0]), "must be finite and within 2**31"),
-        (torch.tensor([1e300], dtype=torch.float64), "must be finite and within 2**31"),
-        (torch.tensor([1e10]), "must be finite and within 2**31"),
+        (torch.tensor([0.0, math.nan]), "must hold finite samples within 2**31"),
+        (torch.tensor([-math.inf, 0.0]), "must hold finite samples within 2**31"),
+        (torch.tensor([1e300], dtype=torch.float64), "must hold finite samples within 2**31"),
+        (torch.tensor([1e10]), "must hold finite samples within 2**31"),
     ],
 )
 def test_refuses_what_is_no_clip(features: Features, waveform: Any, message: str) -> None:
-    """In one line that says which of the batch it was."""
+    """The error is one line and says which clip of the batch it was."""
     with pytest.raises(ValueError, match=f"^{re.escape('waveforms[1] ' + message)}") as caught:
         features([torch.zeros(10), waveform])
     assert len(str(caught.value).splitlines()) == 1
@@ -204,7 +204,7 @@ def test_refuses_what_is_no_clip(features: Features, waveform: Any, message: str
     ids=["whisper", "clap", "sslam"],
 )
 def test_refuses_what_is_longer_than_the_window(features: Features, window: str) -> None:
-    """None is cut silently, or at random."""
+    """No encoder cuts a clip silently, or at random."""
     message = f"waveforms[0] must fit the encoder's window of {window}, got {features.max_samples + 1} samples"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         features([torch.zeros(features.max_samples + 1)])
@@ -212,13 +212,13 @@ def test_refuses_what_is_longer_than_the_window(features: Features, window: str)
 
 @pytest.mark.parametrize(("batch", "got"), [([], "none"), (torch.zeros(2, 9), "Tensor"), (None, "NoneType")])
 def test_refuses_what_is_no_batch(batch: Any, got: str) -> None:
-    """A tensor too: its rows would all be taken for whole clips."""
+    """A tensor is refused too: each row of a padded batch would be taken for a whole clip."""
     with pytest.raises(ValueError, match=f"^waveforms must be a list of at least one clip, got {got}$"):
         SslamFeatures()(batch)
 
 
 def test_only_sslams_features_need_torchaudio() -> None:
-    """Without it they say what to install, and the others work."""
+    """Without torchaudio SSLAM's features say what to install, and the others work."""
     code = """
 import json, sys
 sys.modules["torchaudio"] = None
@@ -235,4 +235,4 @@ print(json.dumps(errors))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     errors = json.loads(done.stdout.splitlines()[-1])
     assert list(errors) == ["SslamFeatures"]
-    assert errors["SslamFeatures"].startswith("SSLAM's features need torchaudio: pip install 'palkernels[audio]' (")
+    assert errors["SslamFeatures"].startswith("SSLAM's filter bank needs torchaudio: pip install 'palkernels[audio]' (")

@@ -5,9 +5,8 @@ import torch
 from safetensors.torch import save_file
 from support.oracles import build
 
-from palkernels.model import LalConfig, attach
-from palkernels.model.connectors.base import LfstConnector, MlpConnector, QFormerConnector
-from palkernels.model.connectors.lfst import AudioGrid
+from palkernels.model import LalConfig, LfstConnector, MlpConnector, QFormerConnector, attach
+from palkernels.model.connectors.audio_grid import AudioGrid
 
 
 def parts(seed=0):

@@ -9,7 +9,7 @@ from support.training import TOKENS, WIDTH, gradients, inputs, same
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from palkernels.model import AudioState, LalConfig, attach, freeze_ffn
-from palkernels.model.connectors.base import MlpConnector
+from palkernels.model.connectors.mlp import MlpConnector
 
 
 @pytest.mark.parametrize(

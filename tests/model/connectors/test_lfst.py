@@ -1,95 +1,16 @@
-"""LFST: which tokens a cell sees, and the connector against a loop over cells."""
-
-import math
+"""LFST against a loop over its cells."""
 
 import pytest
 import torch
+from support.connectors import COARSE, FINE, FINE_IN_TIME, seen_tokens
 from torch.nn.functional import gelu, layer_norm
-from transformers import ASTFeatureExtractor, ClapFeatureExtractor
-from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 
-from palkernels.model.connectors.base import LfstConnector
-from palkernels.model.connectors.lfst import CLAP_GRID, SSLAM_GRID, AudioGrid, cell_windows
-
-COARSE = AudioGrid(4, 3, 1.0, 12, 20.0, 4_000.0)
-# Finer along time, where a second does not divide evenly among cells; coarser along frequency.
-FINE_IN_TIME = AudioGrid(11, 2, 1.1, 8, 50.0, 6_000.0, "slaney")
-FINE = AudioGrid(8, 12, 1.0, 24, 20.0, 4_000.0)
-
-
-def seen_tokens(cells, tokens):
-    index, seen = cell_windows(cells, tokens)
-    return [row[keep].tolist() for row, keep in zip(index, seen, strict=True)]
-
-
-@pytest.mark.parametrize(("grid", "scale"), [(SSLAM_GRID, "kaldi"), (CLAP_GRID, "slaney")])
-def test_band_edges_are_those_of_the_filters(grid, scale):
-    """Between the centres of neighbouring filters, from transformers' own mel scales."""
-    ends = [float(hertz_to_mel(hertz, mel_scale=scale)) for hertz in (grid.low_hz, grid.high_hz)]
-    centres = torch.linspace(*ends, grid.mel_bins + 2, dtype=torch.float64)[1:-1]
-    wide = grid.mel_bins // grid.freq
-    edges = [
-        float(mel_to_hertz(float(centres[i * wide - 1] + centres[i * wide]) / 2, mel_scale=scale))
-        for i in range(1, grid.freq)
-    ]
-    assert grid.freq_edges() == pytest.approx([grid.low_hz, *edges, grid.high_hz])
-
-
-def test_grids_are_those_of_the_feature_extractors():
-    """What the two encoders are fed: mel bins, band limits and seconds of their feature extractors in transformers."""
-    clap, sslam = ClapFeatureExtractor(frequency_min=50), ASTFeatureExtractor()
-    assert (CLAP_GRID.mel_bins, CLAP_GRID.high_hz) == (clap.mel_filters_slaney.shape[1], clap.frequency_max)
-    assert CLAP_GRID.seconds == clap.nb_max_samples / clap.sampling_rate
-    assert SSLAM_GRID.mel_bins == sslam.num_mel_bins == 16 * SSLAM_GRID.freq
-    assert SSLAM_GRID.time * 16 == sslam.max_length
-    assert pytest.approx(sslam.max_length * 0.010) == SSLAM_GRID.seconds
-    assert SSLAM_GRID.high_hz == sslam.sampling_rate / 2
-
-
-def test_default_cells_see_what_covers_them():
-    """64 x 8 cells: each its own SSLAM token, and the CLAP token of its seconds and hertz, worked out here."""
-    assert seen_tokens(SSLAM_GRID, SSLAM_GRID) == [[i] for i in range(512)]
-    found = seen_tokens(SSLAM_GRID, CLAP_GRID)
-    # CLAP's two bands meet between its 32nd and 33rd filter: by Slaney's scale at 2292 Hz.
-    low, high = 50 * 3 / 200, 15 + 27 * math.log(14) / math.log(6.4)
-    border = 1000 * math.exp((low + 32.5 / 65 * (high - low) - 15) * math.log(6.4) / 27)
-    assert border == pytest.approx(2292, abs=2)
-    mel = [1127 * math.log(1 + hertz / 700) for hertz in (20, 8000)]
-    for cell, tokens in enumerate(found):
-        t, f = divmod(cell, 8)
-        bands = [700 * (math.exp((mel[0] + (16 * i + 0.5) * (mel[1] - mel[0]) / 129) / 1127) - 1) for i in (f, f + 1)]
-        middle = (20 + bands[1]) / 2 if f == 0 else (bands[0] + 8000) / 2 if f == 7 else sum(bands) / 2
-        seconds = (t + 0.5) * 0.16
-        assert tokens == [min(int(seconds / 0.3125), 31) * 2 + (middle >= border)]
-    assert [tokens[0] % 2 for tokens in found[:8]] == [0, 0, 0, 0, 0, 1, 1, 1]
-
-
-def test_finer_tokens_fall_into_one_cell_each():
-    """Twice as fine along time and four times along frequency: windows of 8 that share nothing and miss nothing."""
-    found = seen_tokens(COARSE, FINE)
-    assert [len(tokens) for tokens in found] == [8] * 12
-    assert sorted(token for tokens in found for token in tokens) == list(range(96))
-    assert found[0] == [0, 1, 2, 3, 12, 13, 14, 15]
-    assert found[4] == [2 * 12 + 4 + i for i in range(4)] + [3 * 12 + 4 + i for i in range(4)]
-
-
-def test_windows_of_different_sizes():
-    """Tokens of 0.1 s in cells of 0.25 s: two or three, by their middles; slots that are not used are marked."""
-    index, seen = cell_windows(COARSE, FINE_IN_TIME)
-    assert index.shape == (12, 3)
-    assert seen_tokens(COARSE, FINE_IN_TIME)[::3] == [[0, 2], [4, 6, 8], [10, 12], [14, 16, 18]]
-    assert seen.sum().item() == 3 * 10  # the last token lies behind every cell
-    assert (index[~seen] == 0).all()
-
-
-def test_shorter_encoder_gives_its_last_token():
-    """Cells beyond what an encoder hears see the token that is nearest."""
-    short = AudioGrid(2, 1, 0.4, 4, 20.0, 400.0)
-    assert seen_tokens(COARSE, short) == [[0]] * 3 + [[1]] * 9
+from palkernels.model import LfstConnector
+from palkernels.model.connectors.audio_grid import cell_windows
 
 
 def by_hand(connector, states, lengths):
-    """The connector's result for one row, cell by cell and head by head, in valid time steps only."""
+    """The connector's result for one clip, cell by cell and head by head, in valid time steps only."""
     grid = connector.grids[0]
     steps = grid.time if lengths is None else int(lengths) // grid.freq
     weights = dict(connector.named_parameters())
@@ -106,7 +27,7 @@ def by_hand(connector, states, lengths):
         x = linear(f"encoder_projections.{i}.2", gelu(linear(f"encoder_projections.{i}.0", x)))
         encoded.append(norm(f"encoder_projections.{i}.3", x))
     mean = encoded[0][: steps * grid.freq].mean(dim=0)
-    heads, rows = connector.config["num_heads"], []
+    heads, out = connector.config["num_heads"], []
     windows = [seen_tokens(grid, other) for other in connector.grids]
     slots = [cell_windows(grid, other)[1] for other in connector.grids]
     for t in range(steps):
@@ -133,9 +54,9 @@ def by_hand(connector, states, lengths):
                     gathered.append(sum(s * value[h] for s, value in zip(share, values, strict=True)))
                 hidden = norm(f"{at}.norm", hidden + linear(f"{at}.attended", torch.cat(gathered)))
                 token = token + linear(f"{at}.mlp.2", gelu(linear(f"{at}.mlp.0", hidden)))
-            rows.append(linear("projection.linear_2", gelu(linear("projection.linear_1", token))))
-        rows.append(connector.newline)
-    return torch.stack(rows)
+            out.append(linear("projection.linear_2", gelu(linear("projection.linear_1", token))))
+        out.append(connector.newline)
+    return torch.stack(out)
 
 
 PAIRS = {"finer": (COARSE, FINE), "ragged": (COARSE, FINE_IN_TIME), "coarser": (FINE, COARSE), "one": (COARSE,)}
@@ -158,9 +79,9 @@ def test_against_a_loop_over_cells(pair):
     connected, valid = connector.connect(states, lengths)
     assert connected.shape == (3, time * (freq + 1), 9)
     assert valid.tolist() == [time * (freq + 1), 2 * (freq + 1), 0]
-    for row in range(2):
-        want = by_hand(connector, [x[row] for x in states], lengths[row])
-        torch.testing.assert_close(connected[row, : valid[row]], want, rtol=0, atol=1e-10)
+    for clip in range(2):
+        want = by_hand(connector, [x[clip] for x in states], lengths[clip])
+        torch.testing.assert_close(connected[clip, : valid[clip]], want, rtol=0, atol=1e-10)
     whole, nothing = connector.connect(states)
     assert nothing is None
     torch.testing.assert_close(whole[0], connected[0], rtol=0, atol=1e-12)
@@ -168,7 +89,7 @@ def test_against_a_loop_over_cells(pair):
 
 
 def test_default_sizes():
-    """512 SSLAM and 64 CLAP tokens become 512 cells and 64 newlines, a clip of 12 steps 108 states."""
+    """512 SSLAM and 64 CLAP tokens become 512 cells and 64 newlines; a clip of 12 steps has 108 valid states."""
     connector = LfstConnector((768, 768), 24, width=16, num_heads=2, depth=1)
     connected, lengths = connector.connect((torch.randn(1, 512, 768), torch.randn(1, 64, 768)), torch.tensor([96]))
     assert connected.shape == (1, 576, 24)
@@ -176,7 +97,7 @@ def test_default_sizes():
 
 
 def test_does_not_depend_on_padding():
-    """Neither what is valid nor a gradient does, whatever the padding holds."""
+    """Valid states and gradients are the same whatever the padding holds."""
     connector, states = connector_of((FINE, COARSE))
     lengths = torch.tensor([36, 96, 12])
     grads = []
@@ -184,7 +105,7 @@ def test_does_not_depend_on_padding():
         sslam = states[0].clone()
         sslam[0, 36:], sslam[2, 12:] = padding, padding
         connected, valid = connector.connect((sslam, states[1]), lengths)
-        kept = torch.cat([row[:n] for row, n in zip(connected, valid.tolist(), strict=True)])
+        kept = torch.cat([clip[:n] for clip, n in zip(connected, valid.tolist(), strict=True)])
         connector.zero_grad()
         kept.square().sum().backward()
         grads.append([kept.detach(), *(p.grad for p in connector.parameters())])
@@ -203,7 +124,7 @@ def test_gradients_reach_both_encoders_and_every_weight():
 
 
 def test_built_without_values():
-    """On the meta device the cells' tokens are known all the same, so that weights are all there is to load."""
+    """Built on the meta device the connector knows its cells' tokens all the same: only weights must be loaded."""
     connector, states = connector_of((COARSE, FINE))
     with torch.device("meta"):
         empty = LfstConnector(**connector.config)
@@ -227,18 +148,3 @@ def test_refuses():
         LfstConnector((768, 0), 8)
     with pytest.raises(ValueError, match=r"^num_heads must divide the width 10, got 4$"):
         LfstConnector((768, 768), 8, width=10, num_heads=4)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"time": 0}, "time must be a positive integer, got 0"),
-        ({"seconds": 0.0}, "seconds must be positive, got 0.0"),
-        ({"low_hz": 9_000.0}, "low_hz must be from 0 to below high_hz, got 9000.0 and 4000.0"),
-        ({"mel_scale": "bark"}, "mel_scale must be one of 'htk', 'slaney', got 'bark'"),
-    ],
-)
-def test_grid_refuses(change, message):
-    settings = {"time": 4, "freq": 2, "seconds": 1.0, "mel_bins": 8, "low_hz": 0.0, "high_hz": 4_000.0}
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        AudioGrid(**(settings | change))

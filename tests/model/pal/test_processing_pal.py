@@ -11,19 +11,18 @@ import numpy
 import pytest
 import torch
 from support import hostile
-from support.audio_llm import AUDIO, AUDIO_ID, TOKENIZER, build_pal, entry, processor_of, tone
+from support.audio_llm import AUDIO_ID, AUDIO_TOKEN, TOKENIZER, build_pal, entry, processor_of, tone
 from support.hostile import HOSTILE
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from palkernels.model import PalConfig, PalProcessor
-from palkernels.model.audio.files import AudioError, load_audio
+from palkernels.model import AudioError, PalConfig, PalProcessor, load_audio
 from palkernels.model.audio.waveforms import waveform
 
 
 @pytest.fixture(scope="module")
 def both():
-    """Whisper by PLITS, SSLAM by LAL."""
+    """The processor of a model with Whisper by PLITS and SSLAM by LAL."""
     return processor_of(build_pal(entry("whisper", "plits"), entry("sslam")))
 
 
@@ -47,10 +46,10 @@ def texts_of(batch):
 
 
 def test_markers_become_placeholders_and_places(both, lal):
-    texts = [f"hear {AUDIO}: what?", f"{AUDIO}{AUDIO} or", "none"]
+    texts = [f"hear {AUDIO_TOKEN}: what?", f"{AUDIO_TOKEN}{AUDIO_TOKEN} or", "none"]
     audio = [tone(), tone(200, 0.04), tone(300, 0.02)]
     found = both(texts, audio, 16_000)
-    assert texts_of(found) == [f"hear {AUDIO * 5}: what?", f"{AUDIO * 3} or", "none"]
+    assert texts_of(found) == [f"hear {AUDIO_TOKEN * 5}: what?", f"{AUDIO_TOKEN * 3} or", "none"]
     assert found["insert_at"].tolist() == [[5, 0], [0, 2], [0, 0]]  # before the clip's placeholders
     assert found["audio_index"].tolist() == [[0, -1], [1, 2], [-1, -1]]
     assert found["audio_lengths"].tolist() == [[5, 8], [2, 8], [1, 8]]
@@ -70,14 +69,14 @@ def test_text_alone(both):
 def test_numbers_of_placeholders():
     for connector, settings, count in (("mlp", {}, 16), ("qformer", {}, 5)):
         processor = processor_of(build_pal(entry("sslam", "plits", connector), **settings))
-        found = processor(AUDIO, tone(seconds=0.2), 16_000)
+        found = processor(AUDIO_TOKEN, tone(seconds=0.2), 16_000)
         assert int((found["input_ids"] == AUDIO_ID).sum()) == count
     processor = processor_of(build_pal(entry("sslam"), summary_tokens=4))
-    assert texts_of(processor(f"a{AUDIO}", tone(), 16_000)) == [f"a{AUDIO * 4}"]
+    assert texts_of(processor(f"a{AUDIO_TOKEN}", tone(), 16_000)) == [f"a{AUDIO_TOKEN * 4}"]
 
 
 def test_clips_for_each_text_or_in_one_list(both):
-    texts, (a, b, c) = [f"{AUDIO}{AUDIO}", f"{AUDIO}"], (tone(), tone(200), tone(300))
+    texts, (a, b, c) = [f"{AUDIO_TOKEN}{AUDIO_TOKEN}", f"{AUDIO_TOKEN}"], (tone(), tone(200), tone(300))
     flat, nested = both(texts, [a, b, c], 16_000), both(texts, [[a, b], [c]], 16_000)
     assert all(torch.equal(x, y) for x, y in zip(flat["input_features"], nested["input_features"], strict=True))
     assert torch.equal(flat["audio_index"], nested["audio_index"])
@@ -88,13 +87,13 @@ def test_clips_for_each_text_or_in_one_list(both):
     with pytest.raises(ValueError, match=r"in the text, \[2, 1\], got \[1, 2\]"):
         both(texts, [[a], [b, c]], 16_000)
     with pytest.raises(ValueError, match="in the text, 1, got 0"):
-        both(AUDIO)
+        both(AUDIO_TOKEN)
     with pytest.raises(ValueError, match="in the text, 0, got 1"):
         both("none", a, 16_000)
 
 
 def test_rates_and_kinds_of_clips(lal, tmp_path):
-    """Arrays, tensors and files of any rate are what load_audio makes of a file."""
+    """Arrays, tensors and files of any rate become what load_audio makes of a file."""
     sound = tone(seconds=0.3, rate=44_100).double() * 0.5
     write_wav(tmp_path / "a.wav", sound, 44_100)
     want = load_audio(tmp_path / "a.wav")
@@ -102,10 +101,10 @@ def test_rates_and_kinds_of_clips(lal, tmp_path):
         found = waveform(clip, 44_100, 16_000, max_seconds=1, max_bytes=10**6)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, want, rtol=0, atol=1e-3)
-    files = [lal(AUDIO, path)["input_features"] for path in (tmp_path / "a.wav", str(tmp_path / "a.wav"))]
+    files = [lal(AUDIO_TOKEN, path)["input_features"] for path in (tmp_path / "a.wav", str(tmp_path / "a.wav"))]
     assert torch.equal(files[0], files[1])
     clap = processor_of(build_pal(entry("clap"), entry("sslam")))
-    found = clap(AUDIO, tmp_path / "a.wav")
+    found = clap(AUDIO_TOKEN, tmp_path / "a.wav")
     assert found["audio_lengths"].tolist() == [[2, 16]]  # at 48 and 16 kHz
 
 
@@ -118,14 +117,14 @@ def test_chat(both, tmp_path):
         {"role": "user", "content": [{"type": "text", "text": "And"}, {"type": "audio", "audio": tone(300).numpy()}]},
     ]
     text = both.apply_chat_template(messages, add_generation_prompt=True)
-    assert text == f"system: Listen.\nuser: {AUDIO}What?\nassistant: A tone.\nuser: And{AUDIO}\nassistant: "
+    assert text == f"system: Listen.\nuser: {AUDIO_TOKEN}What?\nassistant: A tone.\nuser: And{AUDIO_TOKEN}\nassistant: "
     found = both.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, sampling_rate=16_000)
-    assert texts_of(found) == [text.replace(AUDIO, AUDIO * 5)]
+    assert texts_of(found) == [text.replace(AUDIO_TOKEN, AUDIO_TOKEN * 5)]
     several = both.apply_chat_template([messages[:2], messages], tokenize=True, sampling_rate=16_000)
     assert several["audio_index"].tolist() == [[0, -1], [0, 1]]
     own = PalProcessor(TOKENIZER, both.encoders, chat_template="{{ messages[0]['content'] }}!")
-    assert own.apply_chat_template(messages[1:2]) == f"{AUDIO}What?!"
-    for content in ([{"type": "image", "url": "x"}], [{"type": "audio"}], f"say {AUDIO}"):
+    assert own.apply_chat_template(messages[1:2]) == f"{AUDIO_TOKEN}What?!"
+    for content in ([{"type": "image", "url": "x"}], [{"type": "audio"}], f"say {AUDIO_TOKEN}"):
         with pytest.raises(ValueError, match='content must be "text", or "audio" with an array or a path, got'):
             both.apply_chat_template([{"role": "user", "content": content}])
     item = {"type": "audio", "audio_url": "https://example.org/a.wav"}
@@ -134,7 +133,7 @@ def test_chat(both, tmp_path):
 
 
 def test_a_beginning_is_not_added_twice(both, tmp_path):
-    """A tokenizer that begins every text with a token of its own, as Llama's does."""
+    """A tokenizer that begins every text with BOS, as Llama's does, begins no text with two."""
     TOKENIZER.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, bos_token="<s>")
     bos = tokenizer.bos_token_id
@@ -144,8 +143,8 @@ def test_a_beginning_is_not_added_twice(both, tmp_path):
     item = {"type": "audio", "audio": tone()}
     chat = [{"role": "user", "content": [{"type": "text", "text": "a"}, item]}]
     for found in (
-        processor(f"a{AUDIO}", tone(), 16_000),
-        processor(f"<s>a{AUDIO}", tone(), 16_000),
+        processor(f"a{AUDIO_TOKEN}", tone(), 16_000),
+        processor(f"<s>a{AUDIO_TOKEN}", tone(), 16_000),
         processor.apply_chat_template(chat, tokenize=True, sampling_rate=16_000),
     ):
         assert (found["input_ids"] == bos).sum() == 1
@@ -153,11 +152,11 @@ def test_a_beginning_is_not_added_twice(both, tmp_path):
     plain = PalProcessor(tokenizer, both.encoders, chat_template="{{ messages[0]['content'] }}")
     found = plain.apply_chat_template(chat, tokenize=True, sampling_rate=16_000)
     assert found["insert_at"].tolist() == [[1]]  # a template says all there is to say
-    assert processor(f"a{AUDIO}", tone(), 16_000, add_special_tokens=False)["insert_at"].tolist() == [[1]]
+    assert processor(f"a{AUDIO_TOKEN}", tone(), 16_000, add_special_tokens=False)["insert_at"].tolist() == [[1]]
 
 
 def test_a_text_that_begins_with_bos_gets_no_other(both):
-    """Each text for itself, whatever stands before it in the batch."""
+    """This holds for each text, whatever stands before it in the batch."""
     processor = copy.deepcopy(both)
     tokenizer = processor.tokenizer
     tokenizer.add_special_tokens({"bos_token": "<s>"})
@@ -172,7 +171,7 @@ def test_save_and_load(both, tmp_path):
     PalProcessor(TOKENIZER, both.encoders, 0, chat_template="{{ messages }}", max_seconds=2.5).save_pretrained(tmp_path)
     again = PalProcessor.from_pretrained(tmp_path)
     assert (again.encoders, again.max_seconds, again.chat_template) == (both.encoders, 2.5, "{{ messages }}")
-    found, want = again(f"a{AUDIO}b", tone(), 16_000), both(f"a{AUDIO}b", tone(), 16_000)
+    found, want = again(f"a{AUDIO_TOKEN}b", tone(), 16_000), both(f"a{AUDIO_TOKEN}b", tone(), 16_000)
     assert set(found) == set(want) == {*both.model_input_names}
     assert torch.equal(found["input_ids"], want["input_ids"])
 
@@ -194,7 +193,7 @@ def test_hostile_arrays(name):
     clip, rate, message = HOSTILE[name]
     processor = PalProcessor(TOKENIZER, [entry("sslam"), entry("whisper")], max_bytes=50 * 10**6)
     with pytest.raises(AudioError, match=message) as caught:
-        processor(AUDIO, clip, rate)
+        processor(AUDIO_TOKEN, clip, rate)
     assert "\n" not in str(caught.value)
 
 
@@ -213,14 +212,14 @@ def test_hostile_files(both, tmp_path):
         (small, "long.wav", "must have at most 1000 bytes, got 352044"),
     ):
         with pytest.raises(AudioError, match=message) as caught:
-            processor(AUDIO, tmp_path / name)
+            processor(AUDIO_TOKEN, tmp_path / name)
         assert "\n" not in str(caught.value)
 
 
 def test_hostile_clips_take_no_memory(tmp_path):
-    """What all of them add to the peak of a process that has heard one clip."""
-    path = os.pathsep.join([str(Path(hostile.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command, environment = [sys.executable, hostile.__file__], {**os.environ, "PYTHONPATH": path}
+    """Refusing all of them adds little to the peak of a process that has processed one clip."""
+    path = os.pathsep.join([str(Path(hostile.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command, environment = [sys.executable, "-m", "support.hostile"], {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "accepted" not in done.stdout
     assert int(done.stdout) < 256 * 2**20

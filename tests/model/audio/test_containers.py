@@ -1,0 +1,75 @@
+"""Files that were cut short or damaged, most of which libsndfile reads without a word."""
+
+import struct
+from pathlib import Path
+
+import pytest
+import soundfile
+from support.sounds import RATE, noise, refusal, write
+
+from palkernels.model import load_audio
+
+
+@pytest.mark.parametrize(
+    ("format", "subtype"),
+    [
+        ("WAV", "PCM_16"),
+        ("WAV", "PCM_24"),
+        ("WAV", "IMA_ADPCM"),
+        ("FLAC", "PCM_16"),
+        ("OGG", "VORBIS"),
+        ("OGG", "OPUS"),
+        ("MP3", "MPEG_LAYER_III"),
+    ],
+)
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.9])
+def test_refuses_truncated(tmp_path: Path, format: str, subtype: str, kept: float) -> None:
+    """libsndfile reads the rest of a truncated WAV, OGG or MP3 file without a word."""
+    path = write(tmp_path / "a", noise(4.0), format=format, subtype=subtype)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept)])
+    message = refusal(path)
+    assert "must be whole, got one cut short: " in message or "must hold intact " in message
+
+
+def test_refuses_truncated_mp3_behind_a_long_tag(tmp_path: Path) -> None:
+    """The header with the length is behind the tag, whose size is written in digits of seven bits."""
+    path = write(tmp_path / "a", noise(4.0), format="MP3")
+    tag = b"ID3\x04\0\0" + bytes([0, 2, 0x10, 0]) + bytes((2 << 14) + (0x10 << 7))  # 34,816 bytes of padding
+    data = tag + path.read_bytes()
+    path.write_bytes(data)
+    assert load_audio(path).shape == (4 * RATE,)
+    path.write_bytes(data[: -len(data) // 8])
+    assert "must be whole, got one cut short: " in refusal(path)
+
+
+def test_refuses_truncated_big_endian_wav_with_other_chunks(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    soundfile.write(path, noise(), RATE, format="WAV", subtype="PCM_16", endian="BIG")
+    data = path.read_bytes()
+    assert data[:4] == b"RIFX"
+    data = data[:12] + b"odd " + struct.pack(">I", 3) + b"abc\0" + data[12:]
+    path.write_bytes(data)
+    assert load_audio(path).shape == (RATE,)
+    path.write_bytes(data[:-1])
+    assert refusal(path).endswith("cut short: 32000 bytes of samples are announced and 31999 are there")
+
+
+def test_refuses_ogg_without_its_last_page(tmp_path: Path) -> None:
+    """Cut between two pages, an OGG file looks whole but for the missing mark of its end."""
+    path = write(tmp_path / "a", noise(4.0), format="OGG")
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(b"OggS")])
+    assert 0 < soundfile.info(path).frames < 4 * RATE
+    assert refusal(path).endswith("cut short: its last page is not marked as the end of the stream")
+
+
+@pytest.mark.parametrize("format", ["FLAC", "OGG", "MP3"])
+def test_refuses_damage_in_the_middle(tmp_path: Path, format: str) -> None:
+    path = write(tmp_path / "a", noise(4.0), format=format)
+    data = bytearray(path.read_bytes())
+    half = len(data) // 2
+    data[half : half + 3000] = bytes(3000)
+    path.write_bytes(data)
+    message = refusal(path)
+    assert "must be whole, got one cut short: " in message or "must hold intact " in message
