@@ -1,23 +1,14 @@
 """A report holds the document's figures, and nothing from elsewhere."""
 
 import copy
-import csv
-import io
-import json
 import re
 from html.parser import HTMLParser
 from typing import Any
 
-import pytest
 from support import documents
 
 from palkernels.bench.methods.methods import METHODS
-from palkernels.bench.report import html as report
-from palkernels.bench.report import points as gains
-from palkernels.bench.report import tables
-from palkernels.bench.report.points import Points
-
-NAMES = ("simulate.json", "simulate.csv", "simulate.png", "simulate.html")
+from palkernels.bench.report import html
 
 
 class Page(HTMLParser):
@@ -56,30 +47,7 @@ class Page(HTMLParser):
 
 
 def page(document: dict[str, Any]) -> Page:
-    return Page(report.html(document))
-
-
-def test_files_are_what_their_names_say() -> None:
-    document = documents.simulated()
-    found = report.files(document, NAMES)
-    assert tuple(found) == NAMES
-    assert json.loads(found["simulate.json"]) == document
-    assert found["simulate.png"].startswith(b"\x89PNG")
-    assert found["simulate.html"].startswith(b"<!DOCTYPE html>")
-    lines = list(csv.DictReader(io.StringIO(found["simulate.csv"].decode())))
-    assert len(lines) == len(document["rows"])
-    for line, row in zip(lines, document["rows"], strict=True):
-        assert line["device"] == row["device"]
-        assert line["samples_per_second_p50"] == str(row["samples_per_second"]["p50"] or "")
-        parts = row.get("memory_breakdown", {})
-        assert line["memory_parameters_bytes"] == str(parts.get("parameters", ""))
-        assert line["memory_kv_cache_bytes"] == str(parts.get("K/V cache", ""))
-    assert not any(value.startswith("{") for line in lines for value in line.values())
-
-
-def test_a_measured_csv_names_the_encoders_weights() -> None:
-    found = report.files(documents.measured(), ("figure1.csv",))["figure1.csv"].decode()
-    assert "random (seed 0)" in found.splitlines()[1]
+    return Page(html.report_page(document))
 
 
 def test_it_opens_from_a_file_alone() -> None:
@@ -88,7 +56,7 @@ def test_it_opens_from_a_file_alone() -> None:
     assert all(x.startswith(("data:image/svg+xml;base64,", "#")) for x in found.references)
     links = {x[1:] for x in found.references if x.startswith("#")}
     assert links == set(found.sections) - {""}
-    assert not re.search(r"@import|url\(", report.html(documents.simulated()))
+    assert not re.search(r"@import|url\(", html.report_page(documents.simulated()))
 
 
 def test_conditions_of_a_simulation() -> None:
@@ -168,22 +136,6 @@ def test_where_the_gain_comes_from() -> None:
     assert [line[1] for line in time[2:]] == ["1,000", "-200", "-400", "-200", "200", "-800"]
 
 
-def test_steps_sum_to_the_whole() -> None:
-    values = {"plits": 10.0, "plits-pooled": 1.0, "plits-tuned": 8.0, "lal-eager": 9.0, "lal": 3.0}
-    steps = gains.waterfall(values)
-    assert [step.end for step in steps] == ["plits-tuned", "lal-eager", "lal"]
-    assert sum(step.saved or 0 for step in steps) == 7.0
-    assert sum(step.share or 0 for step in steps) == pytest.approx(1.0)
-    assert steps[1].saved == -1.0  # a step may cost
-    del values["lal-eager"]
-    steps = gains.waterfall(values)
-    assert [(step.end, step.saved) for step in steps] == [("plits-tuned", 2.0), ("lal", 5.0)]
-    assert "the integration" in steps[1].what
-    assert "our kernels" in steps[1].what
-    assert gains.waterfall({"plits": 1.0, "lal-eager": 2.0}) == []
-    assert [step.share for step in gains.waterfall({"plits": None, "lal": 2.0})] == [None]
-
-
 def test_what_memory_consists_of() -> None:
     train, _ = page(documents.simulated()).tables["memory"]
     assert train[1] == ["audio tokens", "method", "parameters", "activations", "peak"]
@@ -233,6 +185,14 @@ def test_sections_without_data_are_left_out() -> None:
     assert set(page({**document, "rows": []}).sections) == {"", "conditions", "methods", "figure-1"}
 
 
+def test_a_simulation_without_exponents() -> None:
+    document = documents.simulated()
+    del document["exponents"]
+    found = page(document)
+    assert "lengths" in found.sections
+    assert "lengths" not in found.tables
+
+
 def test_each_number_of_text_tokens_has_its_tables() -> None:
     document = documents.simulated()
     more = copy.deepcopy(document["rows"])
@@ -250,22 +210,3 @@ def test_what_a_document_says_is_text() -> None:
     found = page(document)
     assert "script" not in found.tags
     assert "<script>alert(1)</script>.wav" in found.sections["conditions"]
-
-
-def test_a_table_of_points_without_baselines() -> None:
-    rows = [documents.row("lal", "train", 512, 6.0, 3.0, 0.5)]
-    assert tables.points(Points(rows), "train").rows == [["512", "LAL", "sdpa", "3.00", "0.50", "6.00"]]
-    assert tables.paper(Points(rows)) is None
-
-
-@pytest.mark.parametrize(
-    ("x", "text"),
-    [(0.0734, "0.0734"), (7.28, "7.28"), (99.96, "100"), (5440.3, "5,440"), (-123.4, "-123"), (0, "0.00")],
-)
-def test_numbers(x: float, text: str) -> None:
-    assert tables.number(x) == text
-
-
-@pytest.mark.parametrize(("size", "text"), [(79.274, "79.27"), (0.0351, "0.04"), (0.00351, "0.0035"), (4e-9, "0.00")])
-def test_sizes(size: float, text: str) -> None:
-    assert tables.gib(size) == text
