@@ -1,6 +1,7 @@
 """A report holds the document's figures, and nothing from elsewhere."""
 
 import copy
+import functools
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -50,8 +51,13 @@ def page(document: dict[str, Any]) -> Page:
     return Page(html.report_page(document))
 
 
+@functools.cache
+def simulated_page() -> Page:
+    return page(documents.simulated())
+
+
 def test_it_opens_from_a_file_alone() -> None:
-    found = page(documents.simulated())
+    found = simulated_page()
     assert found.tags.isdisjoint({"script", "link", "iframe", "object"})
     assert all(x.startswith(("data:image/svg+xml;base64,", "#")) for x in found.references)
     links = {x[1:] for x in found.references if x.startswith("#")}
@@ -60,7 +66,7 @@ def test_it_opens_from_a_file_alone() -> None:
 
 
 def test_conditions_of_a_simulation() -> None:
-    said = page(documents.simulated()).sections["conditions"]
+    said = simulated_page().sections["conditions"]
     for words in (
         "NVIDIA A100-SXM4-80GB: 80 % of 300 TFLOP/s and 90 % of 2.00 TB/s",
         "all 16 layers",
@@ -88,13 +94,13 @@ def test_conditions_of_a_measurement() -> None:
 
 
 def test_methods_are_explained() -> None:
-    said = page(documents.simulated()).sections["methods"]
+    said = simulated_page().sections["methods"]
     assert METHODS["lal-eager"].about in said
     assert METHODS["plits-pooled"].about not in said  # it is not in the document
 
 
 def test_every_point_with_both_baselines() -> None:
-    train, infer = page(documents.simulated()).tables["points"]
+    train, infer = simulated_page().tables["points"]
     lines = {line[1]: line for line in train}
     lal = ["", "LAL", "sdpa", "4.00", "-75.0 %", "-60.0 %", "3.00", "-80.0 %", "-66.7 %"]
     assert lines["LAL"] == [*lal, "10.0", "5.00x", "4.00x", "20.0", "5.00x", "4.00x"]
@@ -114,7 +120,7 @@ def test_an_error_stands_beside_its_figure() -> None:
 
 
 def test_the_paper_beside_ours() -> None:
-    (table,) = page(documents.simulated()).tables["paper"]
+    (table,) = simulated_page().tables["paper"]
     lines = {line[0]: line[1:] for line in table}
     assert lines["Training step: peak memory, against PLITS"] == ["-64.1 % (v2), about -60 % (v3)", "-75.0 %"]
     assert lines["Training step: peak memory, against PLITS, tuned"] == ["", "-60.0 %"]
@@ -124,7 +130,7 @@ def test_the_paper_beside_ours() -> None:
 
 
 def test_where_the_gain_comes_from() -> None:
-    memory, _, time, *_ = page(documents.simulated()).tables["gain"]
+    memory, _, time, *_ = simulated_page().tables["gain"]
     assert [line[1:] for line in memory[2:]] == [
         ["16.00", ""],
         ["-6.00", "50.0 %"],
@@ -137,13 +143,13 @@ def test_where_the_gain_comes_from() -> None:
 
 
 def test_what_memory_consists_of() -> None:
-    train, _ = page(documents.simulated()).tables["memory"]
+    train, _ = simulated_page().tables["memory"]
     assert train[1] == ["audio tokens", "method", "parameters", "activations", "peak"]
     assert train[2] == ["512", "PLITS", "1.00", "15.00", "16.00"]
 
 
 def test_levers_against_lal() -> None:
-    (table,) = page(documents.simulated()).tables["levers"]
+    (table,) = simulated_page().tables["levers"]
     lal, recompute, fused = table[2:]
     assert lal[2:] == ["4.00", "", "3.00", "", "200", "", "100", ""]
     assert recompute[2:] == ["3.00", "-25.0 %", "2.00", "-33.3 %", "250", "+25.0 %", "125", "+25.0 %"]
@@ -151,7 +157,7 @@ def test_levers_against_lal() -> None:
 
 
 def test_serving_and_exponents() -> None:
-    found = page(documents.simulated())
+    found = simulated_page()
     (table,) = found.tables["serving"]
     lal = ["", "8", "LAL", "100", "-75.0 %", "50.0", "-75.0 %", "1,500", "1.50x"]
     assert table[3] == [*lal, "25.0", "-75.0 %", "3,000", "1.50x"]
