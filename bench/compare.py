@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from palkernels.bench.report.conditions import mode_title, rates, short
+from palkernels.bench.report.conditions import mode_title, short
 from palkernels.bench.report.document import POINT, Row, read
 from palkernels.bench.report.points import ABOVE_STATIC, MEMORY, RATE, relative, value
 from palkernels.bench.report.roles import label
@@ -79,7 +79,7 @@ def match_points(first: dict[str, Any], second: dict[str, Any]) -> Comparison:
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the name of each condition that differs, with both of its values."""
-    a, b = (_flat(meta | {"gpus": "; ".join(rates(meta))} if "gpus" in meta else meta) for meta in (first, second))
+    a, b = _flat(first), _flat(second)
     return [(key, a.get(key, "-"), b.get(key, "-")) for key in a | b if a.get(key) != b.get(key)]
 
 
@@ -92,7 +92,7 @@ def ratio(a: Row, b: Row, key: str) -> float | None:
 def _with_devices(document: dict[str, Any], other: dict[str, Any]) -> list[Row]:
     """Return a document's rows, which name the device they were measured on if the other document has rows of it."""
     name = document["meta"].get("device_name")
-    if name not in {row.get("device") for row in other["rows"]}:
+    if name not in [row.get("device") for row in other["rows"]]:
         return list(document["rows"])
     return [{"device": name, **row} for row in document["rows"]]
 

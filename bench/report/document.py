@@ -22,7 +22,13 @@ __all__ = [
 Row = dict[str, Any]  # one method at one point
 GIB = 2**30
 POINT = ("method", "mode", "audio_tokens", "text_tokens", "batch_size", "dtype")  # by which documents are matched
-COLUMNS = (*POINT, "samples_per_second", "peak_memory_bytes", "peak_above_static_bytes", "status")
+# What a row must have, and the type of each; figures are None where the method did not run.
+COLUMNS: dict[str, Any] = {
+    **dict.fromkeys(("method", "mode", "dtype", "status"), str),
+    **dict.fromkeys(("audio_tokens", "text_tokens", "batch_size"), int),
+    "samples_per_second": dict,
+    **dict.fromkeys(("peak_memory_bytes", "peak_above_static_bytes"), int | float | None),
+}
 
 
 def recorded(options: Any) -> dict[str, Any]:
@@ -42,16 +48,23 @@ def read(path: Path) -> dict[str, Any]:
         if not isinstance(document["meta"], dict):
             raise ValueError("no conditions")
         for row in document["rows"]:
-            if missing := [key for key in COLUMNS if key not in row]:
-                raise ValueError(f"a row without {missing[0]}")
-            figures = (row["samples_per_second"]["p50"], row["peak_memory_bytes"], row["peak_above_static_bytes"])
-            numbers = [x for x in (*figures, row["audio_tokens"]) if isinstance(x, int | float)]
-            if row["status"] == "ok" and len(numbers) < 4:
-                raise ValueError("a row that is ok and lacks a figure")
+            _check_row(row)
     except (OSError, ValueError, KeyError, TypeError) as error:
         wanted = "the results of palkernels figure1 or simulate"
         raise UserError(f"{str(path)!r} must hold {wanted}, got: {one_line(error)}") from error
     return document
+
+
+def _check_row(row: Row) -> None:
+    if missing := [key for key in COLUMNS if key not in row]:
+        raise ValueError(f"a row without {missing[0]}")
+    for key, kind in {**COLUMNS, "device": str | None}.items():
+        if not isinstance(row.get(key), kind):
+            raise ValueError(f"a row whose {key} is {row[key]!r}")
+    figures = (row["samples_per_second"]["p50"], row["peak_memory_bytes"], row["peak_above_static_bytes"])
+    figures += tuple(row["samples_per_second"]["samples"])
+    if row["status"] == "ok" and not all(isinstance(figure, int | float) for figure in figures):
+        raise ValueError("a row that is ok and lacks a figure")
 
 
 def add_errors(rows: list[Row], measured: dict[str, Any]) -> int:

@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         wanted = "the results of palkernels figure1 or simulate"
         print(f"error: {str(source)!r} must hold {wanted}, got: {one_line(error)}", file=sys.stderr)
         return 2

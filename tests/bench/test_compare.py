@@ -110,6 +110,15 @@ def test_names_with_brackets_are_no_markup(tmp_path: Path, capsys: pytest.Captur
         assert name in said
 
 
+def test_conditions_of_any_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = documents.simulated(), documents.simulated()
+    first["meta"] |= {"gpus": {"A GPU": {"flops_per_second": 1e15}}, "device_name": ["none"]}
+    second["meta"]["gpus"] = None
+    assert run(tmp_path, first, second) == 0
+    said = capsys.readouterr().out
+    assert "gpus: A GPU: flops per second 1e+15 -" in " ".join(said.split())
+
+
 def test_an_unknown_mode_has_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = documents.measured()
     document["rows"][0]["mode"] = "chat"

@@ -1,6 +1,8 @@
-"""Documents are written all or not at all, also as CSV."""
+"""Documents are read if they are whole, and written all or not at all, also as CSV."""
 
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,28 @@ def test_csv_has_a_line_per_row() -> None:
     assert len(lines) == 1 + len(document["rows"])
     assert "samples_per_second_p50" in lines[0]
     assert "2.0 2.0" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"method": ["lal"]}, "a row whose method is ['lal']"),
+        ({"status": None}, "a row whose status is None"),
+        ({"text_tokens": "128"}, "a row whose text_tokens is '128'"),
+        ({"device": 1}, "a row whose device is 1"),
+        ({"peak_memory_bytes": None}, "a row that is ok and lacks a figure"),
+        ({"samples_per_second": {"p50": 1.0, "samples": ["1"]}}, "a row that is ok and lacks a figure"),
+        ({"samples_per_second": {"p50": 1.0}}, "'samples'"),
+    ],
+)
+def test_a_row_must_be_one(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    document, path = documents.measured(), tmp_path / "figure1.json"
+    path.write_text(json.dumps(document))
+    assert results.read(path) == document
+    document["rows"][1] |= change
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=re.escape(reason)):
+        results.read(path)
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

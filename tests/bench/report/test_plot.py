@@ -140,8 +140,15 @@ def test_command(document: dict[str, Any], tmp_path: Path, capsys: pytest.Captur
     assert width > 1200
     assert height > 700
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.png", "figure1.json"]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**document, "meta": {**document["meta"], "versions": "none"}}))
     source.write_text("{}")
-    for arguments in ([str(source), str(target)], [str(tmp_path / "none"), str(target)], [str(source)]):
+    for arguments in (
+        [str(other), str(target)],
+        [str(source), str(target)],
+        [str(tmp_path / "none"), str(target)],
+        [str(source)],
+    ):
         assert plot.main(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
