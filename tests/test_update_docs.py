@@ -32,13 +32,13 @@ def test_the_headline_is_three_rows_of_the_results():
     heading, _, *rows = update_docs.headline(simulated, kernels).splitlines()
     assert heading.startswith("| llama-3.2-1b, 1,500 audio tokens | on |")
     assert len(rows) == 3
-    found = {
+    results = {
         (row["mode"], row["method"]): row
         for row in simulated["rows"]
         if (row["audio_tokens"], row["device"]) == (1500, "NVIDIA H200")
     }
     for line, mode in zip(rows, ("train", "infer"), strict=False):
-        plits, lal = found[mode, "plits"], found[mode, "lal"]
+        plits, lal = results[mode, "plits"], results[mode, "lal"]
         less = 1 - lal["peak_memory_bytes"] / plits["peak_memory_bytes"]
         more = lal["samples_per_second"]["p50"] / plits["samples_per_second"]["p50"]
         assert f"| **-{100 * less:.1f} %** memory, **{more:.2f}x** throughput |" in line

@@ -77,18 +77,19 @@ def draw_lengths(document: dict[str, Any], mode: str) -> Figure:
     for line, (quantity, (name, unit, scale)) in zip(axes, QUANTITIES.items(), strict=True):
         shown = devices if quantity == SECONDS else devices[:1]  # the others are the same on every GPU
         for ax, varies in zip(line, lengths, strict=True):
-            mine = [row for row in rows if row["varies"] == varies]
-            for method in dict.fromkeys(row["method"] for row in mine):
+            varied = [row for row in rows if row["varies"] == varies]
+            for method in dict.fromkeys(row["method"] for row in varied):
                 for device, dashes in zip(shown, cycle(("-", "--", ":", "-."))):
-                    some = [row for row in mine if (row["method"], row["device"]) == (method, device)]
-                    some.sort(key=lambda row: int(row[varies]))
+                    line_rows = [row for row in varied if (row["method"], row["device"]) == (method, device)]
+                    line_rows.sort(key=lambda row: int(row[varies]))
                     fit = fits.get((mode, varies, method, device, quantity))
                     text = label(method) + (f", {short(device)}" if len(shown) > 1 else "")
                     text += "" if fit is None else f": p = {fit:.2f}"
                     style = style_of(method)
                     look = {"color": style.color, "marker": style.marker, "ms": 5, "ls": dashes, "label": text}
-                    ax.plot([row[varies] for row in some], [scale * _cost(row, quantity) for row in some], **look)
-            counts = sorted({row[varies] for row in mine})
+                    costs = [scale * _cost(row, quantity) for row in line_rows]
+                    ax.plot([row[varies] for row in line_rows], costs, **look)
+            counts = sorted({row[varies] for row in varied})
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")
             close = [after < 1.5 * count for count, after in pairwise(counts)]  # no room for both of their labels

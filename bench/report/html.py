@@ -118,8 +118,8 @@ def _point_sections(meta: dict[str, Any], points: Points, heading_suffix: str, n
         return [Section(name + name_suffix, heading + heading_suffix, words, tables=filled, **more)] if filled else []
 
     words = [
-        "Changes and factors are against the baselines at the same point. Above static is the peak "
-        "of what is neither parameter, gradient nor optimizer state; it may come at another moment than the whole's.",
+        "Changes and factors are against the baselines at the same point. Above static is the peak of what is neither "
+        "parameter, gradient nor optimizer state; it may come at another moment than the peak of the whole.",
     ]
     if any("error_against_measured" in row for row in points.rows):
         words.append("The error is the prediction's against the measured figure: +5 % is 5 % too high.")
@@ -154,7 +154,7 @@ def _lengths(document: dict[str, Any]) -> Section | None:
     table = tables.exponents(document.get("exponents", []))
     words = [
         "The table has p in growth ~ length to the power of p, where growth is what a cost has beyond its value at the "
-        "shortest length. It is fitted to the longer half.",
+        "shortest length. It is fitted to the three longest lengths.",
     ]
     return Section("lengths", "Cost against length", words, pictures, [] if table is None else [table])
 

@@ -40,7 +40,7 @@ PUBLISHED = {
 
 
 class Points:
-    """Rows with the same number of text tokens, found by mode, method, number of audio tokens and device.
+    """Rows with the same number of text tokens, looked up by mode, method, number of audio tokens and device.
 
     Where a method takes a device, None is the first one. Memory is the same on all of them.
     """
@@ -56,7 +56,7 @@ class Points:
         by_count: dict[int, list[Row]] = {}
         for row in rows:
             by_count.setdefault(row["text_tokens"], []).append(row)
-        return {count: cls(some) for count, some in by_count.items()}
+        return {count: cls(same) for count, same in by_count.items()}
 
     def methods(self, mode: str | None = None) -> list[str]:
         """Return the methods of a mode, or of all modes, in the usual order."""

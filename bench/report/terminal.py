@@ -21,11 +21,11 @@ from palkernels.bench.report.table import Table
 
 __all__ = ["layout", "print_points", "print_table"]
 
-NARROWEST = 12  # to which columns of text shrink where a table is too wide
+NARROWEST = 12  # width at which columns of text stop shrinking where a table is too wide
 
 
 def print_points(document: dict[str, Any], console: Console) -> None:
-    """Print a table for each number of text tokens and mode of a result document, and what its figures are."""
+    """Print a table for each number of text tokens and mode of a result document, and notes that explain them."""
     for points in Points.by_text_tokens(document["rows"]).values():
         for mode in MODES:
             if points.counts(mode):
@@ -39,7 +39,7 @@ def _notes(document: dict[str, Any]) -> list[str]:
     meta, rows = document["meta"], document["rows"]
     notes = ["Simulated, not measured."] if is_simulated(meta) else []
     if any(row["method"] == BASELINE for row in rows):
-        notes.append(f"vs {label(BASELINE)}: change of memory and speed-up, at the same point.")
+        notes.append(f"vs {label(BASELINE)}: the change of memory, and the speed-up, at the same point.")
     by_attention: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.get("impl"):
@@ -119,7 +119,7 @@ def _fold(text: str, width: int) -> list[str]:
 
 
 def _stacked(cells: list[list[str]], *, from_below: bool = False) -> list[list[str]]:
-    """Return the lines of cells that have several each, the shorter ones filled up at one end."""
+    """Return lines of text side by side, from cells of several lines; shorter cells get blank lines at one end."""
     height = max(map(len, cells))
     missing = [[""] * (height - len(cell)) for cell in cells]
     filled = [gap + cell if from_below else cell + gap for cell, gap in zip(cells, missing, strict=True)]

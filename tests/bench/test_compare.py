@@ -12,9 +12,9 @@ from palkernels.bench.cli import main
 from palkernels.bench.compare import differences, match_points, ratio
 
 
-def run(tmp_path: Path, *found: Any) -> int:
+def run(tmp_path: Path, *contents: Any) -> int:
     paths = []
-    for name, document in zip("ab", found, strict=True):
+    for name, document in zip("ab", contents, strict=True):
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(document if isinstance(document, str) else json.dumps(document))
     with pytest.raises(SystemExit) as ended:
@@ -27,14 +27,14 @@ def test_ratios_of_the_same_points() -> None:
     first, second = documents.measured(), documents.measured()
     second["rows"][1] = documents.row("lal", "train", 512, 12.0, 1.5, 0.25)
     second["rows"].reverse()
-    found = match_points(first, second)
-    assert len(found.pairs) == len(first["rows"])
-    assert found.only_first == found.only_second == []
-    pair = next(pair for pair in found.pairs if pair[0] is first["rows"][1])
+    comparison = match_points(first, second)
+    assert len(comparison.pairs) == len(first["rows"])
+    assert comparison.only_first == comparison.only_second == []
+    pair = next(pair for pair in comparison.pairs if pair[0] is first["rows"][1])
     assert ratio(*pair, "peak_memory_bytes") == 0.5
     assert ratio(*pair, "peak_above_static_bytes") == 0.5
     assert ratio(*pair, "samples_per_second") == 2.0
-    pair = next(pair for pair in found.pairs if pair[0]["status"] != "ok")
+    pair = next(pair for pair in comparison.pairs if pair[0]["status"] != "ok")
     assert ratio(*pair, "samples_per_second") is None
 
 
@@ -45,15 +45,15 @@ def test_ratios_of_the_same_points() -> None:
 def test_points_that_are_in_one_only(change: dict[str, Any]) -> None:
     first, second = documents.measured(), documents.measured()
     second["rows"][1] |= change
-    found = match_points(first, second)
-    assert found.only_first == [first["rows"][1]]
-    assert found.only_second == [second["rows"][1]]
+    comparison = match_points(first, second)
+    assert comparison.only_first == [first["rows"][1]]
+    assert comparison.only_second == [second["rows"][1]]
 
 
 def test_a_simulation_beside_a_measurement() -> None:
     simulated, measured = documents.simulated(), documents.measured()
-    found = match_points(simulated, measured)
-    assert {(a["device"], b["method"]) for a, b in found.pairs} == {
+    comparison = match_points(simulated, measured)
+    assert {(a["device"], b["method"]) for a, b in comparison.pairs} == {
         (device, method) for device in documents.GPUS for method in ("plits", "lal")
     }
     measured["meta"]["device_name"] = documents.GPUS[1]  # measured on a GPU that is simulated
@@ -62,9 +62,9 @@ def test_a_simulation_beside_a_measurement() -> None:
 
 
 def test_two_simulations_match_by_device() -> None:
-    found = match_points(documents.simulated(), documents.simulated())
-    assert all(a["device"] == b["device"] for a, b in found.pairs)
-    assert len(found.pairs) == len(documents.simulated()["rows"])
+    comparison = match_points(documents.simulated(), documents.simulated())
+    assert all(a["device"] == b["device"] for a, b in comparison.pairs)
+    assert len(comparison.pairs) == len(documents.simulated()["rows"])
 
 
 def test_what_differs_in_the_conditions() -> None:

@@ -13,12 +13,12 @@ NAMES = ("simulate.json", "simulate.csv", "simulate.png", "simulate.html")
 
 def test_files_are_what_their_names_say() -> None:
     document = documents.simulated()
-    found = files.contents(document, NAMES)
-    assert tuple(found) == NAMES
-    assert json.loads(found["simulate.json"]) == document
-    assert found["simulate.png"].startswith(b"\x89PNG")
-    assert found["simulate.html"].startswith(b"<!DOCTYPE html>")
-    lines = list(csv.DictReader(io.StringIO(found["simulate.csv"].decode())))
+    written = files.contents(document, NAMES)
+    assert tuple(written) == NAMES
+    assert json.loads(written["simulate.json"]) == document
+    assert written["simulate.png"].startswith(b"\x89PNG")
+    assert written["simulate.html"].startswith(b"<!DOCTYPE html>")
+    lines = list(csv.DictReader(io.StringIO(written["simulate.csv"].decode())))
     assert len(lines) == len(document["rows"])
     for line, row in zip(lines, document["rows"], strict=True):
         assert line["device"] == row["device"]
@@ -30,5 +30,5 @@ def test_files_are_what_their_names_say() -> None:
 
 
 def test_a_measured_csv_names_the_encoders_weights() -> None:
-    found = files.contents(documents.measured(), ("figure1.csv",))["figure1.csv"].decode()
-    assert "random (seed 0)" in found.splitlines()[1]
+    written = files.contents(documents.measured(), ("figure1.csv",))["figure1.csv"].decode()
+    assert "random (seed 0)" in written.splitlines()[1]

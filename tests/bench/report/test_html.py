@@ -25,11 +25,11 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        found = dict(attributes)
+        named = dict(attributes)
         self.tags.add(tag)
         self.references += [value or "" for name, value in attributes if name in ("src", "href")]
         if tag == "section":
-            self._section = found["id"] or ""
+            self._section = named["id"] or ""
         elif tag == "table":
             self.tables.setdefault(self._section, []).append([])
         elif tag == "tr":
@@ -57,11 +57,11 @@ def simulated_page() -> Page:
 
 
 def test_it_opens_from_a_file_alone() -> None:
-    found = simulated_page()
-    assert found.tags.isdisjoint({"script", "link", "iframe", "object"})
-    assert all(x.startswith(("data:image/svg+xml;base64,", "#")) for x in found.references)
-    links = {x[1:] for x in found.references if x.startswith("#")}
-    assert links == set(found.sections) - {""}
+    report = simulated_page()
+    assert report.tags.isdisjoint({"script", "link", "iframe", "object"})
+    assert all(x.startswith(("data:image/svg+xml;base64,", "#")) for x in report.references)
+    links = {x[1:] for x in report.references if x.startswith("#")}
+    assert links == set(report.sections) - {""}
     assert not re.search(r"@import|url\(", html.report_page(documents.simulated()))
 
 
@@ -157,11 +157,11 @@ def test_levers_against_lal() -> None:
 
 
 def test_serving_and_exponents() -> None:
-    found = simulated_page()
-    (table,) = found.tables["serving"]
+    report = simulated_page()
+    (table,) = report.tables["serving"]
     lal = ["", "8", "LAL", "100", "-75.0 %", "50.0", "-75.0 %", "1,500", "1.50x"]
     assert table[3] == [*lal, "25.0", "-75.0 %", "3,000", "1.50x"]
-    (table,) = found.tables["lengths"]
+    (table,) = report.tables["lengths"]
     assert table[2] == ["Training step", "audio tokens", "1.25", "1.25", "1.25", "1.25", "1.00", "1.00", "", ""]
 
 
@@ -178,8 +178,8 @@ def test_serving_that_was_measured_names_no_device() -> None:
 
 def test_sections_without_data_are_left_out() -> None:
     always = {"", "conditions", "methods", "figure-1", "points"}
-    found = page(documents.measured())
-    assert set(found.sections) == always | {"paper", "gain"}
+    report = page(documents.measured())
+    assert set(report.sections) == always | {"paper", "gain"}
     document = documents.measured()
     document["rows"] = [row for row in document["rows"] if row["method"] == "lal"]
     assert set(page(document).sections) == always
@@ -194,9 +194,9 @@ def test_sections_without_data_are_left_out() -> None:
 def test_a_simulation_without_exponents() -> None:
     document = documents.simulated()
     del document["exponents"]
-    found = page(document)
-    assert "lengths" in found.sections
-    assert "lengths" not in found.tables
+    report = page(document)
+    assert "lengths" in report.sections
+    assert "lengths" not in report.tables
 
 
 def test_each_number_of_text_tokens_has_its_tables() -> None:
@@ -205,14 +205,14 @@ def test_each_number_of_text_tokens_has_its_tables() -> None:
     for row in more:
         row["text_tokens"], row["peak_memory_bytes"] = 512, row["peak_memory_bytes"] and 2 * row["peak_memory_bytes"]
     document["rows"] += more
-    found = page(document)
-    assert found.tables["points128"][0][2][3] == "16.00"
-    assert found.tables["points512"][0][2][3] == "32.00"
+    report = page(document)
+    assert report.tables["points128"][0][2][3] == "16.00"
+    assert report.tables["points512"][0][2][3] == "32.00"
 
 
 def test_what_a_document_says_is_text() -> None:
     document = documents.measured()
     document["meta"]["audio_file"] = "<script>alert(1)</script>.wav"
-    found = page(document)
-    assert "script" not in found.tags
-    assert "<script>alert(1)</script>.wav" in found.sections["conditions"]
+    report = page(document)
+    assert "script" not in report.tags
+    assert "<script>alert(1)</script>.wav" in report.sections["conditions"]

@@ -26,11 +26,11 @@ def texts(document: dict[str, Any]) -> list[str]:
 
 
 def test_says_gains_conditions_and_failures(document: dict[str, Any]) -> None:
-    found = texts(document)
+    written = texts(document)
     for gain in ("3.00x", "-25.0 %", "-75.0 %", "1.50x", "-10.0 %", "-50.0 %"):
-        assert found.count(gain) == 1, gain
-    assert found.count("out of memory") == 3  # memory, memory above the static part, throughput
-    everything = "\n".join(found)
+        assert written.count(gain) == 1, gain
+    assert written.count("out of memory") == 3  # memory, memory above the static part, throughput
+    everything = "\n".join(written)
     for said in (
         "llama-3.2-1b, 2 of 16 layers, bfloat16, on Some Processor",
         "batch 2, 128 text tokens",
@@ -76,10 +76,10 @@ def test_what_is_written_does_not_overlap() -> None:
     figure = plot.draw(document)
     figure.canvas.draw()
     for ax in figure.axes:
-        found = [text for text in ax.texts if text.get_text().strip()] + ax.get_xticklabels()
-        boxes = [text.get_window_extent() for text in found]
+        labels = [text for text in ax.texts if text.get_text().strip()] + ax.get_xticklabels()
+        boxes = [text.get_window_extent() for text in labels]
         for index, box in enumerate(boxes):
-            assert not any(box.overlaps(other) for other in boxes[:index]), found[index].get_text()
+            assert not any(box.overlaps(other) for other in boxes[:index]), labels[index].get_text()
 
 
 def test_a_picture_says_of_which_results_it_is(document: dict[str, Any]) -> None:
@@ -103,9 +103,9 @@ def test_bars_show_what_memory_consists_of() -> None:
 def test_lengths_are_drawn_with_their_exponents() -> None:
     figure = charts.draw_lengths(documents.simulated(), "train")
     time, memory, flops = figure.axes
-    found = {line.get_label(): list(line.get_ydata()) for line in time.lines}  # type: ignore[arg-type]
-    assert found["PLITS, A100: p = 1.25"] == [pytest.approx(2.0 * count) for count in (64, 128, 256)]
-    assert "LAL, H200: p = 1.25" in found
+    drawn = {line.get_label(): list(line.get_ydata()) for line in time.lines}  # type: ignore[arg-type]
+    assert drawn["PLITS, A100: p = 1.25"] == [pytest.approx(2.0 * count) for count in (64, 128, 256)]
+    assert "LAL, H200: p = 1.25" in drawn
     assert [line.get_label() for line in memory.lines] == ["PLITS: p = 1.00", "LAL: p = 1.00"]
     assert [line.get_label() for line in flops.lines] == ["PLITS", "LAL"]  # no growth was found
 
