@@ -22,7 +22,7 @@ from palkernels.bench.report import plot, tables
 from palkernels.bench.report.conditions import depth, rates, short, title
 from palkernels.bench.report.markdown import to_markdown
 from palkernels.bench.report.points import MEMORY, RATE, Points
-from palkernels.bench.report.roles import BASELINE, LEVERS, MODES, OURS, label
+from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OURS, against, label
 from palkernels.bench.report.table import Column, Table, change, factor, gib, number
 
 ROOT = Path(__file__).parents[1]
@@ -33,9 +33,9 @@ GPU = "NVIDIA H200"  # where a table has one GPU
 Document = dict[str, Any]
 
 
-def headline(simulated: Document, kernels: Document) -> str:
+def headline(simulation: Document, kernels: Document) -> str:
     """What LAL saves in training and inference, and the attention kernel alone: a row for each."""
-    points, model = Points(simulated["rows"]), simulated["meta"]["model"]
+    points, model = Points(simulation["rows"]), simulation["meta"]["model"]
     assert model == kernels["benchmarks"][0]["params"]["model"]
     columns = [Column(f"{model}, {LENGTH:,} audio tokens", text=True), Column("on", text=True)]
     table = Table("", columns + [Column(heading, text=True) for heading in ("instead of", "LAL", "gain")])
@@ -82,19 +82,19 @@ def measured(document: Document) -> str:
 
 def simulated(*documents: Document) -> str:
     """The conditions, and a row for each mode, model and number of audio tokens."""
-    meta, bases = documents[0]["meta"], tuple(tables.AGAINST)
+    meta = documents[0]["meta"]
     models = [(document["meta"]["model"], Points(document["rows"])) for document in documents]
     devices = models[0][1].devices
     table = Table("", [Column("", text=True), Column("model", text=True), Column("audio tokens")])
-    table.columns += [Column(label(method), "GiB with") for method in (*bases, OURS)]
+    table.columns += [Column(label(method), "GiB with") for method in (*BASELINES, OURS)]
     for group in ("memory", *map(short, devices)):
-        table.columns += [Column(against, group) for against in tables.AGAINST.values()]
+        table.columns += [Column(against(base), group) for base in BASELINES]
     for mode in MODES:
         for model, points in models:
             for count in points.counts(mode):
-                sizes = [points.value(MEMORY, mode, method, count) for method in (*bases, OURS)]
-                less = [points.change(MEMORY, mode, OURS, base, count) for base in bases]
-                more = [points.change(RATE, mode, OURS, base, count, device) for device in devices for base in bases]
+                sizes = [points.value(MEMORY, mode, method, count) for method in (*BASELINES, OURS)]
+                less = [points.change(MEMORY, mode, OURS, base, count) for base in BASELINES]
+                more = [points.change(RATE, mode, OURS, base, count, gpu) for gpu in devices for base in BASELINES]
                 cells = [*map(gib, sizes), *map(change, less), *map(factor, more)]
                 table.rows.append([mode, model, f"{count:,}", *cells])
     conditions = (

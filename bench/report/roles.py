@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from palkernels.bench.methods.methods import LEVERS, METHODS, MODES
 
 __all__ = [
-    "BASELINE", "BASELINES", "LEVERS", "MODES", "OURS", "Style", "about", "chain", "in_order", "label", "style_of",
+    "BASELINE", "BASELINES", "LEVERS", "MODES", "OURS", "Style", "about", "against", "chain", "in_order", "label",
+    "style_of",
 ]  # fmt: skip
 
 BASELINE, OURS = "plits", "lal"
@@ -54,6 +55,11 @@ def style_of(method: str) -> Style:
 def label(method: str) -> str:
     """Return the method's name in tables and pictures."""
     return METHODS[method].label if method in METHODS else method
+
+
+def against(base: str) -> str:
+    """Return the heading of gains over a baseline, with the last part of its label: vs PLITS, vs tuned."""
+    return f"vs {label(base).rpartition(', ')[2]}"
 
 
 def about(method: str) -> str:

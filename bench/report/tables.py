@@ -16,14 +16,13 @@ from palkernels.bench.report.points import (
     relative,
     waterfall,
 )
-from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OURS, label
+from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OURS, against, label
 from palkernels.bench.report.table import Column, Table, change, factor, gib, number
 
 __all__ = [
-    "AGAINST", "breakdown", "every_point", "exponents", "gains", "levers", "paper", "serving", "steps", "summary",
+    "breakdown", "every_point", "exponents", "gains", "levers", "paper", "serving", "steps", "summary",
 ]  # fmt: skip
 
-AGAINST = {"plits": "vs PLITS", "plits-tuned": "vs tuned"}
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "K/V cache", "temporaries")
 MEMORY_GROUPS = {MEMORY: "peak memory", ABOVE_STATIC: "above static"}
 ERRORS = "error_against_measured"
@@ -52,16 +51,16 @@ def _point_table(
     with_errors: bool,
 ) -> Table:
     bases = [name for name in baselines if name in points.methods(mode)]
-    against = [AGAINST[base] for base in bases]
+    headings = [against(base) for base in bases]
     error = ["error"] * with_errors
     columns = [Column("audio tokens"), Column("method", text=True)]
     columns += [Column("attention", text=True)] * with_attention
     for key in memory:
-        headings = ["GiB", *against, *(error if key == MEMORY else [])]
-        columns += [Column(heading, MEMORY_GROUPS[key]) for heading in headings]
+        with_error = error if key == MEMORY else []
+        columns += [Column(heading, MEMORY_GROUPS[key]) for heading in ["GiB", *headings, *with_error]]
     for device in points.devices:
         group = " ".join(filter(None, ("throughput", short(device))))
-        columns += [Column(heading, group) for heading in ["samples/s", *against, *error]]
+        columns += [Column(heading, group) for heading in ["samples/s", *headings, *error]]
     table = Table(_title(points, mode), columns)
 
     def errors(key: str, method: str, count: int, devices: list[str | None]) -> list[str]:
@@ -99,7 +98,7 @@ def gains(points: Points, mode: str, key: str, device: str | None) -> Table:
     write = factor if key == RATE else change
     for base in BASELINES:
         cells = [write(points.change(key, mode, OURS, base, count, device)) for count in counts]
-        table.rows.append([f"{label(OURS)} {AGAINST[base]}", *cells])
+        table.rows.append([f"{label(OURS)} {against(base)}", *cells])
     return table
 
 
