@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from palkernels.bench.report.conditions import label, rates, short
-from palkernels.bench.report.document import Row, read
-from palkernels.bench.report.points import ABOVE_STATIC, MEMORY, RATE, value
-from palkernels.bench.report.tables import gib, number
+from palkernels.bench.report.conditions import mode_title, short
+from palkernels.bench.report.document import POINT, Row, read
+from palkernels.bench.report.points import ABOVE_STATIC, MEMORY, RATE, relative, value
+from palkernels.bench.report.roles import label
+from palkernels.bench.report.table import Column, Table, gib, number
+from palkernels.bench.report.terminal import print_table
 
-__all__ = ["Comparison", "compare", "differences", "ratio", "run"]
+__all__ = ["Comparison", "differences", "match_points", "ratio", "run"]
 
-MATCHED = ("method", "mode", "audio_tokens", "text_tokens", "batch_size", "dtype")
-FIGURES = {MEMORY: ("peak GiB", gib), ABOVE_STATIC: ("above static GiB", gib), RATE: ("samples/s", number)}
-UNLIKE = ("options", "reductions")  # of the conditions: what they lead to is compared instead
+FIGURES = {MEMORY: ("peak, GiB", gib), ABOVE_STATIC: ("above static, GiB", gib), RATE: ("samples/s", number)}
+NOT_COMPARED = ("options", "reductions")  # conditions whose consequences are compared instead
 
 
 @dataclass(frozen=True)
@@ -31,103 +31,107 @@ class Comparison:
 
 
 def run(first: Path, second: Path, console: Console) -> None:
-    """Print what differs, and the tables.
+    """Print how the conditions of two files differ, and their figures point by point.
 
     Raises:
         UserError: a file holds no results.
     """
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+
     a, b = read(first), read(second)
-    console.print(f"A: {first}\nB: {second}", soft_wrap=True, highlight=False, markup=False)
-    conditions = Table(title="What differs in the conditions")
-    for heading in ("", "A", "B"):
-        conditions.add_column(heading, overflow="fold")
-    for difference in differences(a["meta"], b["meta"]):
-        conditions.add_row(*difference)
+    say(f"A: {first}\nB: {second}\n")
+    columns = [Column("", text=True), Column("A", text=True), Column("B", text=True)]
+    conditions = Table("What differs in the conditions", columns, list(map(list, differences(a["meta"], b["meta"]))))
     if conditions.rows:
-        console.print(conditions, markup=False)
+        print_table(conditions, console)
     else:
-        console.print("The conditions are the same.")
-    found = compare(a, b)
-    if found.pairs:
-        console.print(_table(found.pairs))
+        say("The conditions are the same.")
+    comparison = match_points(a, b)
+    if comparison.pairs:
+        say("\nB/A: below 1 is less memory, above 1 more throughput.")
     else:
-        console.print("No point is in both.")
-    for name, rows in (("A", found.only_first), ("B", found.only_second)):
-        for line in _alone(rows):
-            console.print(f"Only in {name}: {line}", soft_wrap=True, highlight=False, markup=False)
+        say("No point is in both.")
+    for mode in dict.fromkeys(a["mode"] for a, _ in comparison.pairs):
+        console.print()
+        print_table(_table(mode, [pair for pair in comparison.pairs if pair[0]["mode"] == mode]), console)
+    for name, rows in (("A", comparison.only_first), ("B", comparison.only_second)):
+        for line in _unmatched(rows):
+            say(f"Only in {name}: {line}")
 
 
-def compare(first: dict[str, Any], second: dict[str, Any]) -> Comparison:
-    """Match points. A measured row, which names no device, is every GPU's row of a simulation unless it was measured on
-    one of those."""
-    ours, theirs = _with_devices(first, second), _with_devices(second, first)
-    pairs = [(a, b) for a in ours for b in theirs if _is_same(a, b)]
+def match_points(first: dict[str, Any], second: dict[str, Any]) -> Comparison:
+    """Pair the rows of the same points.
+
+    A measured row names no device. It is paired with the row of every GPU of a simulation; if it was measured on one of
+    these GPUs, with that one's alone.
+    """
+    first_rows, second_rows = _with_devices(first, second), _with_devices(second, first)
+    pairs = [(a, b) for a in first_rows for b in second_rows if _is_same(a, b)]
     matched = {id(row) for pair in pairs for row in pair}
     return Comparison(
-        pairs, [row for row in ours if id(row) not in matched], [row for row in theirs if id(row) not in matched]
+        pairs,
+        [row for row in first_rows if id(row) not in matched],
+        [row for row in second_rows if id(row) not in matched],
     )
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The conditions that are not the same, and each one's."""
-    a, b = (_flat(meta | {"gpus": "; ".join(rates(meta))} if "gpus" in meta else meta) for meta in (first, second))
+    """Return the name of each condition that differs, with both of its values."""
+    a, b = _flat(first), _flat(second)
     return [(key, a.get(key, "-"), b.get(key, "-")) for key in a | b if a.get(key) != b.get(key)]
 
 
 def ratio(a: Row, b: Row, key: str) -> float | None:
-    """B's figure by A's; None if there are not both."""
-    mine, other = value(a, key), value(b, key)
-    return None if not mine or other is None else other / mine
+    """Return B's figure divided by A's; None if one is missing."""
+    change = relative(value(b, key), value(a, key))
+    return None if change is None else 1 + change
 
 
 def _with_devices(document: dict[str, Any], other: dict[str, Any]) -> list[Row]:
+    """Return a document's rows, which name the device they were measured on if the other document has rows of it."""
     name = document["meta"].get("device_name")
-    if name not in {row.get("device") for row in other["rows"]}:
+    if name not in [row.get("device") for row in other["rows"]]:
         return list(document["rows"])
     return [{"device": name, **row} for row in document["rows"]]
 
 
 def _is_same(a: Row, b: Row) -> bool:
     devices = (a.get("device"), b.get("device"))
-    return all(a[key] == b[key] for key in MATCHED) and (None in devices or devices[0] == devices[1])
+    return all(a[key] == b[key] for key in POINT) and (None in devices or devices[0] == devices[1])
 
 
-def _flat(meta: dict[str, Any], before: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, of in meta.items():
-        if isinstance(of, dict):
-            found |= _flat(of, f"{before}{key}: ") if key not in UNLIKE else {}
-        elif key not in UNLIKE:
-            found[f"{before}{key}".replace("_", " ")] = f"{of:g}" if isinstance(of, float) else str(of)
-    return found
+def _flat(meta: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return the conditions as text, with those of nested dictionaries under "outer: inner"."""
+    flat: dict[str, str] = {}
+    for key, condition in meta.items():
+        if key in NOT_COMPARED:
+            continue
+        if isinstance(condition, dict):
+            flat |= _flat(condition, f"{prefix}{key}: ")
+        else:
+            text = f"{condition:g}" if isinstance(condition, float) else str(condition)
+            flat[f"{prefix}{key}".replace("_", " ")] = text
+    return flat
 
 
-def _table(pairs: list[tuple[Row, Row]]) -> Table:
-    table = Table(title="B / A: below 1 is less memory, above 1 more throughput")
+def _table(mode: str, pairs: list[tuple[Row, Row]]) -> Table:
+    varying = [key for key in ("text_tokens", "batch_size", "dtype") if len({a[key] for a, _ in pairs}) > 1]
     with_device = any(_device(pair) for pair in pairs)
-    modes = {a["mode"] for a, _ in pairs}
-    # What a mode does not already say.
-    texts = [x for x in MATCHED[3:] if len({(a["mode"], a[x]) for a, _ in pairs}) > len(modes)]
-    headings = ["mode", "audio\ntokens", *(name.replace("_", "\n") for name in texts), "method"]
-    for heading in headings + ["device"] * with_device:
-        right = "tokens" in heading or "size" in heading
-        table.add_column(heading, justify="right" if right else "left", no_wrap=heading == "method")
-    for heading, _ in FIGURES.values():
-        for column in (f"{heading}\nA", "\nB", "\nB / A"):
-            table.add_column(column, justify="right")
-    previous = None
+    columns = [Column("audio tokens"), *(Column(key.replace("_", " "), text=key == "dtype") for key in varying)]
+    columns += [Column("method", text=True), *[Column("device", text=True)] * with_device]
+    columns += [Column(heading, group) for group, _ in FIGURES.values() for heading in ("A", "B", "B/A")]
+    table = Table(mode_title(mode), columns)
     for a, b in pairs:
-        point = (a["mode"], *(a[key] for key in MATCHED[2:]))
-        if previous not in (None, point):
-            table.add_section()
-        previous = point
-        cells = [a["mode"], f"{a['audio_tokens']:,}", *(str(a[name]) for name in texts), label(a["method"])]
+        cells = [f"{a['audio_tokens']:,}", *(str(a[key]) for key in varying), label(a["method"])]
         cells += [short(_device((a, b)))] * with_device
         for key, (_, write) in FIGURES.items():
-            of_both = ratio(a, b, key)
-            cells += [x["status"] if x["status"] != "ok" and key == MEMORY else write(value(x, key)) for x in (a, b)]
-            cells.append("" if of_both is None else f"{of_both:.3f}")
-        table.add_row(*cells)
+            is_first = key == MEMORY  # where a status stands instead
+            cells += [row["status"] if is_first and row["status"] != "ok" else write(value(row, key)) for row in (a, b)]
+            quotient = ratio(a, b, key)
+            cells.append("" if quotient is None else f"{quotient:.3f}")
+        table.rows.append(cells)
     return table
 
 
@@ -135,8 +139,8 @@ def _device(pair: tuple[Row, Row]) -> str | None:
     return pair[0].get("device") or pair[1].get("device")
 
 
-def _alone(rows: list[Row]) -> list[str]:
-    """Points without a partner, in a line for all that differ in method and audio tokens alone."""
+def _unmatched(rows: list[Row]) -> list[str]:
+    """Return the points without a partner, in one line for all that differ in method and audio tokens alone."""
     lines: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         on = f", {short(row['device'])}" if row.get("device") else ""

@@ -42,7 +42,7 @@ def test_the_mask_is_as_drawn():
 
 def test_figures_come_from_the_results():
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "update_readme.py", "--check"], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "scripts" / "update_docs.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 

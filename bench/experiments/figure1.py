@@ -40,7 +40,8 @@ from palkernels.bench.experiments.settings import Options, Settings, fit_time, r
 from palkernels.bench.instruments import estimate
 from palkernels.bench.methods.methods import LEARNING_RATE, METHODS, MODES
 from palkernels.bench.report import document as results
-from palkernels.bench.report import html as report
+from palkernels.bench.report import files
+from palkernels.bench.report.terminal import print_points
 from palkernels.model.audio.files import load_audio
 from palkernels.model.connectors.mlp import MlpConnector
 from palkernels.model.encoders.whisper import WhisperAudioEncoder
@@ -84,9 +85,8 @@ def run(options: Options, console: Console) -> Path:
                 document["meta"]["complete"] = True
             finally:
                 if document["rows"]:
-                    results.write_all(options.out, report.files(document, FILES))
-    labels = {name: method.label for name, method in METHODS.items()}
-    console.print(results.summary_table(document["rows"], labels, bench.encoder_weights))
+                    results.write_all(options.out, files.contents(document, FILES))
+    print_points(document, console)
     return options.out / FILES[2]
 
 
@@ -186,7 +186,7 @@ def _sweep(bench: Bench, rates: estimate.Rates, console: Console, document: dict
                     bench.release_training()
                 point = measure_point(bench, mode, count)
                 rows += point
-                results.write_all(out, {FILES[0]: report.json_text(document)})
+                results.write_all(out, {FILES[0]: results.json_text(document)})
                 progress.console.print(_point_line(mode, count, point), soft_wrap=True, highlight=False)
             progress.advance(task, expected[mode, count])
         bench.release_training()
@@ -196,7 +196,7 @@ def _sweep(bench: Bench, rates: estimate.Rates, console: Console, document: dict
             if (clips, questions) not in served:
                 serving += measure_serving(bench, clips, questions)
                 progress.console.print(f"serving, {questions} questions about {clips} clips: done", highlight=False)
-                results.write_all(out, {FILES[0]: report.json_text(document)})
+                results.write_all(out, {FILES[0]: results.json_text(document)})
 
 
 def _expected_seconds(bench: Bench, rates: estimate.Rates) -> dict[tuple[str, int], float]:

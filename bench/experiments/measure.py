@@ -21,6 +21,7 @@ from palkernels.bench.instruments.costs import function_inside, scratch_bytes
 from palkernels.bench.instruments.memory import AllocationTracker, MemoryReport
 from palkernels.bench.methods.methods import Batch, Method, make_adamw
 from palkernels.bench.report import document as results
+from palkernels.bench.report.rows import serving_row
 
 __all__ = ["COMPARED", "SERVING", "Bench", "measure_point", "measure_serving"]
 
@@ -157,7 +158,7 @@ def measure_serving(bench: Bench, clips: int, questions: int) -> list[results.Ro
         if current.status == "ok":
             times = statistics.median(first[method.name]), statistics.median(current.samples)
         config, new = settings.llm.config, settings.new_tokens
-        row = results.serving_row(method, config, settings.dtype, clips, questions, sizes, new, *times)
+        row = serving_row(method, config, settings.dtype, clips, questions, sizes, new, *times)
         rows.append({**row, "source": "measured", "status": current.status})
     return rows
 

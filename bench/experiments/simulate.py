@@ -42,7 +42,9 @@ from palkernels.bench.instruments.shapes import Shapes
 from palkernels.bench.methods.methods import DEFAULT_METHODS, LEVERS, METHODS, MODES, Batch, Method, make_adamw
 from palkernels.bench.presets import LlmPlan, plan_llm
 from palkernels.bench.report import document as results
-from palkernels.bench.report import html as report
+from palkernels.bench.report import files, fits
+from palkernels.bench.report.rows import serving_row
+from palkernels.bench.report.terminal import print_points
 from palkernels.model.connectors.mlp import MlpConnector
 
 __all__ = ["FILES", "OPTIMIZERS", "Options", "Simulation", "World", "run"]
@@ -96,8 +98,8 @@ def run(options: Options, console: Console) -> Path:
             wanted = f"a run of {llm.name} on {' or '.join(gpu.name for gpu in GPUS.values())} at one of these points"
             got = f"{measured['meta'].get('model')} on {measured['meta'].get('device_name')}"
             raise UserError(f"--measured must hold {wanted}, got {got}")
-        results.write_all(options.out, report.files(document, FILES))
-    console.print(results.simulation_table(document["rows"]))
+        results.write_all(options.out, files.contents(document, FILES))
+    print_points(document, console)
     return options.out / FILES[-1]
 
 
@@ -149,7 +151,7 @@ def simulate(options: Options, llm: LlmPlan, console: Console) -> dict[str, Any]
             for work in works:
                 found[name] += work()
                 progress.advance(task)
-    exponents = results.exponents(found["lengths"])
+    exponents = fits.exponents(found["lengths"])
     return {"meta": _meta(options, llm), **found, "exponents": exponents}
 
 
@@ -232,7 +234,7 @@ def _serving(options: Options, world: World, llm: LlmPlan) -> list[Callable[[], 
         rows = []
         for key, gpu in GPUS.items():
             first, rest = found.first_token[key], found.costs[key] - found.first_token[key]
-            point = results.serving_row(method, llm.config, world.dtype, clips, questions, AT, new, first, rest)
+            point = serving_row(method, llm.config, world.dtype, clips, questions, AT, new, first, rest)
             rows.append({**point, "peak_memory_bytes": found.peak_bytes, "source": "simulated", "device": gpu.name})
         return rows
 

@@ -1,1 +1,1 @@
-"""What a result document holds, and how it is shown: tables, plots, HTML."""
+"""Result documents and how they are shown: gains, tables, terminal, Markdown, plots, HTML."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import numpy as np
@@ -10,26 +10,26 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from palkernels.bench.methods.methods import MODES
-from palkernels.bench.report.conditions import TITLES, label, short
+from palkernels.bench.report.conditions import mode_title, short
 from palkernels.bench.report.document import GIB, Row
-from palkernels.bench.report.points import ABOVE_STATIC, Points, value
-from palkernels.bench.report.style import PART_COLORS, frame, grid, plain, style
+from palkernels.bench.report.points import ABOVE_STATIC, SECONDS, Points, value
+from palkernels.bench.report.roles import MODES, label, style_of
+from palkernels.bench.report.style import PART_COLORS, frame, grid, plain
 
 __all__ = ["draw_lengths", "draw_memory"]
 
-MOST_COUNTS = 4  # that fit side by side
-# What a row of panels shows -> its title and unit, and what a row's figure is multiplied by.
+MOST_COUNTS = 4  # panels that fit side by side
+# The cost in a line of panels -> its title and unit, and the factor from a row's figure to the unit.
 QUANTITIES = {
-    "seconds": ("time", "ms", 1e3),
+    SECONDS: ("time", "ms", 1e3),
     ABOVE_STATIC: ("peak memory above the static part", "GiB", 1.0),
     "attention_flops": ("FLOPs of attention", "TFLOP", 1e-12),
 }
 
 
 def draw_memory(meta: dict[str, Any], points: Points) -> Figure:
-    """What memory consists of at its peak: a bar per method, a panel per number of audio tokens, of which at most four
-    are shown."""
+    """Draw what memory consists of at its peak: a bar for each method, a panel for each of at most four numbers of
+    audio tokens."""
     rows = [row for row in points.rows if row.get("memory_breakdown") and row.get("device") == points.devices[0]]
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
     counts = points.counts()
@@ -55,7 +55,7 @@ def draw_memory(meta: dict[str, Any], points: Points) -> Figure:
             ax.set_yticks(range(len(methods[mode])), names or [""] * len(methods[mode]))
             ax.invert_yaxis()
             ax.tick_params(axis="y", length=0)
-            ax.set_title(f"{TITLES[mode]}, {count:,} audio tokens", fontsize=10)
+            ax.set_title(f"{mode_title(mode)}, {count:,} audio tokens", fontsize=10)
             ax.set_xlabel("GiB", fontsize=9)
             plain(ax, "x")
     used = [part for part in PART_COLORS if any(part in row["memory_breakdown"] for row in rows)]
@@ -67,28 +67,29 @@ def draw_memory(meta: dict[str, Any], points: Points) -> Figure:
 
 
 def draw_lengths(document: dict[str, Any], mode: str) -> Figure:
-    """What a training step ("train") or a prefill costs as a length varies: a column per length."""
+    """Draw the costs of a mode ("train" or "prefill") as a length varies: a column of panels for each length."""
     rows = [row for row in document["lengths"] if row["mode"] == mode]
     lengths = list(dict.fromkeys(row["varies"] for row in rows))
     figure, axes = grid(len(QUANTITIES), len(lengths), (5.1 * len(lengths), 12.0))
     keys = ("mode", "varies", "method", "device", "quantity")
-    fits = {tuple(fit[key] for key in keys): fit["exponent"] for fit in document["exponents"]}
+    fits = {tuple(fit[key] for key in keys): fit["exponent"] for fit in document.get("exponents", [])}
     devices = list(dict.fromkeys(row["device"] for row in rows))
     for line, (quantity, (name, unit, scale)) in zip(axes, QUANTITIES.items(), strict=True):
-        shown = devices if quantity == "seconds" else devices[:1]  # the others are the same on every GPU
+        shown = devices if quantity == SECONDS else devices[:1]  # the others are the same on every GPU
         for ax, varies in zip(line, lengths, strict=True):
-            mine = [row for row in rows if row["varies"] == varies]
-            for method in dict.fromkeys(row["method"] for row in mine):
-                for device, dashes in zip(shown, ("-", "--", ":", "-.")[: len(shown)], strict=True):
-                    some = [row for row in mine if (row["method"], row["device"]) == (method, device)]
-                    some.sort(key=lambda row: int(row[varies]))
+            varied = [row for row in rows if row["varies"] == varies]
+            for method in dict.fromkeys(row["method"] for row in varied):
+                for device, dashes in zip(shown, cycle(("-", "--", ":", "-."))):
+                    line_rows = [row for row in varied if (row["method"], row["device"]) == (method, device)]
+                    line_rows.sort(key=lambda row: int(row[varies]))
                     fit = fits.get((mode, varies, method, device, quantity))
                     text = label(method) + (f", {short(device)}" if len(shown) > 1 else "")
                     text += "" if fit is None else f": p = {fit:.2f}"
-                    color, marker = style(method)
-                    look = {"color": color, "marker": marker, "ms": 5, "ls": dashes, "label": text}
-                    ax.plot([row[varies] for row in some], [scale * _cost(row, quantity) for row in some], **look)
-            counts = sorted({row[varies] for row in mine})
+                    style = style_of(method)
+                    look = {"color": style.color, "marker": style.marker, "ms": 5, "ls": dashes, "label": text}
+                    costs = [scale * _cost(row, quantity) for row in line_rows]
+                    ax.plot([row[varies] for row in line_rows], costs, **look)
+            counts = sorted({row[varies] for row in varied})
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")
             close = [after < 1.5 * count for count, after in pairwise(counts)]  # no room for both of their labels
@@ -99,7 +100,7 @@ def draw_lengths(document: dict[str, Any], mode: str) -> Figure:
             low, high = ax.get_ylim()
             ax.set_ylim(low, high * (high / low) ** 0.45)  # room for the legend
             ax.legend(loc="upper left", fontsize=9, frameon=False)
-            ax.set_title(f"{TITLES[mode]}: {name}", fontsize=11)
+            ax.set_title(f"{mode_title(mode)}: {name}", fontsize=11)
             ax.set_xlabel(varies.replace("_", " "))
             ax.set_ylabel(unit)
             plain(ax, "both")
@@ -113,9 +114,9 @@ def _cost(row: Row, quantity: str) -> float:
 
 
 def _held(rows: list[Row], lengths: list[str]) -> str:
-    """At what each length stays while another varies."""
-    found = []
+    """Return the value at which each length stays while another varies."""
+    values = []
     for held in lengths:
-        at = {row[held] for row in rows if row["varies"] != held}
-        found.append(f"{held.replace('_', ' ')} {', '.join(f'{count:,}' for count in sorted(at))}")
-    return f"while another varies: {', '.join(found)}"
+        counts = {row[held] for row in rows if row["varies"] != held}
+        values.append(f"{held.replace('_', ' ')} {', '.join(f'{count:,}' for count in sorted(counts))}")
+    return f"while another varies: {', '.join(values)}"

@@ -1,24 +1,25 @@
-"""What a result document says of the run it comes from, in words for pictures, tables and reports."""
+"""The conditions of the run that a result document comes from, in words."""
 
 from __future__ import annotations
 
 import shlex
 from typing import Any
 
-from palkernels.bench.methods.methods import METHODS
-
-__all__ = ["caption", "command", "counted", "kind", "label", "listed", "rates", "shape", "short", "title"]
+__all__ = [
+    "caption", "command", "counted", "depth", "experiment", "is_simulated", "listed", "mode_title", "rates", "short",
+    "sizes", "title",
+]  # fmt: skip
 
 Meta = dict[str, Any]
-TITLES = {"train": "Training step", "infer": "Inference", "prefill": "Prefill"}
+MODE_TITLES = {"train": "Training step", "infer": "Inference", "prefill": "Prefill"}
 
 
-def label(method: str) -> str:
-    return METHODS[method].label if method in METHODS else method
+def mode_title(mode: str) -> str:
+    return MODE_TITLES.get(mode, mode)
 
 
 def short(device: str | None) -> str:
-    """A GPU's name without its maker and form: A100."""
+    """Return a GPU's name without its maker and form: A100."""
     return "" if device is None else device.removeprefix("NVIDIA ").partition("-")[0]
 
 
@@ -26,26 +27,34 @@ def is_simulated(meta: Meta) -> bool:
     return meta.get("source") == "simulated"
 
 
-def kind(meta: Meta) -> str:
+def experiment(meta: Meta) -> str:
     return "simulated costs of LAL and PLITS" if is_simulated(meta) else "Figure 1, measured"
 
 
 def title(meta: Meta) -> str:
+    """Return the model, its depth, the dtype and the machine, in one line."""
     where = (
         f"on {meta['device_name']}"
         if "device_name" in meta
         else "simulated for " + " and ".join(map(short, meta["gpus"]))
     )
-    return f"{meta['model']}, {_depth(meta)}, {meta['dtype']}, {where}"
+    return f"{meta['model']}, {depth(meta)}, {meta['dtype']}, {where}"
 
 
-def shape(meta: Meta, mode: str) -> str:
+def depth(meta: Meta) -> str:
+    """Return how many of the model's layers ran: all 30 layers, or 2 of 16 layers."""
+    layers, full = meta["layers"], meta["full_layers"]
+    return f"all {full} layers" if layers == full else f"{layers} of {full} layers"
+
+
+def sizes(meta: Meta, mode: str) -> str:
+    """Return a mode with its batch and its numbers of tokens."""
     extra = f", {meta['new_tokens']} new tokens" if mode == "infer" else ""
-    return f"{TITLES[mode]}: batch {meta[f'{mode}_batch']}, {meta['text_tokens']} text tokens{extra}"
+    return f"{mode_title(mode)}: batch {meta[f'{mode}_batch']}, {meta['text_tokens']} text tokens{extra}"
 
 
 def counted(meta: Meta) -> tuple[str, str]:
-    """What time and memory count, and what they do not."""
+    """Return what time and memory count, and what they leave out."""
     if not is_simulated(meta):
         return (
             "connector and LLM: a whole step in training (forward and backward pass, AdamW), prefill and decoding in "
@@ -63,7 +72,7 @@ def counted(meta: Meta) -> tuple[str, str]:
 
 
 def caption(meta: Meta) -> str:
-    """The lines under a picture."""
+    """Return the lines under a picture."""
     versions = meta["versions"]
     installed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "palkernels"))
     if is_simulated(meta):
@@ -86,17 +95,17 @@ def caption(meta: Meta) -> str:
 
 
 def listed(meta: Meta) -> list[tuple[str, str]]:
-    """The conditions, each with its name, as far as the document has them."""
+    """Return the conditions, each with its name, as far as the document has them."""
     does, does_not = counted(meta)
     simulated = is_simulated(meta)
     threads = f", {meta['threads']} CPU threads" if "threads" in meta else ""
     repeats = meta.get("repeats")
-    found = [
+    entries = [
         ("Machine", "" if simulated else f"{meta['device_name']} ({meta['device']}){threads}"),
         ("GPUs assumed", "; ".join(rates(meta)) if simulated else ""),
         (
             "Model",
-            f"{meta['model']}, {_depth(meta)}" + (f", weights {meta['llm_weights']}" if "llm_weights" in meta else ""),
+            f"{meta['model']}, {depth(meta)}" + (f", weights {meta['llm_weights']}" if "llm_weights" in meta else ""),
         ),
         ("Dtype", meta["dtype"]),
         ("Batch sizes", f"{meta['train_batch']} in training, {meta['infer_batch']} in inference"),
@@ -114,11 +123,11 @@ def listed(meta: Meta) -> list[tuple[str, str]]:
         ("Date", meta["date"].replace("T", " ")),
         ("To repeat it", command(meta)),
     ]
-    return [(name, text) for name, text in found if text]
+    return [(name, text) for name, text in entries if text]
 
 
 def command(meta: Meta) -> str:
-    """The command line that repeats the run."""
+    """Return the command line that repeats the run."""
     words = ["palkernels", "simulate" if is_simulated(meta) else "figure1"]
     for key, value in meta["options"].items():
         option = f"--{key.replace('_', '-')}"
@@ -129,13 +138,8 @@ def command(meta: Meta) -> str:
     return shlex.join(words)
 
 
-def _depth(meta: Meta) -> str:
-    layers, full = meta["layers"], meta["full_layers"]
-    return f"all {full} layers" if layers == full else f"{layers} of {full} layers"
-
-
 def rates(meta: Meta) -> list[str]:
-    """What each simulated GPU is taken to reach."""
+    """Return what each simulated GPU is assumed to reach."""
     return [
         f"{name}: {100 * gpu['share_of_flops']:g} % of {gpu['flops_per_second'] / 1e12:,.0f} TFLOP/s and "
         f"{100 * gpu['share_of_bytes']:g} % of {gpu['bytes_per_second'] / 1e12:.2f} TB/s"

@@ -1,58 +1,42 @@
-"""From a result document to the files of a run; among them a report, one HTML file that needs nothing else."""
+"""The report of a run: one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
 import base64
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from matplotlib.figure import Figure
 
-from palkernels.bench.methods.methods import LEVERS, METHODS, MODES
 from palkernels.bench.report import charts, conditions, plot, tables
-from palkernels.bench.report.conditions import TITLES, label, short
-from palkernels.bench.report.document import csv_text
-from palkernels.bench.report.points import BASELINES, MEMORY, RATE, Points
+from palkernels.bench.report.conditions import mode_title, short
+from palkernels.bench.report.points import MEMORY, RATE, SECONDS, Points
+from palkernels.bench.report.roles import BASELINES, LEVERS, MODES, OURS, about, label
 from palkernels.bench.report.style import svg
-from palkernels.bench.report.tables import Table
+from palkernels.bench.report.table import Table, change, factor
 
-__all__ = ["files", "html", "json_text"]
+__all__ = ["report_page"]
 
 TEMPLATES = Path(__file__).parent
 
 
 @dataclass
 class Section:
-    """What a heading of the report is over: words, pictures and tables."""
+    """A heading of the report with its words, pictures and tables."""
 
-    name: str  # in links
+    name: str  # the target of links
     heading: str
     words: list[str]
-    pictures: list[tuple[str, str]] = field(default_factory=list)  # a data URI, and what it shows
+    pictures: list[tuple[str, str]] = field(default_factory=list)  # a data URI, and a description
     tables: list[Table] = field(default_factory=list)
-    terms: list[tuple[str, str]] = field(default_factory=list)
+    terms: list[tuple[str, str]] = field(default_factory=list)  # each with its explanation
     code: str = ""  # the term that is explained by a command line
 
 
-def json_text(document: dict[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
-
-
-def files(document: dict[str, Any], names: tuple[str, ...]) -> dict[str, bytes]:
-    """The content of each file, which its ending asks for: .json, .csv, .png or .html."""
-    write = {
-        ".json": lambda: json_text(document),
-        ".csv": lambda: csv_text(document["rows"], document["meta"].get("encoder_weights")).encode(),
-        ".png": lambda: plot.render(document),
-        ".html": lambda: html(document).encode(),
-    }
-    return {name: write[Path(name).suffix]() for name in names}
-
-
-def html(document: dict[str, Any]) -> str:
-    """The report of a document that figure1 or simulate wrote."""
+def report_page(document: dict[str, Any]) -> str:
+    """Return the report of a document that figure1 or simulate wrote."""
     meta = document["meta"]
     by_text = Points.by_text_tokens(document["rows"])
     sections: list[Section | None] = [
@@ -61,8 +45,8 @@ def html(document: dict[str, Any]) -> str:
         _figure(document),
     ]
     for count, points in by_text.items():
-        named = f", {count:,} text tokens" if len(by_text) > 1 else ""
-        sections += _of_points(meta, points, named, str(count) if named else "")
+        suffixes = (f", {count:,} text tokens", str(count)) if len(by_text) > 1 else ("", "")
+        sections += _point_sections(meta, points, *suffixes)
     sections += [_lengths(document), _serving(document)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -70,52 +54,52 @@ def html(document: dict[str, Any]) -> str:
     shown = [section for section in sections if section is not None]
     page = environment.get_template("report.html")
     return page.render(
-        looks=_looks,
+        classes=_classes,
         title=conditions.title(meta),
-        kind=conditions.kind(meta),
+        experiment=conditions.experiment(meta),
         summary=_summary(by_text),
         sections=shown,
     )
 
 
 def _summary(by_text: dict[int, Points]) -> list[str]:
-    """A sentence per mode, at the most audio tokens at which LAL and a baseline ran."""
+    """Return a sentence for each mode, at the most audio tokens at which LAL and a baseline ran."""
     sentences = []
     for points in list(by_text.values())[:1]:
         for mode in MODES:
             for count in reversed(points.counts(mode)):
-                if gains := [x for base in BASELINES if (x := _gain(points, mode, base, count))]:
-                    sentences.append(f"{TITLES[mode]} with {count:,} audio tokens: {'; '.join(gains)}.")
+                if gains := [text for base in BASELINES if (text := _gain(points, mode, base, count))]:
+                    sentences.append(f"{mode_title(mode)} with {count:,} audio tokens: {'; '.join(gains)}.")
                     break
     return sentences
 
 
 def _gain(points: Points, mode: str, base: str, count: int) -> str:
-    ours, theirs = (points.value(MEMORY, mode, method, count) for method in ("lal", base))
+    ours, theirs = (points.value(MEMORY, mode, method, count) for method in (OURS, base))
     if ours is None or theirs is None:
         return ""
-    memory = f"{ours:.2f} instead of {theirs:.2f} GiB ({tables.change(ours / theirs - 1)})"
+    less = change(points.change(MEMORY, mode, OURS, base, count))
     rates = [
-        tables.factor(points.change(RATE, mode, "lal", base, count, device))
-        + (f" on {short(device)}" if device else "")
+        factor(points.change(RATE, mode, OURS, base, count, device)) + (f" on {short(device)}" if device else "")
         for device in points.devices
     ]
-    return f"LAL against {label(base)}: peak memory {memory}, throughput {' and '.join(rates)}"
+    memory = f"{ours:.2f} instead of {theirs:.2f} GiB ({less})"
+    return f"{label(OURS)} against {label(base)}: peak memory {memory}, throughput {' and '.join(rates)}"
 
 
-def _looks(table: Table) -> list[str]:
-    """The classes of each column's cells."""
-    found = []
+def _classes(table: Table) -> list[str]:
+    """Return the CSS classes of each column's cells."""
+    classes = []
     for before, column in zip([None, *table.columns], table.columns, strict=False):
-        edge = before is not None and column.group != before.group
-        found.append(" ".join(filter(None, ("text" if column.text else "", "edge" if edge else ""))))
-    return found
+        begins_group = before is not None and column.group != before.group
+        classes.append(" ".join(filter(None, ("text" if column.text else "", "edge" if begins_group else ""))))
+    return classes
 
 
 def _methods(document: dict[str, Any]) -> Section:
     names = Points(document["rows"]).methods()
-    about = [(METHODS[name].label, METHODS[name].about) for name in names if name in METHODS]
-    return Section("methods", "Methods", [], terms=about)
+    terms = [(label(name), about(name)) for name in names if about(name)]
+    return Section("methods", "Methods", [], terms=terms)
 
 
 def _figure(document: dict[str, Any]) -> Section:
@@ -125,21 +109,21 @@ def _figure(document: dict[str, Any]) -> Section:
     return Section("figure-1", "Figure 1", words, [picture])
 
 
-def _of_points(meta: dict[str, Any], points: Points, named: str, suffix: str) -> list[Section]:
-    """The sections on one number of text tokens."""
+def _point_sections(meta: dict[str, Any], points: Points, heading_suffix: str, name_suffix: str) -> list[Section]:
+    """Return the sections on one number of text tokens; those without data are left out."""
     modes = [mode for mode in MODES if points.counts(mode)]
 
-    def section(name: str, heading: str, words: list[str], found: list[Table | None], **more: Any) -> list[Section]:
-        kept = [table for table in found if table is not None]
-        return [Section(name + suffix, heading + named, words, tables=kept, **more)] if kept else []
+    def section(name: str, heading: str, words: list[str], content: list[Table | None], **more: Any) -> list[Section]:
+        filled = [table for table in content if table is not None]
+        return [Section(name + name_suffix, heading + heading_suffix, words, tables=filled, **more)] if filled else []
 
     words = [
-        "Changes and factors are against the baselines at the same point. Above static is the peak "
-        "of what is neither parameter, gradient nor optimizer state; it may come at another moment than the whole's.",
+        "Changes and factors are against the baselines at the same point. Above static is the peak of what is neither "
+        "parameter, gradient nor optimizer state; it may come at another moment than the peak of the whole.",
     ]
     if any("error_against_measured" in row for row in points.rows):
         words.append("The error is the prediction's against the measured figure: +5 % is 5 % too high.")
-    sections = section("points", "All points", words, [tables.points(points, mode) for mode in modes])
+    sections = section("points", "All points", words, [tables.every_point(points, mode) for mode in modes])
     words = [
         "What is published of LAL over PLITS (arXiv 2506.10423; v2 gives its largest gains), beside LAL over both "
         "baselines here.",
@@ -149,7 +133,7 @@ def _of_points(meta: dict[str, Any], points: Points, named: str, suffix: str) ->
         "From PLITS to LAL one change at a time: what each saves (-) or costs (+), and its share of the whole gain.",
     ]
     falls = [tables.steps(points, mode, MEMORY) for mode in modes]
-    falls += [tables.steps(points, mode, "seconds", device) for mode in modes for device in points.devices]
+    falls += [tables.steps(points, mode, SECONDS, device) for mode in modes for device in points.devices]
     sections += section("gain", "Where the gain comes from", words, falls)
     parts = [tables.breakdown(points, mode) for mode in modes]
     if any(parts):
@@ -164,11 +148,13 @@ def _lengths(document: dict[str, Any]) -> Section | None:
     if not document.get("lengths"):
         return None
     modes = list(dict.fromkeys(row["mode"] for row in document["lengths"]))
-    pictures = [_picture(charts.draw_lengths(document, mode), f"{TITLES[mode]}: cost against length") for mode in modes]
+    pictures = [
+        _picture(charts.draw_lengths(document, mode), f"{mode_title(mode)}: cost against length") for mode in modes
+    ]
     table = tables.exponents(document.get("exponents", []))
     words = [
         "The table has p in growth ~ length to the power of p, where growth is what a cost has beyond its value at the "
-        "shortest length. It is fitted to the longer half.",
+        "shortest length. It is fitted to the three longest lengths.",
     ]
     return Section("lengths", "Cost against length", words, pictures, [] if table is None else [table])
 
@@ -181,5 +167,5 @@ def _serving(document: dict[str, Any]) -> Section | None:
     return None if table is None else Section("serving", "Serving", words, tables=[table])
 
 
-def _picture(figure: Any, shows: str) -> tuple[str, str]:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode(), shows
+def _picture(figure: Figure, description: str) -> tuple[str, str]:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode(), description

@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from palkernels.bench.errors import UserError, one_line
-from palkernels.bench.methods.methods import LEVERS, MODES
-from palkernels.bench.report.conditions import label, shape, short
-from palkernels.bench.report.document import BASELINE, Row, read, write_all
-from palkernels.bench.report.points import ABOVE_STATIC, BASELINES, MEMORY, PUBLISHED, RATE, Points, value
-from palkernels.bench.report.style import frame, grid, plain, style
-from palkernels.bench.report.tables import AGAINST, change, factor
+from palkernels.bench.report.conditions import short, sizes
+from palkernels.bench.report.document import Row, read, write_all
+from palkernels.bench.report.points import ABOVE_STATIC, MEMORY, PUBLISHED, RATE, Points, value
+from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OURS, label, style_of
+from palkernels.bench.report.style import frame, grid, plain
+from palkernels.bench.report.tables import gains
 
 __all__ = ["digest", "draw", "render"]
 
@@ -31,7 +31,7 @@ PAPER = (
     "PLITS with the paper's largest gains applied: -64.1 % memory, +247.5 % throughput in training "
     "(arXiv 2506.10423 v2, full-depth LLM; v3: about -60 %, +190 %)"
 )
-# What a panel shows -> its title and the unit on its axis.
+# A panel's figure -> its title and the unit on its axis.
 PANELS = {
     MEMORY: ("peak memory", "GiB"),
     ABOVE_STATIC: ("peak memory above the static part", "GiB"),
@@ -40,20 +40,20 @@ PANELS = {
 
 
 def render(document: dict[str, Any]) -> bytes:
-    """The PNG of a result document; it says inside of which (`digest`)."""
+    """Return the PNG of a result document; its description holds the document's `digest`."""
     png = io.BytesIO()
     draw(document).savefig(png, format="png", metadata={"Description": f"results {digest(document)}"})
     return png.getvalue()
 
 
 def digest(document: dict[str, Any]) -> str:
-    """The same for the same results, however their file is laid out."""
+    """Return a hash of the results, which does not depend on how their file is laid out."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def draw(document: dict[str, Any]) -> Figure:
-    """The picture of a result document. With several GPUs it shows memory once and each one's throughput; with several
-    numbers of text tokens, the first."""
+    """Draw a result document. With several GPUs the picture shows memory once and the throughput of each; with several
+    numbers of text tokens, the first of them."""
     meta = document["meta"]
     points = Points(row for row in document["rows"] if row["text_tokens"] == meta["text_tokens"])
     methods = [method for method in points.methods() if method not in LEVERS] or points.methods()
@@ -66,7 +66,7 @@ def draw(document: dict[str, Any]) -> Figure:
         for ax, (key, device) in zip(line, panels, strict=True):
             _panel(ax, points, methods, mode, key, device)
         line[0].annotate(
-            shape(meta, mode),
+            sizes(meta, mode),
             (0, 1),
             (-50, 28),
             xycoords="axes fraction",
@@ -76,7 +76,7 @@ def draw(document: dict[str, Any]) -> Figure:
         )
     handles = [_handle(method) for method in methods]
     paper = Line2D([], [], color=PAPER_COLOR, ls=":", marker="_", ms=10, label=PAPER)
-    for entries, inches in ((handles, 1.0), ([paper], 0.74)):  # the paper's takes a line of its own
+    for entries, inches in ((handles, 1.0), ([paper], 0.74)):  # the paper's entry takes a line of its own
         height = inches / figure.get_figheight()
         figure.legend(handles=entries, loc="lower center", ncols=8, frameon=False, bbox_to_anchor=(0.5, height))
     frame(figure, meta, above=1.15, below=2.2, left=0.07, right=0.985, hspace=0.68, wspace=0.24)
@@ -84,12 +84,12 @@ def draw(document: dict[str, Any]) -> Figure:
 
 
 def _handle(method: str) -> Line2D:
-    color, marker = style(method)
-    return Line2D([], [], color=color, marker=marker, lw=2, label=label(method))
+    style = style_of(method)
+    return Line2D([], [], color=style.color, marker=style.marker, lw=2, label=label(method))
 
 
 def _panel(ax: Axes, points: Points, methods: list[str], mode: str, key: str, device: str | None) -> None:
-    """One figure of one mode: a line per method, and under the axis what LAL gains."""
+    """Draw one figure of one mode: a line for each method, and under the axis what LAL gains."""
     counts = points.counts(mode)
     place = {count: float(index) for index, count in enumerate(counts)}  # evenly spaced, so that figures have room
     rows = [
@@ -112,37 +112,31 @@ def _panel(ax: Axes, points: Points, methods: list[str], mode: str, key: str, de
     xs = [place[count] for count in paper]
     ax.plot(xs, list(paper.values()), color=PAPER_COLOR, lw=1.5, ls=":", marker="_", ms=14)
     for method in methods:
-        color, marker = style(method)
-        mine = [(place[row["audio_tokens"]], x, row) for row, x in values if row["method"] == method]
+        style = style_of(method)
+        drawn = [(place[row["audio_tokens"]], x, row) for row, x in values if row["method"] == method]
         if key == RATE:
-            for x, _, row in mine:
-                samples = row[RATE]["samples"]
-                ax.plot([x, x], [min(samples), max(samples)], color=color, lw=5, alpha=0.25, solid_capstyle="butt")
-        look: dict[str, Any] = {"color": color, "marker": marker, "lw": 2, "ms": 7, "zorder": 3}
-        if method == "plits-tuned":  # in inference it is PLITS, which must be seen under it
-            look |= {"ls": (0, (2, 2)), "ms": 5}
-        elif method == "lal":
-            look["zorder"] = 4
-        ax.plot([x for x, _, _ in mine], [y for _, y, _ in mine], **look)
+            for x, _, row in drawn:
+                ends = [min(row[RATE]["samples"]), max(row[RATE]["samples"])]
+                ax.plot([x, x], ends, color=style.color, lw=5, alpha=0.25, solid_capstyle="butt")
+        look: dict[str, Any] = {"color": style.color, "marker": style.marker, "lw": 2, "ls": style.line}
+        look |= {"ms": 7 if style.line == "-" else 5, "zorder": 4 if method == OURS else 3}
+        ax.plot([x for x, _, _ in drawn], [y for _, y, _ in drawn], **look)
     for count, x in place.items():
         for index, row in enumerate(row for row in failed if row["audio_tokens"] == count):
             text = row["status"] if len(counts) < 5 else row["status"].replace(" ", "\n")
-            _write(ax, text, (x, 0.97 - 0.075 * index), color=style(row["method"])[0], va="top")
+            _write(ax, text, (x, 0.97 - 0.075 * index), color=style_of(row["method"]).color, va="top")
     _write_gains(ax, points, place, mode, key, device)
 
 
 def _write_gains(ax: Axes, points: Points, place: dict[int, float], mode: str, key: str, device: str | None) -> None:
-    """Under the axis, where nothing is in the way: LAL against each baseline."""
+    """Write the table of LAL's gains under the axis, its columns under the ticks."""
     line = 0
-    for base in BASELINES:
-        color, _ = style(base)
-        changes = {count: points.change(key, mode, "lal", base, count, device) for count in place}
-        if all(x is None for x in changes.values()):
+    for base, (name, *cells) in zip(BASELINES, gains(points, mode, key, device).rows, strict=True):
+        if not any(cells):
             continue
-        height = -0.155 - 0.08 * line
-        _write(ax, f"LAL {AGAINST[base]} ", (-0.5, height), color=color, ha="right", fontsize=8)
-        for count, x in place.items():
-            text = factor(changes[count]) if key == RATE else change(changes[count])
+        color, height = style_of(base).color, -0.155 - 0.08 * line
+        _write(ax, f"{name} ", (-0.5, height), color=color, ha="right", fontsize=8)
+        for x, text in zip(place.values(), cells, strict=True):
             _write(ax, text, (x, height), color=color, fontweight="bold")
         line += 1
     ax.set_xlabel("audio tokens", labelpad=4 + 15.5 * line)
@@ -154,8 +148,8 @@ def _write(ax: Axes, text: str, at: tuple[float, float], **how: Any) -> None:
 
 
 def _paper_levels(values: list[tuple[Row, float]], mode: str, key: str) -> dict[int, float]:
-    """By audio tokens: where a method with the paper's headline gain over our baseline would lie. The paper does not
-    set a static part apart, so its figure is held against the whole peak."""
+    """Return, by audio tokens, the figure of a method with the paper's largest gain over our baseline. The paper does
+    not set a static part apart, so its gain is held against the whole peak."""
     published = PUBLISHED.get((mode, key))
     if published is None or mode != "train":
         return {}
@@ -163,7 +157,7 @@ def _paper_levels(values: list[tuple[Row, float]], mode: str, key: str) -> dict[
 
 
 def main(arguments: list[str]) -> int:
-    """`RESULTS.json PICTURE.png`"""
+    """Draw the results in one file into another: `RESULTS.json PICTURE.png`. Returns the exit code."""
     if len(arguments) != 2:
         print("error: two paths must be given: RESULTS.json PICTURE.png", file=sys.stderr)
         return 2
@@ -173,7 +167,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         wanted = "the results of palkernels figure1 or simulate"
         print(f"error: {str(source)!r} must hold {wanted}, got: {one_line(error)}", file=sys.stderr)
         return 2

@@ -1,4 +1,8 @@
-"""What the points of a result document say of each other, and beside what is published."""
+"""The figures of a result document, and by how much methods differ in them: the only place that computes gains.
+
+A gain is a change relative to another method at the same point: -0.6 is 60 % less memory, 1.5 is 2.5 times the
+throughput.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from palkernels.bench.methods.methods import METHODS
 from palkernels.bench.report.document import GIB, Row
+from palkernels.bench.report.roles import BASELINE, OURS, chain, in_order
 
-__all__ = ["BASELINES", "PUBLISHED", "Points", "Published", "Step", "value", "waterfall"]
+__all__ = [
+    "ABOVE_STATIC", "MEMORY", "PUBLISHED", "RATE", "SECONDS", "Points", "Published", "Step", "relative", "value",
+    "waterfall",
+]  # fmt: skip
 
-BASELINES = ("plits", "plits-tuned")  # what LAL is held against
 MEMORY, ABOVE_STATIC, RATE = "peak_memory_bytes", "peak_above_static_bytes", "samples_per_second"
-# From the baseline to LAL, and what each step brings.
-CHAIN = {
-    "plits": "",
-    "plits-tuned": "the baseline's logits and attention backend",
-    "lal-eager": "the integration: audio as keys and values",
-    "lal": "our kernels",
-}
+SECONDS = "seconds"  # of a whole batch; follows from RATE
 
 
 @dataclass(frozen=True)
 class Published:
-    """Gains over PLITS that others give. `change` is that of the figure: -0.641 is 64.1 % less."""
+    """A gain over PLITS that others published: as a change, and in words."""
 
     change: float
     text: str
@@ -40,59 +40,69 @@ PUBLISHED = {
 
 
 class Points:
-    """The rows of one number of text tokens, by what they are."""
+    """Rows with the same number of text tokens, looked up by mode, method, number of audio tokens and device.
+
+    Where a method takes a device, None is the first one. Memory is the same on all of them.
+    """
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows = list(rows)
-        self._found = {(x["mode"], x["method"], x["audio_tokens"], x.get("device")): x for x in self.rows}
-        self.devices: list[str | None] = list(dict.fromkeys(x.get("device") for x in self.rows))
+        self.devices: list[str | None] = list(dict.fromkeys(row.get("device") for row in self.rows))
+        self._index = {(row["mode"], row["method"], row["audio_tokens"], row.get("device")): row for row in self.rows}
 
     @classmethod
     def by_text_tokens(cls, rows: Iterable[Row]) -> dict[int, Points]:
-        found: dict[int, list[Row]] = {}
+        """Sort rows by their number of text tokens."""
+        by_count: dict[int, list[Row]] = {}
         for row in rows:
-            found.setdefault(row["text_tokens"], []).append(row)
-        return {count: cls(some) for count, some in found.items()}
+            by_count.setdefault(row["text_tokens"], []).append(row)
+        return {count: cls(same) for count, same in by_count.items()}
 
     def methods(self, mode: str | None = None) -> list[str]:
-        """In the order of METHODS, those that it lacks last."""
-        found = dict.fromkeys(x["method"] for x in self.rows if mode in (None, x["mode"]))
-        return [name for name in METHODS if name in found] + [name for name in found if name not in METHODS]
+        """Return the methods of a mode, or of all modes, in the usual order."""
+        return in_order(row["method"] for row in self.rows if mode in (None, row["mode"]))
 
     def counts(self, mode: str | None = None) -> list[int]:
-        """Numbers of audio tokens."""
-        return sorted({x["audio_tokens"] for x in self.rows if mode in (None, x["mode"])})
+        """Return the numbers of audio tokens of a mode, or of all modes."""
+        return sorted({row["audio_tokens"] for row in self.rows if mode in (None, row["mode"])})
 
     def row(self, mode: str, method: str, audio: int, device: str | None = None) -> Row | None:
-        """None for the device takes the first, of which memory is as good as any's."""
-        return self._found.get((mode, method, audio, self.devices[0] if device is None else device))
+        return self._index.get((mode, method, audio, self.devices[0] if device is None else device))
 
     def value(self, key: str, mode: str, method: str, audio: int, device: str | None = None) -> float | None:
+        """Return a figure in the unit of `value`; None where the method was not tried or did not run."""
         row = self.row(mode, method, audio, device)
         return None if row is None else value(row, key)
 
     def change(
         self, key: str, mode: str, method: str, base: str, audio: int, device: str | None = None
     ) -> float | None:
-        """How much a figure differs from another method's, as a share of that: -0.6 is 60 % less."""
-        mine, other = (self.value(key, mode, name, audio, device) for name in (method, base))
-        return None if mine is None or not other or method == base else mine / other - 1
+        """Return how much a figure differs from the method `base`'s, relative to it; None for `base` itself and where
+        one of the two has no figure."""
+        if method == base:
+            return None
+        ours, theirs = (self.value(key, mode, name, audio, device) for name in (method, base))
+        return relative(ours, theirs)
 
 
 def value(row: Row, key: str) -> float | None:
-    """A row's figure, in GiB or per second, or the seconds of a whole batch; None where it did not run."""
+    """Return a row's figure: GiB of memory, samples per second, or seconds a batch; None where it did not run."""
     if row["status"] != "ok":
         return None
-    if key == RATE:
-        return float(row[RATE]["p50"])
-    if key == "seconds":
-        return float(row["batch_size"] / row[RATE]["p50"])
+    if key in (RATE, SECONDS):
+        rate = float(row[RATE]["p50"])
+        return rate if key == RATE else row["batch_size"] / rate if rate else None
     return float(row[key]) / GIB
+
+
+def relative(figure: float | None, base: float | None) -> float | None:
+    """Return figure / base - 1, or None if one is missing or the base is 0."""
+    return None if figure is None or not base else figure / base - 1
 
 
 @dataclass(frozen=True)
 class Step:
-    """From one method to the next: what a figure falls by, and as a share of the whole fall."""
+    """What a figure falls by from one method to the next, also as a share of the whole fall."""
 
     start: str
     end: str
@@ -102,17 +112,21 @@ class Step:
 
 
 def waterfall(values: Mapping[str, float | None]) -> list[Step]:
-    """From PLITS to LAL by way of the methods between that `values` has; a step over a missing one is both steps."""
-    chain = [name for name in CHAIN if name in values]
-    if len(chain) < 2 or chain[0] != "plits" or chain[-1] != "lal":
+    """Split the way from PLITS to LAL into steps, one for each method between them that `values` has.
+
+    A step over a missing method is both steps. There are none if PLITS or LAL is missing.
+    """
+    texts = chain()
+    names = list(texts)
+    present = [name for name in names if name in values]
+    if len(present) < 2 or present[0] != BASELINE or present[-1] != OURS:
         return []
-    first, last = values["plits"], values["lal"]
+    first, last = values[BASELINE], values[OURS]
     whole = None if first is None or last is None else first - last
-    names = list(CHAIN)
     steps = []
-    for start, end in pairwise(chain):
+    for start, end in pairwise(present):
         before, after = values[start], values[end]
         saved = None if before is None or after is None else before - after
-        what = "; ".join(CHAIN[name] for name in names[names.index(start) + 1 : names.index(end) + 1])
+        what = "; ".join(texts[name] for name in names[names.index(start) + 1 : names.index(end) + 1])
         steps.append(Step(start, end, what, saved, saved / whole if saved is not None and whole else None))
     return steps

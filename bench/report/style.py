@@ -1,4 +1,4 @@
-"""How pictures look: a colour and a marker for every method, and what stands on every picture."""
+"""How pictures look: their grid of panels, their frame and the colours of memory's parts."""
 
 from __future__ import annotations
 
@@ -13,23 +13,8 @@ from matplotlib.figure import Figure
 
 from palkernels.bench.report.conditions import caption, title
 
-__all__ = ["METHOD_STYLES", "PART_COLORS", "frame", "grid", "plain", "style", "svg"]
+__all__ = ["PART_COLORS", "frame", "grid", "plain", "svg"]
 
-# Warm where audio is in the sequence, cold where it is keys and values.
-METHOD_STYLES = {
-    "plits": ("#c0392b", "s"),
-    "plits-tuned": ("#e08e2b", "D"),
-    "plits-pooled": ("#8d6e63", "v"),
-    "lal-eager": ("#5bb5c9", "^"),
-    "lal": ("#1f5fae", "o"),
-    "pal-multi": ("#b8a03a", "<"),
-    "pal-unified": ("#274690", ">"),
-    "flamingo": ("#d67bb0", "*"),
-    "lal-recompute": ("#3a9d5d", "P"),
-    "lal-checkpoint": ("#7b5ea7", "X"),
-    "lal-fused-loss": ("#c76ba0", "p"),
-}
-OTHER_STYLE = ("#555555", "h")
 # Grey for what every method has, in colour what methods differ in.
 PART_COLORS = {
     "parameters": "#d3d7dd",
@@ -43,19 +28,15 @@ PART_COLORS = {
 TEXT_COLOR, GRID_COLOR = "#444444", "#e6e6e6"
 
 
-def style(method: str) -> tuple[str, str]:
-    """Colour and marker."""
-    return METHOD_STYLES.get(method, OTHER_STYLE)
-
-
 def grid(lines: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, np.ndarray]:
+    """Return a figure of `size` inches and its panels, (lines, columns)."""
     figure = Figure(figsize=size, dpi=110)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(lines, columns, squeeze=False, **shared)
 
 
 def plain(ax: Axes, axis: Any) -> None:
-    """Light lines across the values alone."""
+    """Keep of a panel's decoration light lines across the values (`axis`) and the two axes."""
     ax.grid(axis=axis, color=GRID_COLOR)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
@@ -64,17 +45,18 @@ def plain(ax: Axes, axis: Any) -> None:
 def frame(
     figure: Figure, meta: dict[str, Any], *, notes: str = "", above: float, below: float, **spaces: float
 ) -> None:
-    """The run's conditions above and below the panels, which leave `above` and `below` inches for them."""
+    """Write the run's conditions above and below the panels, which leave `above` and `below` inches for them."""
     height = figure.get_figheight()
-    figure.suptitle(title(meta), fontsize=14, fontweight="bold", y=1 - 0.14 / height, va="top")
+    # A name may have dollar signs, which are no formula.
+    figure.suptitle(title(meta), fontsize=14, fontweight="bold", y=1 - 0.14 / height, va="top", parse_math=False)
     text = "\n".join(filter(None, (notes, caption(meta))))
-    place: dict[str, Any] = {"ha": "center", "va": "bottom", "linespacing": 1.35}
+    place: dict[str, Any] = {"ha": "center", "va": "bottom", "linespacing": 1.35, "parse_math": False}
     figure.text(0.5, 0.1 / height, text, fontsize=8.5, color=TEXT_COLOR, **place)
     figure.subplots_adjust(top=1 - above / height, bottom=below / height, **spaces)
 
 
 def svg(figure: Figure) -> bytes:
-    """Alike for figures that are."""
+    """Return a figure as SVG; equal figures give equal bytes."""
     out = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "palkernels"}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,219 +1,218 @@
-"""The tables of a result document, in text, for reports and README alike. "" is a cell without a figure."""
+"""The tables that tell what a result document says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
-from palkernels.bench.methods.methods import LEVERS, MODES
-from palkernels.bench.report.conditions import TITLES, label, short
+from palkernels.bench.report.conditions import mode_title, short
 from palkernels.bench.report.document import GIB, Row
-from palkernels.bench.report.points import ABOVE_STATIC, BASELINES, MEMORY, PUBLISHED, RATE, Points, waterfall
+from palkernels.bench.report.points import (
+    ABOVE_STATIC,
+    MEMORY,
+    PUBLISHED,
+    RATE,
+    SECONDS,
+    Points,
+    relative,
+    waterfall,
+)
+from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OURS, against, label
+from palkernels.bench.report.table import Column, Table, change, factor, gib, number
 
 __all__ = [
-    "Column", "Table", "breakdown", "change", "exponents", "factor", "gib", "levers", "number", "paper", "points",
-    "serving", "steps",
+    "breakdown", "every_point", "exponents", "gains", "levers", "paper", "serving", "steps", "summary",
 ]  # fmt: skip
 
-AGAINST = {"plits": "vs PLITS", "plits-tuned": "vs tuned"}
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "K/V cache", "temporaries")
+MEMORY_GROUPS = {MEMORY: "peak memory", ABOVE_STATIC: "above static"}
+ERRORS = "error_against_measured"
 
 
-@dataclass(frozen=True)
-class Column:
-    """`group` is written once above columns that share it."""
-
-    heading: str
-    group: str = ""
-    text: bool = False  # left-aligned
+def every_point(points: Points, mode: str) -> Table:
+    """Every point of a mode, with its gains over the baselines and the error where it was measured, too."""
+    with_errors = any(ERRORS in row for row in points.rows)
+    return _point_table(points, mode, BASELINES, tuple(MEMORY_GROUPS), with_attention=True, with_errors=with_errors)
 
 
-@dataclass
-class Table:
-    """A row that ends early says last why it has no figures."""
-
-    title: str
-    columns: list[Column]
-    rows: list[list[str]] = field(default_factory=list)
-
-    @property
-    def groups(self) -> list[tuple[str, int]]:
-        """Each with the number of its columns."""
-        return [(name, len(list(some))) for name, some in groupby(column.group for column in self.columns)]
+def summary(points: Points, mode: str) -> Table:
+    """Every point of a mode in at most 80 columns: gains over PLITS alone; memory above the static part gives way to a
+    second device."""
+    memory = tuple(MEMORY_GROUPS) if len(points.devices) == 1 else (MEMORY,)
+    return _point_table(points, mode, (BASELINE,), memory, with_attention=False, with_errors=False)
 
 
-def gib(size: float | None) -> str:
-    """Two digits after the point, of small sizes four."""
-    return "" if size is None else f"{size:.{4 if 5e-5 <= abs(size) < 0.0095 else 2}f}"
-
-
-def number(x: float | None) -> str:
-    """Three digits or more: 0.0734, 7.28, 5,440."""
-    if x is None:
-        return ""
-    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:#.3g}".removesuffix(".")
-
-
-def change(share: float | None) -> str:
-    return "" if share is None else f"{round(100 * share, 1) + 0.0:+,.1f} %"  # + 0.0: no "-0.0"
-
-
-def factor(share: float | None) -> str:
-    """A change of a rate as what it is multiplied by: 2.00x."""
-    return "" if share is None else f"{1 + share:.2f}x"
-
-
-def points(found: Points, mode: str) -> Table:
-    """Every point of a mode, with its gains over the baselines."""
-    bases = [name for name in BASELINES if name in found.methods(mode)]
-    errors = any("error_against_measured" in row for row in found.rows)
-    error = ["error"] if errors else []
-    groups = [("peak memory", "GiB", MEMORY), ("above static", "GiB", ABOVE_STATIC)]
-    columns = [Column("audio tokens"), Column("method", text=True), Column("attention", text=True)]
-    for group, unit, key in groups:
-        columns += [Column(heading, group) for heading in [unit, *(AGAINST[base] for base in bases)]]
-        columns += [Column(heading, group) for heading in error if key == MEMORY]
-    for device in found.devices:
+def _point_table(
+    points: Points,
+    mode: str,
+    baselines: tuple[str, ...],
+    memory: tuple[str, ...],
+    *,
+    with_attention: bool,
+    with_errors: bool,
+) -> Table:
+    bases = [name for name in baselines if name in points.methods(mode)]
+    headings = [against(base) for base in bases]
+    error = ["error"] * with_errors
+    columns = [Column("audio tokens"), Column("method", text=True)]
+    columns += [Column("attention", text=True)] * with_attention
+    for key in memory:
+        with_error = error if key == MEMORY else []
+        columns += [Column(heading, MEMORY_GROUPS[key]) for heading in ["GiB", *headings, *with_error]]
+    for device in points.devices:
         group = " ".join(filter(None, ("throughput", short(device))))
-        columns += [Column(x, group) for x in ["samples/s", *(AGAINST[base] for base in bases), *error]]
-    table = Table(_title(found, mode), columns)
+        columns += [Column(heading, group) for heading in ["samples/s", *headings, *error]]
+    table = Table(_title(points, mode), columns)
 
-    def off(key: str, method: str, count: int, devices: list[str | None]) -> list[str]:
-        """The first of the devices' errors: it was measured on one of them, and memory is the same on all."""
-        rows = [row for device in devices if (row := found.row(mode, method, count, device))]
-        off_by = [row["error_against_measured"][key] for row in rows if "error_against_measured" in row]
-        return [change(off_by[0] if off_by else None) for _ in error]
+    def errors(key: str, method: str, count: int, devices: list[str | None]) -> list[str]:
+        """The error of the first device that has one: a point is measured on one device, and memory is the same on
+        all."""
+        rows = [row for device in devices if (row := points.row(mode, method, count, device))]
+        shares = [row[ERRORS][key] for row in rows if ERRORS in row]
+        return [change(shares[0] if shares else None)] * with_errors
 
-    for count in found.counts(mode):
-        for method in found.methods(mode):
-            row = found.row(mode, method, count)
+    for count in points.counts(mode):
+        for method in points.methods(mode):
+            row = points.row(mode, method, count)
             if row is None:
                 continue
-            cells = [f"{count:,}", label(method), row.get("impl", "")]
-            if row["status"] != "ok":
-                table.rows.append([*cells, row["status"]])
-                continue
-            for _, _, key in groups:
-                cells.append(gib(found.value(key, mode, method, count)))
-                cells += [change(found.change(key, mode, method, base, count)) for base in bases]
-                cells += off(key, method, count, found.devices) if key == MEMORY else []
-            for device in found.devices:
-                cells.append(number(found.value(RATE, mode, method, count, device)))
-                cells += [factor(found.change(RATE, mode, method, base, count, device)) for base in bases]
-                cells += off(RATE, method, count, [device])
+            cells = [f"{count:,}", label(method), *[str(row.get("impl", ""))] * with_attention]
             table.rows.append(cells)
+            if row["status"] != "ok":
+                cells.append(row["status"])
+                continue
+            for key in memory:
+                cells.append(gib(points.value(key, mode, method, count)))
+                cells += [change(points.change(key, mode, method, base, count)) for base in bases]
+                cells += errors(key, method, count, points.devices) if key == MEMORY else []
+            for device in points.devices:
+                cells.append(number(points.value(RATE, mode, method, count, device)))
+                cells += [factor(points.change(RATE, mode, method, base, count, device)) for base in bases]
+                cells += errors(RATE, method, count, [device])
     return table
 
 
-def paper(found: Points, published_alone: bool = False) -> Table | None:
-    """What is published beside LAL's gains here, or only the quantities of which something is published; None without a
-    baseline and LAL."""
-    counts = found.counts()
+def gains(points: Points, mode: str, key: str, device: str | None) -> Table:
+    """LAL's gain in one figure: a row for each baseline, a column for each number of audio tokens."""
+    counts = points.counts(mode)
+    table = Table("", [Column("", text=True), *(Column(f"{count:,}") for count in counts)])
+    write = factor if key == RATE else change
+    for base in BASELINES:
+        cells = [write(points.change(key, mode, OURS, base, count, device)) for count in counts]
+        table.rows.append([f"{label(OURS)} {against(base)}", *cells])
+    return table
+
+
+def paper(points: Points, published_alone: bool = False) -> Table | None:
+    """The published gains beside LAL's here; None without a baseline and LAL. `published_alone` leaves out quantities
+    of which nothing is published."""
+    counts = points.counts()
     columns = [Column("LAL", text=True), Column("published", text=True)]
     table = Table("", columns + [Column(f"{count:,}", "audio tokens") for count in counts])
+    quantities: list[tuple[str, str, str | None]] = [
+        ("peak memory", MEMORY, None),
+        ("memory above static", ABOVE_STATIC, None),
+        *(("throughput" + (f" on {short(device)}" if device else ""), RATE, device) for device in points.devices),
+    ]
     for mode in MODES:
-        quantities = [
-            ("peak memory", MEMORY, found.devices[0]),
-            ("memory above static", ABOVE_STATIC, found.devices[0]),
-        ]
-        for name, key, device in (*quantities, *(("throughput", RATE, device) for device in found.devices)):
+        for name, key, device in quantities:
             if published_alone and (mode, key) not in PUBLISHED:
                 continue
-            on = f" on {short(device)}" if key == RATE and device else ""
             for base in BASELINES:
-                changes = [found.change(key, mode, "lal", base, count, device) for count in counts]
+                changes = [points.change(key, mode, OURS, base, count, device) for count in counts]
                 if any(x is not None for x in changes):
-                    what = f"{TITLES[mode]}: {name}{on}, against {label(base)}"
-                    published = PUBLISHED.get((mode, key)) if base == "plits" else None
-                    table.rows.append([what, published.text if published else "", *map(change, changes)])
+                    published = PUBLISHED.get((mode, key)) if base == BASELINE else None
+                    heading = f"{mode_title(mode)}: {name}, against {label(base)}"
+                    table.rows.append([heading, published.text if published else "", *map(change, changes)])
     return table if table.rows else None
 
 
-def steps(found: Points, mode: str, key: str, device: str | None = None) -> Table | None:
-    """From the baseline to LAL, step by step, for each number of audio tokens. `key` is `peak_memory_bytes` or
-    `seconds`; None where there is nothing to compare."""
+def steps(points: Points, mode: str, key: str, device: str | None = None) -> Table | None:
+    """The way from PLITS to LAL step by step, for each number of audio tokens, in memory or seconds; None where there
+    is nothing to compare."""
     scale, unit, write = (1.0, "GiB", gib) if key == MEMORY else (1e3, "ms", number)
-    what = "peak memory" if key == MEMORY else "time of a step" if mode == "train" else "time of a batch"
+    quantity = "peak memory" if key == MEMORY else "time of a step" if mode == "train" else "time of a batch"
     on = f" on {device}" if device and key != MEMORY else ""
-    table = Table(f"{TITLES[mode]}: {what}{on}", [Column("", text=True)])
-    chain = waterfall(dict.fromkeys(found.methods(mode)))
+    table = Table(f"{mode_title(mode)}: {quantity}{on}", [Column("", text=True)])
+    methods = points.methods(mode)
+    chain = waterfall(dict.fromkeys(methods))
     between = [f"to {label(step.end)} ({step.what})" for step in chain]
-    table.rows = [[name] for name in (label("plits"), *between, label("lal"), "the whole gain")]
+    table.rows = [[name] for name in (label(BASELINE), *between, label(OURS), "the whole gain")]
 
     def end(method: str, count: int) -> list[str]:
-        size, row = found.value(key, mode, method, count, device), found.row(mode, method, count, device)
+        size, row = points.value(key, mode, method, count, device), points.row(mode, method, count, device)
         return [write(scale * size) if size is not None else row["status"] if row else "", ""]
 
-    def signed(saved: float | None, share: float | None) -> list[str]:
+    def fall(saved: float | None, share: float | None) -> list[str]:
         if saved is None:
             return ["", ""]
-        return [
-            ("+" if saved < 0 else "") + write(0.0 - scale * saved),
-            "" if share is None else f"{100 * share:.1f} %",
-        ]
+        signed = ("+" if saved < 0 else "") + write(0.0 - scale * saved)
+        return [signed, "" if share is None else f"{100 * share:.1f} %"]
 
-    compared = False
-    for count in found.counts(mode) if chain else ():
+    is_compared = False
+    for count in points.counts(mode) if chain else ():
         table.columns += [Column(heading, f"{count:,} audio tokens") for heading in (unit, "share")]
-        values = {method: found.value(key, mode, method, count, device) for method in found.methods(mode)}
-        falls = [(step.saved, step.share) for step in waterfall(values)]
-        first, last = values["plits"], values["lal"]
-        whole = (None, None) if first is None or last is None else (first - last, 1.0 if first != last else None)
-        compared |= first is not None and last is not None
-        cells = [end("plits", count), *(signed(*fall) for fall in falls), end("lal", count), signed(*whole)]
-        for line, pair in zip(table.rows, cells, strict=True):
-            line += pair
-    return table if compared else None
+        values = {method: points.value(key, mode, method, count, device) for method in methods}
+        falls = [fall(step.saved, step.share) for step in waterfall(values)]
+        first, last = values[BASELINE], values[OURS]
+        whole = ["", ""]
+        if first is not None and last is not None:
+            whole, is_compared = fall(first - last, 1.0 if first != last else None), True
+        for row, pair in zip(table.rows, [end(BASELINE, count), *falls, end(OURS, count), whole], strict=True):
+            row += pair
+    return table if is_compared else None
 
 
-def breakdown(found: Points, mode: str) -> Table | None:
+def breakdown(points: Points, mode: str) -> Table | None:
     """What memory consists of at its peak."""
-    rows = {(x["audio_tokens"], x["method"]): x for x in found.rows if x["mode"] == mode and x.get("memory_breakdown")}
-    if not rows:
+    index = {
+        (row["audio_tokens"], row["method"]): row
+        for row in points.rows
+        if row["mode"] == mode and row.get("memory_breakdown")
+    }
+    if not index:
         return None
-    parts = [part for part in PARTS if any(part in row["memory_breakdown"] for row in rows.values())]
+    parts = [part for part in PARTS if any(part in row["memory_breakdown"] for row in index.values())]
     columns = [Column("audio tokens"), Column("method", text=True)]
-    table = Table(_title(found, mode), [*columns, *(Column(part, "GiB") for part in parts), Column("peak", "GiB")])
-    for count in found.counts(mode):
-        for method in found.methods(mode):
-            if row := rows.get((count, method)):
+    table = Table(_title(points, mode), [*columns, *(Column(part, "GiB") for part in parts), Column("peak", "GiB")])
+    for count in points.counts(mode):
+        for method in points.methods(mode):
+            if row := index.get((count, method)):
                 sizes = [row["memory_breakdown"].get(part) for part in parts]
                 cells = [gib(None if size is None else size / GIB) for size in (*sizes, row["peak_memory_bytes"])]
                 table.rows.append([f"{count:,}", label(method), *cells])
     return table
 
 
-def levers(found: Points) -> Table | None:
-    """What saves more training memory, against LAL without it, and its price; or why it did not run."""
-    tried = [name for name in LEVERS if name in found.methods("train")]
+def levers(points: Points) -> Table | None:
+    """What each lever of training memory saves against LAL without it, and its price in time."""
+    mode = "train"
+    tried = [name for name in LEVERS if name in points.methods(mode)]
     if not tried:
         return None
     columns = [Column("audio tokens"), Column("method", text=True)]
-    for group in ("peak memory", "above static"):
+    for group in MEMORY_GROUPS.values():
         columns += [Column("GiB", group), Column("vs LAL", group)]
-    for device in found.devices:
-        columns += [Column(x, " ".join(filter(None, ("step", short(device))))) for x in ("ms", "vs LAL")]
-    table = Table(_title(found, "train"), columns)
-    for count in found.counts("train"):
-        for method in ("lal", *tried):
-            row = found.row("train", method, count)
+    for device in points.devices:
+        group = " ".join(filter(None, ("step", short(device))))
+        columns += [Column("ms", group), Column("vs LAL", group)]
+    table = Table(_title(points, mode), columns)
+    for count in points.counts(mode):
+        for method in (OURS, *tried):
+            row = points.row(mode, method, count)
             if row is None:
                 continue
             cells = [f"{count:,}", label(method)]
-            if row["status"] != "ok":
-                table.rows.append([*cells, row["status"]])
-                continue
-            about = ("train", method, count)
-            for key in (MEMORY, ABOVE_STATIC):
-                against = found.change(key, "train", method, "lal", count)
-                cells += [gib(found.value(key, *about)), change(against)]
-            for device in found.devices:
-                seconds = found.value("seconds", *about, device)
-                against = found.change("seconds", "train", method, "lal", count, device)
-                cells += [number(None if seconds is None else 1e3 * seconds), change(against)]
             table.rows.append(cells)
+            if row["status"] != "ok":
+                cells.append(row["status"])
+                continue
+            for key in MEMORY_GROUPS:
+                cells.append(gib(points.value(key, mode, method, count)))
+                cells.append(change(points.change(key, mode, method, OURS, count)))
+            for device in points.devices:
+                seconds = points.value(SECONDS, mode, method, count, device)
+                cells.append(number(None if seconds is None else 1e3 * seconds))
+                cells.append(change(points.change(SECONDS, mode, method, OURS, count, device)))
     return table
 
 
@@ -225,58 +224,54 @@ def serving(rows: list[Row]) -> Table | None:
     columns = [Column("clips"), Column("questions"), Column("method", text=True)]
     columns += [Column("MiB per clip", "K/V"), Column("vs PLITS", "K/V")]
     for device in devices:
-        group = short(device)
-        columns += [Column(x, group) for x in ("first token, ms", "vs PLITS", "tokens/s", "vs PLITS")]
+        headings = ("first token, ms", "vs PLITS", "tokens/s", "vs PLITS")
+        columns += [Column(heading, short(device)) for heading in headings]
     first = rows[0]
     sizes = f"{first['audio_tokens']:,} audio, {first['text_tokens']} text and {first['new_tokens']} new tokens"
     table = Table(f"{sizes}, {first['dtype']}", columns)
     index = {(row["clips"], row["questions"], row["method"], row.get("device")): row for row in rows}
+
+    def figure(key: str, clips: int, questions: int, method: str, device: str | None) -> float | None:
+        row = index.get((clips, questions, method, device))
+        return row[key] if row and row["status"] == "ok" else None
+
+    quantities = [("kv_bytes_per_clip", rows[0].get("device"), 1 / 2**20, change)]
+    for device in devices:
+        quantities += [("first_token_seconds", device, 1e3, change), ("tokens_per_second", device, 1.0, factor)]
     for clips, questions, method in dict.fromkeys(key[:3] for key in index):
-
-        def cells(
-            key: str, device: str | None, scale: float, write: Callable[[float | None], str],
-            method: str = method, clips: int = clips, questions: int = questions,
-        ) -> list[str]:  # fmt: skip
-            mine, base = (index.get((clips, questions, name, device)) for name in (method, "plits"))
-            size, other = (x[key] if x and x["status"] == "ok" else None for x in (mine, base))
-            against = None if size is None or not other or method == "plits" else size / other - 1
-            return [number(None if size is None else scale * size), write(against)]
-
-        row = next(x for key, x in index.items() if key[:3] == (clips, questions, method))
-        line = [str(clips), str(questions), label(method)]
+        cells = [str(clips), str(questions), label(method)]
+        table.rows.append(cells)
+        row = next(row for key, row in index.items() if key[:3] == (clips, questions, method))
         if row["status"] != "ok":
-            table.rows.append([*line, row["status"]])
+            cells.append(row["status"])
             continue
-        line += cells("kv_bytes_per_clip", row.get("device"), 1 / 2**20, change)
-        for device in devices:
-            line += cells("first_token_seconds", device, 1e3, change)
-            line += cells("tokens_per_second", device, 1.0, factor)
-        table.rows.append(line)
+        for key, device, scale, write in quantities:
+            ours, base = (figure(key, clips, questions, name, device) for name in (method, BASELINE))
+            cells.append(number(None if ours is None else scale * ours))
+            cells.append(write(None if method == BASELINE else relative(ours, base)))
     return table
 
 
 def exponents(fits: list[dict[str, Any]]) -> Table | None:
-    """The p of growth ~ length ** p; memory and FLOPs are every GPU's."""
+    """The p of growth ~ length ** p. Memory and FLOPs are the same on every GPU."""
     if not fits:
         return None
     devices = list(dict.fromkeys(fit["device"] for fit in fits))
     methods = list(dict.fromkeys(fit["method"] for fit in fits))
-    shown = [("seconds", f"time {short(device)}", device) for device in devices]
-    shown += [
-        ("peak_above_static_bytes", "memory above static", devices[0]),
-        ("attention_flops", "attention FLOPs", devices[0]),
-    ]
+    shown = [(SECONDS, f"time {short(device)}", device) for device in devices]
+    shown += [(ABOVE_STATIC, "memory above static", devices[0]), ("attention_flops", "attention FLOPs", devices[0])]
     columns = [Column("", text=True), Column("with", text=True)]
     columns += [Column(label(method), group) for _, group, _ in shown for method in methods]
     table = Table("", columns)
-    index = {(x["mode"], x["varies"], x["quantity"], x["device"], x["method"]): x["exponent"] for x in fits}
+    keys = ("mode", "varies", "quantity", "device", "method")
+    index = {tuple(fit[key] for key in keys): fit["exponent"] for fit in fits}
     for mode, varies in dict.fromkeys((fit["mode"], fit["varies"]) for fit in fits):
-        cells = [index.get((mode, varies, key, device, method)) for key, _, device in shown for method in methods]
+        cells = [index.get((mode, varies, quantity, device, name)) for quantity, _, device in shown for name in methods]
         written = ["" if x is None else f"{x:.2f}" for x in cells]
-        table.rows.append([TITLES[mode], varies.replace("_", " "), *written])
+        table.rows.append([mode_title(mode), varies.replace("_", " "), *written])
     return table
 
 
-def _title(found: Points, mode: str) -> str:
-    row = next(x for x in found.rows if x["mode"] == mode)
-    return f"{TITLES[mode]}: batch {row['batch_size']}, {row['text_tokens']} text tokens, {row['dtype']}"
+def _title(points: Points, mode: str) -> str:
+    row = next(row for row in points.rows if row["mode"] == mode)
+    return f"{mode_title(mode)}: batch {row['batch_size']}, {row['text_tokens']} text tokens, {row['dtype']}"

@@ -9,12 +9,12 @@ import pytest
 from support import documents
 
 from palkernels.bench.cli import main
-from palkernels.bench.compare import compare, differences, ratio
+from palkernels.bench.compare import differences, match_points, ratio
 
 
-def run(tmp_path: Path, *found: Any) -> int:
+def run(tmp_path: Path, *contents: Any) -> int:
     paths = []
-    for name, document in zip("ab", found, strict=True):
+    for name, document in zip("ab", contents, strict=True):
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(document if isinstance(document, str) else json.dumps(document))
     with pytest.raises(SystemExit) as ended:
@@ -27,14 +27,14 @@ def test_ratios_of_the_same_points() -> None:
     first, second = documents.measured(), documents.measured()
     second["rows"][1] = documents.row("lal", "train", 512, 12.0, 1.5, 0.25)
     second["rows"].reverse()
-    found = compare(first, second)
-    assert len(found.pairs) == len(first["rows"])
-    assert found.only_first == found.only_second == []
-    pair = next(pair for pair in found.pairs if pair[0] is first["rows"][1])
+    comparison = match_points(first, second)
+    assert len(comparison.pairs) == len(first["rows"])
+    assert comparison.only_first == comparison.only_second == []
+    pair = next(pair for pair in comparison.pairs if pair[0] is first["rows"][1])
     assert ratio(*pair, "peak_memory_bytes") == 0.5
     assert ratio(*pair, "peak_above_static_bytes") == 0.5
     assert ratio(*pair, "samples_per_second") == 2.0
-    pair = next(pair for pair in found.pairs if pair[0]["status"] != "ok")
+    pair = next(pair for pair in comparison.pairs if pair[0]["status"] != "ok")
     assert ratio(*pair, "samples_per_second") is None
 
 
@@ -45,26 +45,26 @@ def test_ratios_of_the_same_points() -> None:
 def test_points_that_are_in_one_only(change: dict[str, Any]) -> None:
     first, second = documents.measured(), documents.measured()
     second["rows"][1] |= change
-    found = compare(first, second)
-    assert found.only_first == [first["rows"][1]]
-    assert found.only_second == [second["rows"][1]]
+    comparison = match_points(first, second)
+    assert comparison.only_first == [first["rows"][1]]
+    assert comparison.only_second == [second["rows"][1]]
 
 
 def test_a_simulation_beside_a_measurement() -> None:
     simulated, measured = documents.simulated(), documents.measured()
-    found = compare(simulated, measured)
-    assert {(a["device"], b["method"]) for a, b in found.pairs} == {
+    comparison = match_points(simulated, measured)
+    assert {(a["device"], b["method"]) for a, b in comparison.pairs} == {
         (device, method) for device in documents.GPUS for method in ("plits", "lal")
     }
     measured["meta"]["device_name"] = documents.GPUS[1]  # measured on a GPU that is simulated
-    for pairs in (compare(simulated, measured).pairs, compare(measured, simulated).pairs):
+    for pairs in (match_points(simulated, measured).pairs, match_points(measured, simulated).pairs):
         assert {row["device"] for pair in pairs for row in pair} == {documents.GPUS[1]}
 
 
 def test_two_simulations_match_by_device() -> None:
-    found = compare(documents.simulated(), documents.simulated())
-    assert all(a["device"] == b["device"] for a, b in found.pairs)
-    assert len(found.pairs) == len(documents.simulated()["rows"])
+    comparison = match_points(documents.simulated(), documents.simulated())
+    assert all(a["device"] == b["device"] for a, b in comparison.pairs)
+    assert len(comparison.pairs) == len(documents.simulated()["rows"])
 
 
 def test_what_differs_in_the_conditions() -> None:
@@ -89,13 +89,41 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     second["meta"]["model"] = "[bold]other"
     assert run(tmp_path, first, second) == 0
     said = capsys.readouterr().out
-    line = next(line for line in said.splitlines() if "LAL" in line and "train" in line and " 512 " in line)
-    figures = [cell.strip() for cell in line.strip("│").split("│")]
-    assert figures[-9:] == ["3.00", "1.50", "0.500", "0.50", "0.25", "0.500", "6.00", "12.0", "2.000"]
+    plits, lal, *_ = said.partition("Training step\n")[2].partition("----\n")[2].splitlines()
+    assert plits.split()[:2] == ["512", "PLITS"]
+    assert lal.split() == ["LAL", "3.00", "1.50", "0.500", "0.50", "0.25", "0.500", "6.00", "12.0", "2.000"]
     assert "out of memory" in said
     assert "[bold]other" in said
     assert "Only in A: infer, batch 2, 128 text tokens, bfloat16: LAL with 512" in said
     assert "Only in B: infer, batch 2, 128 text tokens, bfloat16: LAL with 600" in said
+
+
+def test_names_with_brackets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = documents.measured(), documents.measured()
+    for document in (first, second):
+        document["rows"][0]["method"] = "[/method]"
+        document["rows"][1]["status"] = "[/status]"
+    second["meta"]["[/key]"] = "[/value]"
+    assert run(tmp_path, first, second) == 0
+    said = capsys.readouterr().out
+    for name in ("[/method]", "[/status]", "[/key]", "[/value]"):
+        assert name in said
+
+
+def test_conditions_of_any_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = documents.simulated(), documents.simulated()
+    first["meta"] |= {"gpus": {"A GPU": {"flops_per_second": 1e15}}, "device_name": ["none"]}
+    second["meta"]["gpus"] = None
+    assert run(tmp_path, first, second) == 0
+    said = capsys.readouterr().out
+    assert "gpus: A GPU: flops per second 1e+15 -" in " ".join(said.split())
+
+
+def test_an_unknown_mode_has_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = documents.measured()
+    document["rows"][0]["mode"] = "chat"
+    assert run(tmp_path, document, document) == 0
+    assert "\nchat\n" in capsys.readouterr().out
 
 
 def test_nothing_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,8 +92,8 @@ def simulated() -> dict[str, Any]:
     infer = {"plits": (8.0, 4.0), "lal-eager": (16.0, 3.0), "lal": (32.0, 2.0)}
     rows, lengths, exponents = [], [], []
     for factor, device in enumerate(GPUS, start=1):
-        for mode, found in (("train", train | levers), ("infer", infer)):
-            for method, (speed, memory) in found.items():
+        for mode, costs in (("train", train | levers), ("infer", infer)):
+            for method, (speed, memory) in costs.items():
                 more: dict[str, Any] = {"device": device, "source": "simulated"}
                 if speed is None:
                     more["status"] = "not installed: liger-kernel"

@@ -16,6 +16,7 @@ from palkernels.bench.machine import package_version
 from palkernels.bench.methods.methods import DEFAULT_METHODS, LEVERS, METHODS, Batch, make_adamw
 from palkernels.bench.presets import LlmPlan, plan_llm
 from palkernels.bench.report import document as results
+from palkernels.bench.report import fits
 from palkernels.model.connectors.mlp import MlpConnector
 
 FILES = ["simulate.csv", "simulate.html", "simulate.json", "simulate.png"]
@@ -252,7 +253,7 @@ def test_an_exponent_is_one_power() -> None:
         ]
 
     def exponent(memory: list[int]) -> float | None:
-        by_quantity = {x["quantity"]: x["exponent"] for x in results.exponents(rows(memory))}
+        by_quantity = {x["quantity"]: x["exponent"] for x in fits.exponents(rows(memory))}
         assert by_quantity["seconds"] is by_quantity["attention_flops"] is None
         return by_quantity["peak_above_static_bytes"]
 

@@ -1,7 +1,6 @@
 """The picture comes from the JSON alone and says what was measured."""
 
 import json
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,10 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from support import documents
 
-from palkernels.bench.errors import UserError
 from palkernels.bench.methods.methods import METHODS
 from palkernels.bench.report import charts, plot
-from palkernels.bench.report import document as results
 from palkernels.bench.report.points import Points
-from palkernels.bench.report.style import METHOD_STYLES
+from palkernels.bench.report.roles import style_of
 
 
 @pytest.fixture
@@ -29,11 +26,11 @@ def texts(document: dict[str, Any]) -> list[str]:
 
 
 def test_says_gains_conditions_and_failures(document: dict[str, Any]) -> None:
-    found = texts(document)
+    written = texts(document)
     for gain in ("3.00x", "-25.0 %", "-75.0 %", "1.50x", "-10.0 %", "-50.0 %"):
-        assert found.count(gain) == 1, gain
-    assert found.count("out of memory") == 3  # memory, memory above the static part, throughput
-    everything = "\n".join(found)
+        assert written.count(gain) == 1, gain
+    assert written.count("out of memory") == 3  # memory, memory above the static part, throughput
+    everything = "\n".join(written)
     for said in (
         "llama-3.2-1b, 2 of 16 layers, bfloat16, on Some Processor",
         "batch 2, 128 text tokens",
@@ -57,7 +54,7 @@ def test_a_simulation_shows_memory_once_and_each_gpus_throughput() -> None:
     figure = plot.draw(documents.simulated())
     assert [ax.get_title() for ax in figure.axes[:3]] == ["peak memory", "throughput on A100", "throughput on H200"]
     drawn = [{to_hex(line.get_color()) for line in ax.lines if line.get_linestyle() != ":"} for ax in figure.axes[:3]]
-    shown = {METHOD_STYLES[method][0] for method in ("plits", "plits-tuned", "lal-eager", "lal")}  # and no lever
+    shown = {style_of(method).color for method in ("plits", "plits-tuned", "lal-eager", "lal")}  # and no lever
     assert drawn == [shown] * 3
     everything = "\n".join(text.get_text() for text in figure.findobj(Text))
     for said in ("simulated for A100 and H200", "simulated, not measured", "-75.0 %", "-60.0 %", "5.00x", "4.00x"):
@@ -66,9 +63,9 @@ def test_a_simulation_shows_memory_once_and_each_gpus_throughput() -> None:
 
 
 def test_every_method_has_a_colour_and_a_marker_of_its_own() -> None:
-    assert set(METHOD_STYLES) == set(METHODS)
-    for looks in zip(*METHOD_STYLES.values(), strict=True):
-        assert len(set(looks)) == len(METHODS)
+    styles = [style_of(method) for method in (*METHODS, "an unknown one")]
+    for looks in ([style.color for style in styles], [style.marker for style in styles]):
+        assert len(set(looks)) == len(METHODS) + 1
 
 
 def test_what_is_written_does_not_overlap() -> None:
@@ -79,10 +76,10 @@ def test_what_is_written_does_not_overlap() -> None:
     figure = plot.draw(document)
     figure.canvas.draw()
     for ax in figure.axes:
-        found = [text for text in ax.texts if text.get_text().strip()] + ax.get_xticklabels()
-        boxes = [text.get_window_extent() for text in found]
+        labels = [text for text in ax.texts if text.get_text().strip()] + ax.get_xticklabels()
+        boxes = [text.get_window_extent() for text in labels]
         for index, box in enumerate(boxes):
-            assert not any(box.overlaps(other) for other in boxes[:index]), found[index].get_text()
+            assert not any(box.overlaps(other) for other in boxes[:index]), labels[index].get_text()
 
 
 def test_a_picture_says_of_which_results_it_is(document: dict[str, Any]) -> None:
@@ -106,9 +103,9 @@ def test_bars_show_what_memory_consists_of() -> None:
 def test_lengths_are_drawn_with_their_exponents() -> None:
     figure = charts.draw_lengths(documents.simulated(), "train")
     time, memory, flops = figure.axes
-    found = {line.get_label(): list(line.get_ydata()) for line in time.lines}  # type: ignore[arg-type]
-    assert found["PLITS, A100: p = 1.25"] == [pytest.approx(2.0 * count) for count in (64, 128, 256)]
-    assert "LAL, H200: p = 1.25" in found
+    drawn = {line.get_label(): list(line.get_ydata()) for line in time.lines}  # type: ignore[arg-type]
+    assert drawn["PLITS, A100: p = 1.25"] == [pytest.approx(2.0 * count) for count in (64, 128, 256)]
+    assert "LAL, H200: p = 1.25" in drawn
     assert [line.get_label() for line in memory.lines] == ["PLITS: p = 1.00", "LAL: p = 1.00"]
     assert [line.get_label() for line in flops.lines] == ["PLITS", "LAL"]  # no growth was found
 
@@ -121,6 +118,20 @@ def test_draws_with_one_method_or_mode_and_nothing_that_fits(document: dict[str,
     assert plot.render({**document, "rows": rows + other}).startswith(b"\x89PNG")
 
 
+def test_dollar_signs_are_no_formula(document: dict[str, Any]) -> None:
+    document["meta"]["model"] = r"$\nothing$"
+    document["meta"]["connector"] = "$^$"
+    assert plot.render(document).startswith(b"\x89PNG")
+
+
+def test_more_devices_than_dashes() -> None:
+    document = documents.simulated()
+    sweep = [row for row in document["lengths"] if row["device"] == documents.GPUS[0]]
+    document["lengths"] += [{**row, "device": f"GPU {index}"} for row in sweep for index in range(3)]
+    time, *_ = charts.draw_lengths(document, "train").axes
+    assert len(time.lines) == 2 * 5
+
+
 def test_command(document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = tmp_path / "figure1.json", tmp_path / "again.png"
     source.write_text(json.dumps(document))
@@ -129,69 +140,16 @@ def test_command(document: dict[str, Any], tmp_path: Path, capsys: pytest.Captur
     assert width > 1200
     assert height > 700
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.png", "figure1.json"]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**document, "meta": {**document["meta"], "versions": "none"}}))
     source.write_text("{}")
-    for arguments in ([str(source), str(target)], [str(tmp_path / "none"), str(target)], [str(source)]):
+    for arguments in (
+        [str(other), str(target)],
+        [str(source), str(target)],
+        [str(tmp_path / "none"), str(target)],
+        [str(source)],
+    ):
         assert plot.main(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert error.count("\n") == 1
-
-
-def test_comparisons(document: dict[str, Any]) -> None:
-    rows = document["rows"]
-    base = results.baseline_of(rows[1], rows)
-    assert base == rows[0]
-    assert results.speed_up(rows[1], base) == 3.0
-    assert results.reduction(rows[1], base, "peak_memory_bytes") == 0.25
-    assert results.baseline_of(rows[0], rows) is None  # the baseline itself
-    assert results.baseline_of(rows[3], rows) is None  # the baseline did not fit
-
-
-def test_percent() -> None:
-    assert results.percent(0.641) == "-64.1 %"
-    assert results.percent(-0.02) == "+2.0 %"
-    assert results.percent(0.0001) == "+0.0 %"
-    assert results.percent(None) == ""
-
-
-def test_csv_has_a_line_per_row(document: dict[str, Any]) -> None:
-    lines = results.csv_text(document["rows"], "random (seed 0)").splitlines()
-    assert len(lines) == 1 + len(document["rows"])
-    assert "samples_per_second_p50" in lines[0]
-    assert "2.0 2.0" in lines[1]
-
-
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_files_are_written_all_or_none(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").write_bytes(b"old")
-    real, calls = os.replace, []
-
-    def replace(source: Any, target: Any) -> None:
-        calls.append(target)
-        if len(calls) == 3:
-            raise error
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises((UserError, KeyboardInterrupt)):
-        results.write_all(tmp_path, {"a": b"new", "b": b"new", "c": b"new"})
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a").read_bytes() == b"old"
-
-
-def test_a_folder_is_made_and_removed_with_its_run(tmp_path: Path) -> None:
-    out = tmp_path / "new" / "folder"
-
-    def fail() -> None:
-        assert out.is_dir()
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError), results.writable_folder(out, ("a",)):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-    with results.writable_folder(out, ("a",)):
-        pass
-    assert out.is_dir()
-    with pytest.raises(ZeroDivisionError), results.writable_folder(out, ("a",)):
-        fail()
-    assert out.is_dir()  # it was there before

@@ -1,0 +1,287 @@
+"""Write the tables of the pages, and the plots, from the committed results.
+
+python scripts/update_docs.py           rewrite them
+python scripts/update_docs.py --check   exit with 1 if a table would change, or a plot is not of its results
+
+A table stands between the marks `<!-- name -->` and `<!-- end -->`. What has no results yet is left empty.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from palkernels.bench.kernels.peers import OURS as OUR_KERNELS
+from palkernels.bench.report import plot, tables
+from palkernels.bench.report.conditions import depth, rates, short, title
+from palkernels.bench.report.markdown import to_markdown
+from palkernels.bench.report.points import MEMORY, RATE, Points
+from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OURS, against, label
+from palkernels.bench.report.table import Column, Table, change, factor, gib, number
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+LENGTH = 1500  # audio tokens where a table has one number of them: Whisper's of 30 s
+GPU = "NVIDIA H200"  # where a table has one GPU
+
+Document = dict[str, Any]
+
+
+def headline(simulation: Document, kernels: Document) -> str:
+    """What LAL saves in training and inference, and the attention kernel alone: a row for each."""
+    points, model = Points(simulation["rows"]), simulation["meta"]["model"]
+    assert model == kernels["benchmarks"][0]["params"]["model"]
+    columns = [Column(f"{model}, {LENGTH:,} audio tokens", text=True), Column("on", text=True)]
+    table = Table("", columns + [Column(heading, text=True) for heading in ("instead of", "LAL", "gain")])
+    for mode, name in zip(MODES, ("training step", "inference"), strict=True):
+        figures = []
+        for method in (BASELINE, OURS):
+            memory, rate = (points.value(key, mode, method, LENGTH, GPU) for key in (MEMORY, RATE))
+            figures.append(f"{gib(memory)} GiB, {number(rate)} samples/s")
+        less, more = (points.change(key, mode, OURS, BASELINE, LENGTH, GPU) for key in (MEMORY, RATE))
+        gain = f"**{change(less)}** memory, **{factor(more)}** throughput"
+        table.rows.append([name, f"{short(GPU)}, simulated", f"{label(BASELINE)}: {figures[0]}", figures[1], gain])
+    peer = "cat + SDPA (flash)"
+    timed = _timed(kernels)
+    ours, theirs = (timed["forward", model, name] for name in (OUR_KERNELS, peer))
+    microseconds = [f"{number(1e6 * row['p50_seconds'])} us" for row in (theirs, ours)]
+    on = f"{short(kernels['machine_info']['gpu'])}, measured"
+    gain = f"**{theirs['slower_than_ours']:.2f}x** speed"
+    table.rows.append(["attention of one layer, forward", on, f"{peer}: {microseconds[0]}", microseconds[1], gain])
+    return to_markdown(table)
+
+
+def measured(document: Document) -> str:
+    """The run's conditions, and a row for each mode and number of audio tokens, a column for each method."""
+    meta, points = document["meta"], Points(document["rows"])
+    methods = _compared(points)
+    table = Table("", [Column("", text=True), Column("audio tokens"), *(Column(label(method)) for method in methods)])
+    for mode in MODES:
+        for count in points.counts(mode):
+            cells = [mode, f"{count:,}"]
+            for method in methods:
+                row, less = points.row(mode, method, count), points.change(MEMORY, mode, method, BASELINE, count)
+                rate = number(points.value(RATE, mode, method, count)) or (row["status"] if row else "")
+                cells.append(rate if less is None else f"{rate}, {change(less)}")
+            table.rows.append(cells)
+    conditions = (
+        f"{meta['model']}, {depth(meta)}, {meta['dtype']}, training batch {meta['train_batch']}, inference batch "
+        f"{meta['infer_batch']}, {meta['text_tokens']} text tokens, {meta['new_tokens']} new tokens, on "
+        f"{meta['device_name']} with {meta['threads']} threads, {meta['date'][:10]}; medians of "
+        f"{meta['repeats']['train']} training steps and {meta['repeats']['infer']} inferences. Samples per second, and "
+        "peak memory against PLITS:"
+    )
+    return f"{conditions}\n\n{to_markdown(table)}"
+
+
+def simulated(*documents: Document) -> str:
+    """The conditions, and a row for each mode, model and number of audio tokens."""
+    meta = documents[0]["meta"]
+    models = [(document["meta"]["model"], Points(document["rows"])) for document in documents]
+    devices = models[0][1].devices
+    table = Table("", [Column("", text=True), Column("model", text=True), Column("audio tokens")])
+    table.columns += [Column(label(method), "GiB with") for method in (*BASELINES, OURS)]
+    for group in ("memory", *map(short, devices)):
+        table.columns += [Column(against(base), group) for base in BASELINES]
+    for mode in MODES:
+        for model, points in models:
+            for count in points.counts(mode):
+                sizes = [points.value(MEMORY, mode, method, count) for method in (*BASELINES, OURS)]
+                less = [points.change(MEMORY, mode, OURS, base, count) for base in BASELINES]
+                more = [points.change(RATE, mode, OURS, base, count, gpu) for gpu in devices for base in BASELINES]
+                cells = [*map(gib, sizes), *map(change, less), *map(factor, more)]
+                table.rows.append([mode, model, f"{count:,}", *cells])
+    conditions = (
+        f"All layers, {meta['dtype']}, training batch {meta['train_batch']}, inference batch {meta['infer_batch']}, "
+        f"{meta['text_tokens']} text tokens, {meta['new_tokens']} new tokens; {'; '.join(rates(meta))}; "
+        f"optimizer: {meta['optimizer']}. Peak memory in GiB, LAL's change of it, and LAL's throughput as a multiple:"
+    )
+    return f"{conditions}\n\n{to_markdown(table)}"
+
+
+def every_method(document: Document) -> str:
+    """A row for each method at one number of audio tokens: memory, and throughput on one GPU as a multiple."""
+    points = Points(document["rows"])
+    table = Table("", [Column("", text=True)])
+    for group in ("training", "inference"):
+        table.columns += [Column(heading, group) for heading in ("GiB", "vs PLITS", f"{short(GPU)} vs PLITS")]
+    for method in _compared(points):
+        cells = [label(method)]
+        for mode in MODES:
+            cells.append(gib(points.value(MEMORY, mode, method, LENGTH)))
+            cells.append(change(points.change(MEMORY, mode, method, BASELINE, LENGTH)))
+            cells.append(factor(points.change(RATE, mode, method, BASELINE, LENGTH, GPU)))
+        table.rows.append(cells)
+    return to_markdown(table)
+
+
+def paper(document: Document) -> str:
+    table = tables.paper(Points(document["rows"]), published_alone=True)
+    return to_markdown(table) if table else ""
+
+
+def levers(document: Document) -> str:
+    table = tables.levers(Points(row for row in document["rows"] if row["audio_tokens"] == LENGTH))
+    return to_markdown(table) if table else ""
+
+
+def serving(document: Document) -> str:
+    table = tables.serving([row for row in document.get("serving", []) if row.get("device") == GPU])
+    return f"{table.title}:\n\n{to_markdown(table)}" if table else ""
+
+
+def microbench(document: Document) -> str:
+    """The run's conditions, and a row for each model and operation: our time, and how much longer each peer takes."""
+    machine, timed = document["machine_info"], _timed(document)
+    ceilings, versions, sizes = machine["ceilings"], machine["versions"], document["benchmarks"][0]["params"]
+    peers = list(dict.fromkeys(name for *_, name in timed if name != OUR_KERNELS))
+    table = Table("", [Column("", text=True), Column("", text=True), *map(Column, ("us", "limit", *peers))])
+    for (operation, model, name), ours in timed.items():
+        if name == OUR_KERNELS:
+            slower = [timed.get((operation, model, peer), {}).get("slower_than_ours") for peer in peers]
+            multiples = ["" if multiple is None else f"{multiple:.2f}x" for multiple in slower]
+            cells = [f"{1e6 * ours['p50_seconds']:.1f}", f"{ours['share_of_limit']:.0%}"]
+            table.rows.append([model, operation, *cells, *multiples])
+    conditions = (
+        f"{machine['gpu']}, CUDA {machine['cuda']}, torch {versions['torch']}, triton {versions['triton']}, "
+        f"{sizes['dtype']}, {sizes['audio_tokens']} audio and {sizes['text_tokens']} text tokens, "
+        f"{document['datetime'][:10]}; batch 8, of decoding 12. Ceilings measured in the same run: "
+        f"{ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s, {ceilings['bytes_per_second'] / 1e12:.2f} TB/s. Our "
+        "median time, its share of the limit, and how many times longer each peer takes:"
+    )
+    return f"{conditions}\n\n{to_markdown(table)}"
+
+
+# The kernels' goals by operation: shares of the limit by head dim, and how many times longer peers are to take. The
+# share of decoding is meant for 75 MB and more, which only the 3B shape moves.
+GOALS: dict[str, tuple[dict[int, float], dict[str, float]]] = {
+    "forward": (
+        {64: 0.50, 128: 0.55},
+        {
+            "cat + SDPA (flash)": 1.6,
+            "cat + SDPA (cuDNN)": 1.4,
+            "cat + FlexAttention": 1.7,
+            "2 x SDPA + merge": 1.5,
+        },
+    ),
+    "backward": (
+        {64: 0.38, 128: 0.38},
+        {
+            "cat + SDPA (flash)": 1.7,
+            "cat + SDPA (cuDNN)": 1.1,
+            "cat + FlexAttention": 1.5,
+            "2 x SDPA + merge": 1.5,
+        },
+    ),
+    "decode": ({64: 0.75, 128: 0.75}, {"cat + SDPA (flash)": 2.0, "cat + FlexAttention": 1.5}),
+}
+
+
+def goals(document: Document) -> str:
+    """Where each preset stands; what is short of its goal is bold."""
+    timed = _timed(document)
+    head_dims = {row["params"]["model"]: row["params"]["head_dim"] for row in document["benchmarks"]}
+    models = list(dict.fromkeys(model for _, model, _ in timed))
+    table = Table("", [Column("", text=True), Column("goal"), *map(Column, models)])
+
+    def add(heading: str, wanted: list[float], reached: list[float], unit: str = "") -> None:
+        written = [f"{x:.2f}{unit}" for x in reached]
+        cells = [text if x >= goal else f"**{text}**" for text, x, goal in zip(written, reached, wanted, strict=True)]
+        goal = " / ".join(f"{goal:g}{unit}" for goal in dict.fromkeys(wanted))
+        table.rows.append([heading, goal, *cells])
+
+    for operation, (shares, peers) in GOALS.items():
+        reached = [timed[operation, model, OUR_KERNELS]["share_of_limit"] for model in models]
+        add(f"{operation}, share of the limit", [shares[head_dims[model]] for model in models], reached)
+        for peer, goal in peers.items():
+            slower = [timed[operation, model, peer]["slower_than_ours"] for model in models]
+            add(f"{operation}, {peer}", [goal] * len(models), slower, "x")
+    return to_markdown(table)
+
+
+def _compared(points: Points) -> list[str]:
+    """Return the methods of Figure 1."""
+    return [name for name in points.methods("train") if name not in LEVERS]
+
+
+def _timed(document: Document) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Return a microbenchmark's figures by operation, model and implementation, as far as it ran."""
+    return {
+        (row["params"]["op"], row["params"]["model"], row["name"]): row["extra_info"]
+        for row in document["benchmarks"]
+        if "p50_seconds" in row["extra_info"]
+    }
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The place of a table, what writes it, the results it takes, and the result whose picture stands above it."""
+
+    page: str
+    mark: str
+    write: Callable[..., str]
+    results: tuple[str, ...]
+    picture: str = ""
+
+
+SIMULATED = ("simulate-llama-3.2-1b", "simulate-llama-3.2-3b", "simulate-qwen2.5-1.5b")
+ENTRIES = (
+    Entry("README.md", "headline", headline, (SIMULATED[0], "microbench-h200")),
+    Entry("README.md", "figure1-cpu", measured, ("figure1-cpu",)),
+    Entry("README.md", "simulated", simulated, SIMULATED, picture=SIMULATED[0]),
+    Entry("README.md", "methods", every_method, SIMULATED[:1]),
+    Entry("README.md", "paper", paper, SIMULATED[:1]),
+    Entry("README.md", "levers", levers, SIMULATED[:1]),
+    Entry("README.md", "serving", serving, SIMULATED[:1]),
+    Entry("KERNELS.md", "microbench-h200", microbench, ("microbench-h200",)),
+    Entry("bench/LOG.md", "goals-h200", goals, ("microbench-h200",)),
+)
+PICTURES = ("figure1-cpu", *SIMULATED)
+
+
+def content(entry: Entry, documents: dict[str, Document]) -> str:
+    """Return what stands between an entry's marks."""
+    present = [documents[name] for name in entry.results if name in documents]
+    if len(present) < len(entry.results):
+        return ""
+    written = entry.write(*present)
+    if not entry.picture:
+        return written
+    path = os.path.relpath(RESULTS / f"{entry.picture}.png", (ROOT / entry.page).parent)
+    return f"![Memory and throughput: {title(documents[entry.picture]['meta'])}]({path})\n\n{written}"
+
+
+def _description(picture: Path) -> str:
+    return str(Image.open(picture).info.get("Description", ""))
+
+
+def main() -> None:
+    check = "--check" in sys.argv[1:]
+    documents = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    for entry in ENTRIES:
+        path = ROOT / entry.page
+        marked = re.compile(rf"(<!-- {entry.mark} -->\n).*?(<!-- end -->)", re.DOTALL)
+        old, between = path.read_text(), content(entry, documents)
+        new, times = marked.subn(lambda around, between=between: around[1] + between + around[2], old)
+        if times != 1:
+            sys.exit(f"{entry.page} must have the mark {entry.mark} once, got {times}")
+        if not check:
+            path.write_text(new)
+        elif new != old:
+            sys.exit(f"{entry.page} must be as scripts/update_docs.py writes it, got another table {entry.mark}")
+    for name in filter(documents.__contains__, PICTURES):
+        picture = RESULTS / f"{name}.png"
+        if not check:
+            picture.write_bytes(plot.render(documents[name]))
+        elif not picture.exists() or plot.digest(documents[name]) not in _description(picture):
+            sys.exit(f"{picture.name} must be as scripts/update_docs.py draws it, got one of other results")
+
+
+if __name__ == "__main__":
+    main()

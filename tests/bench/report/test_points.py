@@ -1,0 +1,43 @@
+"""Gains between methods at the same point, and the steps from PLITS to LAL."""
+
+import pytest
+from support import documents
+
+from palkernels.bench.report.points import MEMORY, RATE, SECONDS, Points, relative, value, waterfall
+
+
+def test_gains_over_a_baseline() -> None:
+    document = documents.measured()
+    points = Points(document["rows"])
+    assert points.row("train", "plits", 512) == document["rows"][0]
+    faster = points.change(RATE, "train", "lal", "plits", 512)
+    assert faster is not None
+    assert 1 + faster == 3.0
+    assert points.change(MEMORY, "train", "lal", "plits", 512) == -0.25
+    for key in (MEMORY, RATE):
+        assert points.change(key, "train", "plits", "plits", 512) is None  # the baseline itself
+        assert points.change(key, "train", "lal", "plits", 1500) is None  # the baseline did not fit
+        assert points.change(key, "train", "lal", "plits", 77) is None  # nobody was there
+    assert relative(1.0, 0.0) is None
+
+
+def test_a_rate_of_zero_takes_no_time() -> None:
+    row = documents.row("lal", "train", 512, 0.0, 1.0, 0.5)
+    assert value(row, RATE) == 0.0
+    assert value(row, SECONDS) is None
+
+
+def test_steps_sum_to_the_whole() -> None:
+    values = {"plits": 10.0, "plits-pooled": 1.0, "plits-tuned": 8.0, "lal-eager": 9.0, "lal": 3.0}
+    steps = waterfall(values)
+    assert [step.end for step in steps] == ["plits-tuned", "lal-eager", "lal"]
+    assert sum(step.saved or 0 for step in steps) == 7.0
+    assert sum(step.share or 0 for step in steps) == pytest.approx(1.0)
+    assert steps[1].saved == -1.0  # a step may cost
+    del values["lal-eager"]
+    steps = waterfall(values)
+    assert [(step.end, step.saved) for step in steps] == [("plits-tuned", 2.0), ("lal", 5.0)]
+    assert "the integration" in steps[1].what
+    assert "our kernels" in steps[1].what
+    assert waterfall({"plits": 1.0, "lal-eager": 2.0}) == []
+    assert [step.share for step in waterfall({"plits": None, "lal": 2.0})] == [None]

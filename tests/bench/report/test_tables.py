@@ -1,0 +1,55 @@
+"""Tables say what the points are; figures are written alike everywhere."""
+
+import pytest
+from support import documents
+
+from palkernels.bench.report import tables
+from palkernels.bench.report.markdown import to_markdown
+from palkernels.bench.report.points import MEMORY, RATE, Points
+from palkernels.bench.report.table import Column, Table, change, gib, number
+
+
+def test_a_table_of_points_without_baselines() -> None:
+    rows = [documents.row("lal", "train", 512, 6.0, 3.0, 0.5)]
+    assert tables.every_point(Points(rows), "train").rows == [["512", "LAL", "sdpa", "3.00", "0.50", "6.00"]]
+    assert tables.paper(Points(rows)) is None
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [(0.0734, "0.0734"), (7.28, "7.28"), (99.96, "100"), (5440.3, "5,440"), (-123.4, "-123"), (0, "0.00")],
+)
+def test_numbers(x: float, text: str) -> None:
+    assert number(x) == text
+
+
+@pytest.mark.parametrize(("size", "text"), [(79.274, "79.27"), (0.0351, "0.04"), (0.00351, "0.0035"), (4e-9, "0.00")])
+def test_sizes(size: float, text: str) -> None:
+    assert gib(size) == text
+
+
+def test_changes() -> None:
+    assert change(-0.641) == "-64.1 %"
+    assert change(0.02) == "+2.0 %"
+    assert change(-0.0001) == "+0.0 %"
+    assert change(None) == ""
+
+
+def test_gains_are_the_table_under_a_plot() -> None:
+    points = Points(documents.simulated()["rows"])
+    table = tables.gains(points, "train", RATE, documents.GPUS[0])
+    assert [column.heading for column in table.columns] == ["", "512"]
+    assert table.rows == [["LAL vs PLITS", "5.00x"], ["LAL vs tuned", "4.00x"]]
+    table = tables.gains(points, "infer", MEMORY, None)
+    assert table.rows == [["LAL vs PLITS", "-50.0 %"], ["LAL vs tuned", ""]]
+
+
+def test_markdown() -> None:
+    table = Table("not written", [Column("", text=True), Column("GiB", "peak"), Column("ms")])
+    table.rows = [["a|b", "1.00", "2"], ["c", "out of memory"]]
+    assert to_markdown(table).splitlines() == [
+        "|  | peak GiB | ms |",
+        "| --- | ---: | ---: |",
+        r"| a\|b | 1.00 | 2 |",
+        "| c | out of memory |  |",
+    ]

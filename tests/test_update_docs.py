@@ -1,0 +1,62 @@
+"""What scripts/update_docs.py writes from results."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support import documents
+
+ROOT = Path(__file__).parents[1]
+specification = importlib.util.spec_from_file_location("update_docs", ROOT / "scripts" / "update_docs.py")
+update_docs = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(update_docs)
+
+
+@pytest.mark.parametrize(("layers", "said"), [(2, "2 of 16 layers"), (16, "all 16 layers")])
+def test_a_measured_table_says_how_deep_the_model_was(layers, said):
+    document = documents.measured()
+    document["meta"]["layers"] = layers
+    sentence, _, table = update_docs.measured(document).partition("\n\n")
+    assert sentence.startswith(f"llama-3.2-1b, {said}, bfloat16, training batch 2, ")
+    assert "| train | 512 | 2.00 | 6.00, -25.0 % |" in table.splitlines()
+    assert "| train | 1,500 | out of memory | 5.00 |" in table.splitlines()
+
+
+def test_the_headline_is_three_rows_of_the_results():
+    simulated, kernels = (
+        json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+        for name in ("simulate-llama-3.2-1b", "microbench-h200")
+    )
+    heading, _, *rows = update_docs.headline(simulated, kernels).splitlines()
+    assert heading.startswith("| llama-3.2-1b, 1,500 audio tokens | on |")
+    assert len(rows) == 3
+    results = {
+        (row["mode"], row["method"]): row
+        for row in simulated["rows"]
+        if (row["audio_tokens"], row["device"]) == (1500, "NVIDIA H200")
+    }
+    for line, mode in zip(rows, ("train", "infer"), strict=False):
+        plits, lal = results[mode, "plits"], results[mode, "lal"]
+        less = 1 - lal["peak_memory_bytes"] / plits["peak_memory_bytes"]
+        more = lal["samples_per_second"]["p50"] / plits["samples_per_second"]["p50"]
+        assert f"| **-{100 * less:.1f} %** memory, **{more:.2f}x** throughput |" in line
+        assert f"| PLITS: {plits['peak_memory_bytes'] / 2**30:.2f} GiB" in line
+        assert "| H200, simulated |" in line
+    assert "| H200, measured | cat + SDPA (flash): " in rows[2]
+
+
+def test_pictures_are_found_from_the_page():
+    entry = next(entry for entry in update_docs.ENTRIES if entry.picture)
+    folder, picture = ROOT / "bench" / "results", f"{entry.picture}.png"
+    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in entry.results}
+    for page, path in (("README.md", f"bench/results/{picture}"), ("docs/results.md", f"../bench/results/{picture}")):
+        first = update_docs.content(replace(entry, page=page), results).splitlines()[0]
+        assert first.startswith("![Memory and throughput: llama-3.2-1b, all 16 layers")
+        assert first.endswith(f"]({path})")
+
+
+def test_what_has_no_results_is_empty():
+    for entry in update_docs.ENTRIES:
+        assert update_docs.content(entry, {}) == ""
