@@ -2,7 +2,7 @@
 # make figure1-all   the same with every method
 # make simulate  Figure 1 at full size on two GPUs, without one, into simulate-out/
 # make test      lint, types and tests, on the installed wheel
-# make mutants   seeded faults in the kernels, which the tests must catch, into tests/mutants.json
+# make mutants   seeded faults in the kernels, which the tests must catch, into tests/mutants/outcome.json
 # make aot       every tile in every dtype, compiled for sm_80, sm_90 and sm_100 (make test: bfloat16, the first two)
 # make compat    the model layer's tests with the oldest transformers that is supported
 # make clean     remove everything that these made
@@ -41,7 +41,7 @@ lint: .venv/installed
 	cd dist && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p palkernels
 
 mutants: .venv/installed
-	$(BLAS) $(BIN)/python scripts/mutants.py
+	$(BLAS) $(BIN)/python tests/mutants/run.py
 
 compat: .venv/compat
 	PYTHONPATH=.venv/compat OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile tests/model
