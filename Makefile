@@ -39,6 +39,7 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	cd dist && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p palkernels
+	cd dist && ../$(BIN)/lint-imports --no-cache --no-logo ../pyproject.toml
 
 mutants: .venv/installed
 	$(BLAS) $(BIN)/python tests/mutants/run.py
