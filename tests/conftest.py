@@ -5,11 +5,13 @@ pytest --device cuda    on a GPU: the tests marked gpu, compiled
 """
 
 import os
+from pathlib import Path
 
 import pytest
 
-# A child process imports the installed package, not the source tree that it happens to start in.
+# A child process imports the installed package, not the source tree that it happens to start in; and tests/support.
 os.environ["PYTHONSAFEPATH"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))
 
 
 def pytest_addoption(parser):
@@ -35,3 +37,11 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def device(request):
     return request.config.getoption("--device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter(device):
+    if device == "cpu":
+        from support.interpreter import patch_language_once
+
+        patch_language_once()
