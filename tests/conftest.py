@@ -4,6 +4,7 @@ pytest                  on a CPU; the Triton kernels run in Triton's interpreter
 pytest --device cuda    on a GPU: the tests marked gpu, compiled
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -32,6 +33,10 @@ def pytest_collection_modifyitems(config, items):
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in set(dropped)]
+
+
+def pytest_collection_finish():
+    gc.freeze()  # measurements collect garbage before every sample: let them not search a million objects of imports
 
 
 @pytest.fixture(scope="session")
