@@ -1,4 +1,4 @@
-"""The environment of every test and of the processes that tests start.
+"""The environment of all tests, and of the processes that they start.
 
 pytest                  on a CPU; the Triton kernels run in Triton's interpreter
 pytest --device cuda    on a GPU: the tests marked gpu, compiled
