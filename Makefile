@@ -1,20 +1,23 @@
-# make figure1   Figure 1 from the bundled clip, into figure1-out/
-# make figure1-all   the same with every method
-# make simulate  Figure 1 at full size on two GPUs, without one, into simulate-out/
-# make test      lint, types and tests, on the installed wheel
-# make mutants   seeded faults in the kernels, which the tests must catch, into tests/mutants.json
-# make aot       every tile in every dtype, compiled for sm_80, sm_90 and sm_100 (make test: bfloat16, the first two)
-# make compat    the model layer's tests with the oldest transformers that is supported
-# make clean     remove everything that these made
+# make figure1      measure Figure 1 on the bundled clip, into figure1-out/
+# make figure1-all  measure it with every method, into figure1-all-out/
+# make simulate     predict Figure 1 at full size for two GPUs, without a GPU, into simulate-out/
+# make lint         format, types and the direction of imports, on the installed wheel
+# make test         lint, then every test, on the installed wheel
+# make aot          compile every tile in every dtype for sm_80, sm_90 and sm_100 (make test: bfloat16, the first two)
+# make mutants      run seeded faults in the kernels, which the tests must catch, into tests/mutants/outcome.json
+# make compat       the model layer's tests with the oldest transformers that is supported
+# make clean        remove everything that these made
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 SOURCES := pyproject.toml README.md LICENSE $(shell find palkernels model bench -type f \
 	-not -path '*/__pycache__/*' -not -path 'bench/results/*')
-# Triton's interpreter multiplies by NumPy. Which of OpenBLAS' kernels it takes depends on the processor, and some sum less
-# exactly than the tests' bounds allow, which are held against PyTorch's own products.
+# Triton's interpreter multiplies with NumPy, and NumPy with the OpenBLAS kernels of the processor. Some of these sum less
+# exactly than PyTorch, whose products the tests compare with.
 BLAS := $(if $(shell grep -m 1 -o avx512f /proc/cpuinfo 2>/dev/null),OPENBLAS_CORETYPE=SkylakeX)
+# Two workers; one that has nothing left takes tests from the other, so that no long file runs alone at the end.
+PYTEST := OMP_NUM_THREADS=1 $(BLAS) $(BIN)/pytest --numprocesses 2 --dist worksteal
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -30,7 +33,7 @@ simulate: .venv/installed
 	$(BIN)/palkernels simulate
 
 test: lint
-	PALKERNELS_TEST_WHEEL=1 OMP_NUM_THREADS=1 $(BLAS) $(BIN)/pytest --numprocesses 2 --dist loadfile
+	PALKERNELS_TEST_WHEEL=1 $(PYTEST)
 
 aot: .venv/installed
 	PALKERNELS_AOT=all $(BIN)/pytest tests/kernels/test_aot.py
@@ -39,19 +42,20 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	cd dist && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p palkernels
+	cd dist && ../$(BIN)/lint-imports --no-cache --no-logo ../pyproject.toml
 
 mutants: .venv/installed
-	$(BLAS) $(BIN)/python scripts/mutants.py
+	$(BLAS) $(BIN)/python tests/mutants/run.py
 
 compat: .venv/compat
-	PYTHONPATH=.venv/compat OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile tests/model
+	PYTHONPATH=.venv/compat $(PYTEST) tests/model
 
 .venv/compat: .venv/installed
 	rm -rf $@ $@.part
 	PIP_CONSTRAINT= $(BIN)/pip install --quiet --target $@.part 'transformers==5.17.*' 'numpy<2.4'
 	mv $@.part $@
 
-# The wheel with its pinned dependencies; a changed source reinstalls the wheel alone.
+# Installs the wheel and its pinned dependencies; after a change of the sources it reinstalls the wheel alone.
 .venv/installed: constraints.txt $(SOURCES)
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 must be on the PATH" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv

@@ -1,1 +1,1 @@
-
+"""What measures the kernels and the models: microbenchmarks, Figure 1 measured and simulated, and the command."""

@@ -1,4 +1,4 @@
-"""A small set of launches of every kernel on a GPU, checked against float64: what bench/gpu.sh --sanitize watches.
+"""Launch every kernel on a GPU a few times, checked against float64, for the tools of bench/gpu.sh --sanitize.
 
 Sizes are small, since a sanitizer slows a kernel down by orders of magnitude, and odd, since whole tiles hide faults.
 """
@@ -21,6 +21,12 @@ CASES = [
 
 
 def main() -> None:
+    attention_launches()
+    audio_kv_launches()
+
+
+def attention_launches() -> None:
+    """Output and gradients of ``lal_attention``, for 37 queries and for 2, which decode."""
     for seed, (queries, (dtype, dim, features)) in enumerate(itertools.product((37, 2), CASES)):  # 2: decoding
         case = lal_case(
             batch=2, heads=6, kv_heads=2, queries=queries, keys=53, audio=131, dim=dim, features=features, audio_rows=2,
@@ -40,10 +46,10 @@ def main() -> None:
         print(f"{case.name} {dtype}: largest error {worst:.2g}, relative to the largest value", flush=True)
         if not worst <= 16 * torch.finfo(dtype).eps:
             sys.exit(f"the error must be at most {16 * torch.finfo(dtype).eps:.2g}, got {worst:.2g}")
-    audio_kv_launches()
 
 
 def audio_kv_launches() -> None:
+    """Keys, values and gradients of ``audio_kv`` for one layer, and keys and values for two at once."""
     generator = torch.Generator().manual_seed(0)
 
     def floats(*shape: int) -> torch.Tensor:
@@ -53,17 +59,17 @@ def audio_kv_launches() -> None:
         "states": floats(2, 37, 72), "norm_weight": floats(72), "k_weight": floats(2 * 24, 72),
         "v_weight": floats(2 * 24, 72), "k_bias": floats(2 * 24), "k_norm_weight": floats(24),
     }  # fmt: skip
-    turns = {"cos": floats(2, 37, 16), "sin": floats(2, 37, 16)}
+    rope = {"cos": floats(2, 37, 16), "sin": floats(2, 37, 16)}
     results = []
     for impl, device, dtype in (("triton", "cuda", torch.float32), ("reference", "cpu", torch.float64)):
         leaves = {name: x.to(device, dtype).requires_grad_() for name, x in layer.items()}
-        given = leaves | {name: x.to(device, dtype) for name, x in turns.items()}
-        found = audio_kv(**given, num_kv_heads=2, eps=1e-5, impl=impl)
-        grads = torch.autograd.grad(found, list(leaves.values()), [torch.ones_like(x) for x in found])
-        in_lists = {name: x if name == "states" else [x, x] for name, x in given.items()}
+        arguments = leaves | {name: x.to(device, dtype) for name, x in rope.items()}
+        key_value = audio_kv(**arguments, num_kv_heads=2, eps=1e-5, impl=impl)
+        grads = torch.autograd.grad(key_value, list(leaves.values()), [torch.ones_like(x) for x in key_value])
+        in_lists = {name: x if name == "states" else [x, x] for name, x in arguments.items()}
         with torch.no_grad():
             keys, values = audio_kv(**in_lists, num_kv_heads=2, eps=1e-5, impl=impl)
-        results.append([x.detach().cpu() for x in (*found, *grads, *keys, *values)])
+        results.append([x.detach().cpu() for x in (*key_value, *grads, *keys, *values)])
     worst = max(max_error(got, want) / want.abs().max().item() for got, want in zip(*results, strict=True))
     print(f"audio_kv: largest error {worst:.2g}, relative to the largest value", flush=True)
     if not worst <= 1e-4:  # PyTorch's products may sum in another order

@@ -1,15 +1,18 @@
-"""The environment of every test and of the processes that tests start.
+"""The environment of all tests, and of the processes that they start.
 
 pytest                  on a CPU; the Triton kernels run in Triton's interpreter
 pytest --device cuda    on a GPU: the tests marked gpu, compiled
 """
 
+import gc
 import os
+from pathlib import Path
 
 import pytest
 
-# A child process imports the installed package, not the source tree that it happens to start in.
+# A child process imports the installed package, not the source tree that it happens to start in; and tests/support.
 os.environ["PYTHONSAFEPATH"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))
 
 
 def pytest_addoption(parser):
@@ -32,6 +35,18 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in set(dropped)]
 
 
+def pytest_collection_finish():
+    gc.freeze()  # measurements collect garbage before every sample: let them not search a million objects of imports
+
+
 @pytest.fixture(scope="session")
 def device(request):
     return request.config.getoption("--device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter(device):
+    if device == "cpu":
+        from support.interpreter import patch_language_once
+
+        patch_language_once()

@@ -1,4 +1,4 @@
-"""Tiles compiled ahead of time, in fresh processes: in a test's own the interpreter has taken the compiler's place."""
+"""Compile kernels in fresh processes: in the tests' own the interpreter has taken the compiler's place."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def compile_ahead(jobs, folder):
-    """One list of rows per job; a job is the arguments of ``python -m palkernels.kernels.aot``."""
+    """Return a list of result rows for each job; a job is the arguments of ``python -m palkernels.kernels.aot``."""
 
     def run(job):
         lines = run_compiling(["-m", "palkernels.kernels.aot", *map(str, job)], folder)
@@ -19,7 +19,7 @@ def compile_ahead(jobs, folder):
 
 
 def run_compiling(arguments, folder):
-    """Lines that a Python process prints in which Triton compiles, with its cache in ``folder``."""
+    """Run Python with these arguments, Triton's cache in ``folder`` and no interpreter; return the lines it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)
     command = [sys.executable, *map(str, arguments)]

@@ -1,6 +1,8 @@
 """Run the kernels on tensors that end, or begin, at an unreadable page: an access out of bounds kills the process.
 
-TRITON_INTERPRET=1 python guarded.py after|before|control
+TRITON_INTERPRET=1 PYTHONPATH=tests python tests/support/guarded.py after|before|control
+
+control shows that the page is unreadable: it reads one element too many, without a kernel.
 """
 
 import ctypes
@@ -16,6 +18,7 @@ from palkernels.kernels.backward import backward_launches
 from palkernels.kernels.forward import forward_launch
 from palkernels.projection import steps
 from palkernels.testing import FEATURES, lal_case, max_error
+from support.interpreter import patch_language_once
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -24,7 +27,7 @@ libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def guarded(tensor: torch.Tensor, side: str) -> torch.Tensor:
-    """A copy, contiguous, with unreadable pages on both sides, one of which it touches."""
+    """Return a contiguous copy between two unreadable pages, which touches the page on ``side``."""
     page, size = mmap.PAGESIZE, tensor.numel() * tensor.element_size()
     if size == 0:
         return tensor.clone()
@@ -39,6 +42,7 @@ def guarded(tensor: torch.Tensor, side: str) -> torch.Tensor:
 
 
 def run(side: str, features: tuple[str, ...], seed: int) -> None:
+    """Check forward, decoding and backward of one case against the reference."""
     case = lal_case(
         batch=2, heads=3 * 2, kv_heads=2, queries=(1, 5, 11)[seed % 3], keys=13, audio=(0, 19, 33)[seed % 3 - 1],
         dim=(8, 20)[seed % 2], features=features, audio_rows=3, seed=seed,
@@ -69,7 +73,7 @@ def run(side: str, features: tuple[str, ...], seed: int) -> None:
 
 
 def run_packed(side: str) -> None:
-    """Rows of 5, 0, 23 and 1 tokens, with clips of 33, 7, 0 and 16."""
+    """Check packed rows: texts of 5, 0, 23 and 1 tokens, with clips of 33, 7, 0 and 16."""
     packing = {"cu_seqlens": torch.tensor([0, 5, 5, 28, 29]), "cu_audio": torch.tensor([0, 33, 40, 40, 56])}
     longest = {"max_seqlen": 23, "max_audio": 33}
     shapes = ((29, 6, 8), (29, 2, 8), (29, 2, 8), (56, 2, 8), (56, 2, 8))
@@ -95,7 +99,7 @@ def run_packed(side: str) -> None:
 
 
 def run_projection(side: str) -> None:
-    """The kernels of audio_kv, on 3 rows of 13 tokens, 2 heads of 10 columns, 6 of which RoPE turns."""
+    """Check the kernels of audio_kv on 3 rows of 13 tokens, with 2 heads of 10 columns, of which RoPE turns 6."""
     shapes = ((3, 13, 24), (24,), (20, 24), (20, 24), (20,), (20,), (10,), (3, 13, 6), (3, 13, 6))
     layer = Projection(
         *(guarded(torch.randn(shape), side) for shape in shapes), num_kv_heads=2, eps=1e-5, norm_offset=1
@@ -122,6 +126,7 @@ def run_projection(side: str) -> None:
 
 
 if __name__ == "__main__":
+    patch_language_once()
     if sys.argv[1] == "control":
         tensor = guarded(torch.ones(7), "after")
         print("reading one element too many", flush=True)

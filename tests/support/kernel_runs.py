@@ -1,4 +1,4 @@
-"""Running the kernels, wherever they run: in Triton's interpreter or on a GPU."""
+"""Run the kernels with their gradients, in Triton's interpreter or on a GPU."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ from support import interpreter
 
 
 def attention(case: LalCase, impl: str, seed: int = 0, with_lse: bool = True) -> list[torch.Tensor]:
-    """Output, LSE and the five gradients, for one random upstream gradient that does not depend on the dtype."""
+    """Return output, LSE and the five gradients, for random upstream gradients that are the same in every dtype."""
     case = case.requires_grad()
     out, lse = lal_attention(*case.tensors, **case.options, return_lse=True, impl=impl)
     generator = torch.Generator().manual_seed(seed)
@@ -20,13 +20,13 @@ def attention(case: LalCase, impl: str, seed: int = 0, with_lse: bool = True) ->
 
 
 def arithmetic(dtype, device):
-    """Where the dtype needs help in the interpreter, that help."""
+    """Return the context in which the kernels can compute in this dtype: the interpreter alone has no bfloat16."""
     return interpreter.bfloat16() if dtype == torch.bfloat16 and device == "cpu" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def strict(device):
-    """In the interpreter, offsets that overflow raise."""
+    """Raise where an offset overflows, if the kernels run in the interpreter."""
     with contextlib.ExitStack() as stack:
         if device == "cpu":
             stack.enter_context(interpreter.overflow_checks())

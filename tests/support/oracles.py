@@ -1,4 +1,4 @@
-"""What an attached model must compute, stated with stock models and by hand. One text row at a time, unpadded."""
+"""What an attached model must compute, by stock models and a mask written out, one unpadded text at a time."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ LONG_ROPE = {
 PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 STOCK_ATTENTION = {"gemma2": "eager"}  # transformers 5.17 lets it run on "sdpa", which drops its softcap
-# By name: the model type, and what its configuration has besides SIZES. Windows are smaller than the texts.
+# Each name stands for a model type and for what its configuration has besides SIZES. Windows are smaller than texts.
 FAMILIES = {
     "llama": ("llama", {}),
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE, "attention_bias": True}),
@@ -48,7 +48,7 @@ FAMILIES = {
     "phi3": ("phi3", {"sliding_window": None, "rope_parameters": PARTIAL_ROPE}),
     "phi3-window": ("phi3", {"sliding_window": 4}),
 }
-# Their frequencies change beyond 12 positions, for a whole batch at once: one text at a time equals the oracle.
+# RoPE frequencies change beyond 12 positions, for a whole batch at once: only single texts can equal the oracle.
 LENGTH_DEPENDENT = {
     "llama-dynamic": ("llama", {"rope_parameters": DYNAMIC_ROPE, "max_position_embeddings": 12}),
     "phi3-longrope": (
@@ -58,29 +58,30 @@ LENGTH_DEPENDENT = {
 
 
 def build(family, dtype=torch.float32, seed=0):
+    """Return a stock model of a family of FAMILIES or LENGTH_DEPENDENT, with random weights."""
     torch.manual_seed(seed)
     model_type, changes = (FAMILIES | LENGTH_DEPENDENT)[family]
     config = AutoConfig.for_model(model_type, **(SIZES | changes))
     model = AutoModelForCausalLM.from_config(config, attn_implementation=STOCK_ATTENTION.get(model_type, "sdpa"))
     model = model.to(dtype).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:  # constant at first, so that a forgotten one would not show
+        if name.endswith("bias") or "norm" in name:  # initially constant: to forget one would change nothing
             parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
     return model
 
 
 @dataclass
 class Row:
-    """One text row and the audio it reads: states per layer, each (n, d), n the true length."""
+    """One text of a batch, and the audio that it reads."""
 
-    ids: torch.Tensor
-    states: list
+    ids: torch.Tensor  # (T,)
+    states: list  # for each layer (n, d), n the audio's true length, or None
     insert_at: torch.Tensor  # (n,)
-    embeds: torch.Tensor | None = None  # (T, d) instead of the text's own embeddings: PLITS tokens among them
+    embeds: torch.Tensor | None = None  # (T, d) instead of the embeddings of ids: PLITS tokens among them
 
 
 def rows_of(ids, lengths, state: AudioState, num_layers):
-    """Split a batch into unpadded rows; ``ids`` is a list of 1-D tensors."""
+    """Split a batch into its texts with their audio; ``ids`` is a list of 1-D tensors without padding."""
     rows = []
     for b, row_ids in enumerate(ids):
         a = b if state.index is None else int(state.index[b])
@@ -94,24 +95,27 @@ def rows_of(ids, lengths, state: AudioState, num_layers):
 
 
 def oracle_logits(model, row: Row, layers, rope):
-    """The stock eager model on [text before; audio; text after], the audio rows put back before every layer. What a
-    query sees is written out per layer: audio where it is injected, text within the window. With rope="none" text has
-    its own positions, and the audio's cosines are 1, its sines 0. Logits (T, V) at the text."""
+    """Return the logits (T, V) at the text that LAL must give, by the stock eager model.
+
+    The model runs on [text before; audio; text after]. Before every layer the audio states are put back, and a mask is
+    set that lets queries see audio in ``layers`` only, and text within the layer's window. With rope="none" positions
+    count the text alone, and the audio has cosines of 1 and sines of 0.
+    """
     model.set_attn_implementation("eager")
     n, text = row.insert_at.shape[0], row.ids.shape[0]
     is_audio = torch.zeros(n + text, dtype=torch.bool)
     is_audio[row.insert_at + torch.arange(n)] = True
     positions = torch.arange(n + text)
-    own = (~is_audio).cumsum(0) - 1  # each text token's place in the text
+    text_position = (~is_audio).cumsum(0) - 1  # counts text tokens alone
     embedded = model.get_input_embeddings()(row.ids) if row.embeds is None else row.embeds
     hidden = torch.zeros(n + text, embedded.shape[-1], dtype=embedded.dtype).masked_scatter(
         ~is_audio[:, None], embedded
     )
     if rope == "none":
-        positions = own.clamp(min=0)
+        positions = text_position.clamp(min=0)
 
     def before_layer(index, window):
-        seen = positions_seen(is_audio, own, window)
+        seen = positions_seen(is_audio, text_position, window)
         if index not in layers:
             seen = seen & ~is_audio
 
@@ -148,10 +152,13 @@ def window_of(layer):
     return getattr(attention, "sliding_window", in_config)
 
 
-def positions_seen(is_audio, own, window):
-    """(L, L): causal; audio sees itself too, so that no row is empty; a window counts text only."""
-    order = torch.arange(len(own))
+def positions_seen(is_audio, text_position, window):
+    """Return the causal mask (L, L), True where a query sees a key; a window counts text only.
+
+    Audio sees itself even where a window hides it, so that the softmax of every query has a key.
+    """
+    order = torch.arange(len(text_position))
     seen = order[None, :] <= order[:, None]
     if window is not None:
-        seen = seen & (is_audio[None, :] | (own[None, :] > own[:, None] - window))
-    return seen | torch.eye(len(own), dtype=torch.bool)
+        seen = seen & (is_audio[None, :] | (text_position[None, :] > text_position[:, None] - window))
+    return seen | torch.eye(len(text_position), dtype=torch.bool)

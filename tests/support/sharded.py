@@ -1,4 +1,4 @@
-"""One of two processes that train an attached model sharded by FSDP2."""
+"""Run one of two processes that train an attached model sharded by FSDP2, and save loss and gradients."""
 
 import os
 
@@ -22,7 +22,7 @@ def run(rank, world, folder, empty):
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    if empty:  # as large models are made: each process has its part alone, and is given values after attach
+    if empty:  # as large models are loaded: without values until each process has its part
         values = build("llama", torch.float64)
         model.to_empty(device="cpu")
         with torch.no_grad():
@@ -36,22 +36,22 @@ def run(rank, world, folder, empty):
     ids = torch.randint(1, 101, (4, 8), generator=generator)
     states = torch.randn(4, 6, 64, generator=generator, dtype=torch.float64)
     half = slice(2 * rank, 2 * rank + 2)
-    mine = states[half].clone().requires_grad_()
-    state = AudioState(mine, insert_at=torch.tensor([2, 0, 3, 1])[half])
+    half_states = states[half].clone().requires_grad_()
+    state = AudioState(half_states, insert_at=torch.tensor([2, 0, 3, 1])[half])
     loss = model(ids[half], labels=ids[half], audio=state).loss
     loss.backward()
 
-    found = {}
+    results = {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter.grad, DTensor), name
-        found[name] = parameter.grad.full_tensor()
-    parts = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(parts, mine.grad)
-    found["states"] = torch.cat(parts)
-    found["loss"] = loss.detach()
-    dist.all_reduce(found["loss"])
-    found["loss"] /= world
+        results[name] = parameter.grad.full_tensor()
+    parts = [torch.empty_like(half_states) for _ in range(world)]
+    dist.all_gather(parts, half_states.grad)
+    results["states"] = torch.cat(parts)
+    results["loss"] = loss.detach()
+    dist.all_reduce(results["loss"])
+    results["loss"] /= world
     if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
+        torch.save(results, f"{folder}/found.pt")
     dist.barrier()
-    os._exit(0)  # an interpreter that ends in order aborts at times: a thread of gloo's is still there
+    os._exit(0)  # an orderly end of Python aborts at times, while a thread of gloo's still runs

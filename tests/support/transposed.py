@@ -1,4 +1,7 @@
-"""Compile, for Hopper, a kernel with the operand that the kernels must not have: a transposed register tile."""
+"""Print how many transposed register operands are found in a kernel that has one, compiled for Hopper.
+
+The package's kernels must have none; this shows that one would be seen.
+"""
 
 import triton
 import triton.language as tl
