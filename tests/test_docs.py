@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from palkernels import reference
+from palkernels.bench import cli
 
 ROOT = Path(__file__).parents[1]
 INDEX = ROOT / "docs" / "README.md"
@@ -129,6 +131,18 @@ def test_every_room_has_its_line():
     page = (ROOT / "docs" / "architecture.md").read_text()
     for path in (path.parent for top in ("palkernels", "model", "bench") for path in (ROOT / top).rglob("__init__.py")):
         assert f"| `{path.relative_to(ROOT)}/` |" in page, path
+
+
+@pytest.mark.parametrize("page", LINKED, ids=name_of)
+def test_commands_are_as_named(page):
+    """Commands that a page tells one to type, with their options, and targets of make."""
+    commands = typer.main.get_command(cli.app).commands
+    text = page.read_text()
+    for name, arguments in re.findall(r"^    (?:ncu .* )?palkernels (\w+)(.*)$", text, re.MULTILINE):
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"(?<= )--[a-z-]+", arguments.partition("#")[0])) <= known, name
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^    |`)make ([\w-]+)", text, re.MULTILINE)) <= targets
 
 
 def test_the_index_has_every_page_and_example():
