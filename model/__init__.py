@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from palkernels.model.audio.limits import AudioError
     from palkernels.model.causal_lm.attach import attach
     from palkernels.model.causal_lm.config import LalConfig
-    from palkernels.model.causal_lm.flamingo import FlamingoConfig, FlamingoHandle, attach_flamingo
+    from palkernels.model.causal_lm.flamingo import FlamingoHandle, attach_flamingo
     from palkernels.model.causal_lm.freezing import freeze_ffn
-    from palkernels.model.causal_lm.gated_layer import GatedLayer
+    from palkernels.model.causal_lm.gated_layer import FlamingoConfig, GatedLayer
     from palkernels.model.causal_lm.handle import LalHandle
     from palkernels.model.causal_lm.report import LalReport
     from palkernels.model.causal_lm.state import AudioState
@@ -86,9 +86,9 @@ _NAMES_BY_MODULE = {
     "audio.limits": ("AudioError",),
     "causal_lm.attach": ("attach",),
     "causal_lm.config": ("LalConfig",),
-    "causal_lm.flamingo": ("FlamingoConfig", "FlamingoHandle", "attach_flamingo"),
+    "causal_lm.flamingo": ("FlamingoHandle", "attach_flamingo"),
     "causal_lm.freezing": ("freeze_ffn",),
-    "causal_lm.gated_layer": ("GatedLayer",),
+    "causal_lm.gated_layer": ("FlamingoConfig", "GatedLayer"),
     "causal_lm.handle": ("LalHandle",),
     "causal_lm.report": ("LalReport",),
     "causal_lm.state": ("AudioState",),

@@ -233,13 +233,13 @@ class Entry:
 SIMULATED = ("simulate-llama-3.2-1b", "simulate-llama-3.2-3b", "simulate-qwen2.5-1.5b")
 ENTRIES = (
     Entry("README.md", "headline", headline, (SIMULATED[0], "microbench-h200")),
-    Entry("README.md", "figure1-cpu", measured, ("figure1-cpu",)),
-    Entry("README.md", "simulated", simulated, SIMULATED, picture=SIMULATED[0]),
-    Entry("README.md", "methods", every_method, SIMULATED[:1]),
-    Entry("README.md", "paper", paper, SIMULATED[:1]),
-    Entry("README.md", "levers", levers, SIMULATED[:1]),
-    Entry("README.md", "serving", serving, SIMULATED[:1]),
-    Entry("KERNELS.md", "microbench-h200", microbench, ("microbench-h200",)),
+    Entry("docs/results.md", "figure1-cpu", measured, ("figure1-cpu",)),
+    Entry("docs/results.md", "simulated", simulated, SIMULATED, picture=SIMULATED[0]),
+    Entry("docs/results.md", "methods", every_method, SIMULATED[:1]),
+    Entry("docs/results.md", "paper", paper, SIMULATED[:1]),
+    Entry("docs/results.md", "levers", levers, SIMULATED[:1]),
+    Entry("docs/results.md", "serving", serving, SIMULATED[:1]),
+    Entry("docs/kernels.md", "microbench-h200", microbench, ("microbench-h200",)),
     Entry("bench/LOG.md", "goals-h200", goals, ("microbench-h200",)),
 )
 PICTURES = ("figure1-cpu", *SIMULATED)
