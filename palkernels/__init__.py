@@ -2,7 +2,8 @@
 
 This package needs torch only. ``palkernels.model`` plugs it into Hugging Face models, ``palkernels.bench`` measures.
 
-Importing it imports nothing, not even torch: each public name is imported when it is first asked for.
+Importing it imports nothing, not even torch: each public name is imported when it is first asked for, and with the
+first function come the operators, ``torch.ops.palkernels``.
 """
 
 from typing import TYPE_CHECKING

@@ -93,7 +93,7 @@ class LalHandle(Attached):
 
         Args:
             encoded: (A, N, input size), or a tuple of them where a connector of ours joins several encoders.
-            lengths: (A,) valid states of the encoder, or one such tensor per encoder. A connector of ours turns them
+            lengths: (A,) valid states of the encoder, of several those of the first. A connector of ours turns them
                 into the valid tokens of its output.
             index, insert_at: as in AudioState.
         """

@@ -98,12 +98,12 @@ def by_hand(stock, layers, ids, states, insert_at):
 
 def rows_of(state):
     """Each text row's valid audio (n, d) and where it stands (n,)."""
-    found = []
+    results = []
     for b in range(3):
         a = b if state.index is None else int(state.index[b])
         n = TOKENS if state.lengths is None else int(state.lengths[a])
         at = torch.zeros(n, dtype=torch.long)
         if state.insert_at is not None:
             at = state.insert_at[b].reshape(-1).expand(TOKENS)[:n]
-        found.append((state.states[a, :n], at))
-    return found
+        results.append((state.states[a, :n], at))
+    return results

@@ -19,8 +19,8 @@ def gradients(model):
     ids, states, insert_at = inputs()
     states.requires_grad_()
     model(ids, labels=ids, audio=AudioState(states, insert_at=insert_at)).loss.backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {**found, "states": states.grad}
+    results = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {**results, "states": states.grad}
 
 
 def same(got, want):

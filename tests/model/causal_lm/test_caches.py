@@ -26,17 +26,17 @@ from palkernels.model.causal_lm.texts import count_cached
 @torch.no_grad()
 def test_static_cache(family, kind):
     """A preallocated cache, longer than the text, gives the tokens of one that grows, also past a window."""
-    model, given = attached(family, kind)
-    want = model.generate(**given, max_new_tokens=8, do_sample=False)
-    static = model.generate(**given, max_new_tokens=8, do_sample=False, cache_implementation="static")
+    model, keywords = attached(family, kind)
+    want = model.generate(**keywords, max_new_tokens=8, do_sample=False)
+    static = model.generate(**keywords, max_new_tokens=8, do_sample=False, cache_implementation="static")
     assert torch.equal(static, want)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @torch.no_grad()
 def test_beams_with_a_static_cache(family):
-    model, given = attached(family, "shared, inserted")
-    options = given | {"num_beams": 3, "max_new_tokens": 5, "do_sample": False}
+    model, keywords = attached(family, "shared, inserted")
+    options = keywords | {"num_beams": 3, "max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(**options, cache_implementation="static"), model.generate(**options))
 
 
@@ -49,10 +49,10 @@ def test_a_static_cache_counts_on_the_models_device():
 @torch.no_grad()
 def test_a_mask_shorter_than_a_static_caches_keys_is_refused():
     """How many keys there are is counted on the device; the mask's last columns would be missing."""
-    model, given = attached("llama", "prefix")
-    cache, mask = StaticCache(model.config, max_cache_len=12), given["attention_mask"]
-    model(**given, past_key_values=cache)
-    step = given | {"input_ids": given["input_ids"][:, :1], "past_key_values": cache}
+    model, keywords = attached("llama", "prefix")
+    cache, mask = StaticCache(model.config, max_cache_len=12), keywords["attention_mask"]
+    model(**keywords, past_key_values=cache)
+    step = keywords | {"input_ids": keywords["input_ids"][:, :1], "past_key_values": cache}
     with pytest.raises(ValueError, match=r"must be 2-D with audio, \(B, past \+ T\) = \(3, 10\), got \(3, 9\)"):
         model(**step | {"attention_mask": mask})
     model(**step | {"attention_mask": torch.cat([mask, mask[:, -1:]], dim=1)})
@@ -64,9 +64,9 @@ def test_a_mask_shorter_than_a_static_caches_keys_is_refused():
 def test_static_decoding_by_hand(compiled, kind):
     """A loop over forward with a preallocated cache and one mask for all steps, in whole graphs or without: the logits
     of one forward."""
-    model, given = attached("llama", kind)
-    padded, mask, state = given.values()
-    whole = model(**given, use_cache=False).logits
+    model, keywords = attached("llama", kind)
+    padded, mask, state = keywords.values()
+    whole = model(**keywords, use_cache=False).logits
     torch._dynamo.reset()
     step = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     cache = StaticCache(model.config, max_cache_len=12)

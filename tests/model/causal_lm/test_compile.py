@@ -34,21 +34,21 @@ def test_compiled_model_has_the_eager_gradients():
 @pytest.mark.parametrize("kind", ["prefix", "shared, inserted"])
 @torch.no_grad()
 def test_compiled_forward_is_one_graph(family, kind):
-    model, given = attached(family, kind)
+    model, keywords = attached(family, kind)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    got, want = (run(**given, use_cache=False).logits for run in (compiled, model))
-    mask = given["attention_mask"]
+    got, want = (run(**keywords, use_cache=False).logits for run in (compiled, model))
+    mask = keywords["attention_mask"]
     torch.testing.assert_close(unpadded(got, mask), unpadded(want, mask))
-    torch.testing.assert_close(compiled(given["input_ids"]).logits, model(given["input_ids"]).logits)
+    torch.testing.assert_close(compiled(keywords["input_ids"]).logits, model(keywords["input_ids"]).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @torch.no_grad()
 def test_compiled_static_decode_is_one_graph(family):
     """Every step of generation, prefill included, in whole graphs; one graph serves all decoding steps."""
-    model, given = attached(family, "shared, inserted")
-    options = given | {"max_new_tokens": 8, "do_sample": False}
+    model, keywords = attached(family, "shared, inserted")
+    options = keywords | {"max_new_tokens": 8, "do_sample": False}
     want = model.generate(**options)
     torch._dynamo.reset()
     graphs = []

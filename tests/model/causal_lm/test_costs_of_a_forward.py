@@ -5,7 +5,7 @@ import torch
 from support.attached import KINDS, TOKENS, WIDTH, audio_state, batch, texts
 from support.counting import count_operators, count_reads
 from support.oracles import SIZES, build
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from palkernels import lal_attention
 from palkernels.model import AudioState, LalConfig, attach
@@ -47,6 +47,24 @@ def test_without_mask_and_places_nothing_is_read(monkeypatch):
     stock = count_reads(lambda: model(padded, attention_mask=mask, use_cache=False), monkeypatch)
     attach(model)
     assert count_reads(lambda: model(padded, use_cache=False, audio=state), monkeypatch) == stock
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@torch.no_grad()
+def test_a_step_by_hand_waits_for_the_device_once(cache, monkeypatch):
+    """A forward that continues a cache looks at the mask anew, also where the cache counts on the device."""
+    model = build("llama")
+    _, padded, mask = batch(texts(), "left")
+    counts = []
+    for state in (None, audio_state("shared, inserted", torch.float32)):
+        audio = {} if state is None else {"audio": state}
+        if state is not None:
+            attach(model)
+        kept = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=9)
+        model(padded[:, :8], attention_mask=mask[:, :8], past_key_values=kept, **audio)
+        last = {"input_ids": padded[:, 8:], "attention_mask": mask, "past_key_values": kept}
+        counts.append(count_reads(lambda arguments=last | audio: model(**arguments), monkeypatch))
+    assert counts[1] == counts[0] + 1
 
 
 @pytest.mark.parametrize("method", ATTACH)

@@ -86,17 +86,17 @@ def test_accelerate_prepares_and_unwraps():
     """unwrap_model binds the forward that it finds to the model once more."""
     from accelerate import Accelerator
 
-    model, given = attached("llama", "inserted")
-    want = model(**given).logits, model(given["input_ids"]).logits
+    model, keywords = attached("llama", "inserted")
+    want = model(**keywords).logits, model(keywords["input_ids"]).logits
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare(model)
-    assert 0 < largest_difference([prepared(**given).logits], [want[0]]) < 0.5  # in bfloat16
+    assert 0 < largest_difference([prepared(**keywords).logits], [want[0]]) < 0.5  # in bfloat16
     unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-    assert torch.equal(unwrapped(**given).logits, want[0])
-    assert torch.equal(unwrapped(given["input_ids"]).logits, want[1])
-    unwrapped.generate(**given, max_new_tokens=2, do_sample=False)
+    assert torch.equal(unwrapped(**keywords).logits, want[0])
+    assert torch.equal(unwrapped(keywords["input_ids"]).logits, want[1])
+    unwrapped.generate(**keywords, max_new_tokens=2, do_sample=False)
     unwrapped._palkernels_handle.detach()
-    assert torch.equal(unwrapped(given["input_ids"]).logits, want[1])
+    assert torch.equal(unwrapped(keywords["input_ids"]).logits, want[1])
 
 
 def test_attach_again():

@@ -37,19 +37,19 @@ def test_fused_projection_is_used_and_right(family, rope, monkeypatch):
     for kind in ("prefix", "shared, inserted", "per layer"):
         options = {"attention_mask": mask, "audio": audio_state(kind, torch.float32)}
         calls.clear()
-        found = [model(padded, **options).logits]
+        results = [model(padded, **options).logits]
         model.generate(padded, **options, max_new_tokens=3, num_beams=2, do_sample=False)
         rows = 2 if "shared" in kind else 3
         assert calls == ([(rows, 1)] * 6 if kind == "per layer" else [(rows, 3)] * 2)  # beams add no rows
         calls.clear()
         with torch.enable_grad():
-            found.append(model(padded, **options).logits.detach())
+            results.append(model(padded, **options).logits.detach())
         assert calls == [(rows, 1)] * 3
         hook = model.model.layers[1].input_layernorm.register_forward_hook(lambda *args: None)
         slow = model(padded, **options).logits
         assert calls == [(rows, 1)] * 3
         hook.remove()
-        for fast in found:
+        for fast in results:
             assert largest_difference(unpadded(fast, mask), unpadded(slow, mask)) <= 1e-5
 
 

@@ -82,13 +82,13 @@ def test_generation(kind):
     calls = []
     handle.layers["0"].k_proj.register_forward_hook(lambda *_: calls.append(1))
     settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
-    found = model.generate(ids, audio=audio(kind), **settings)
+    results = model.generate(ids, audio=audio(kind), **settings)
     assert len(calls) == 1
-    assert torch.equal(model.generate(ids, audio=audio(kind), use_cache=False, **settings), found)
+    assert torch.equal(model.generate(ids, audio=audio(kind), use_cache=False, **settings), results)
     for _ in range(5):
         step = model(ids, attention_mask=mask, audio=audio(kind)).logits[:, -1].argmax(dim=-1, keepdim=True)
         ids, mask = torch.cat([ids, step], dim=1), torch.cat([mask, torch.ones_like(step)], dim=1)
-    assert torch.equal(found, ids)
+    assert torch.equal(results, ids)
 
 
 @torch.no_grad()
@@ -117,16 +117,16 @@ def test_beams_share_the_audio():
     model, _ = attached()
     ids, mask = batch("left")
     settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
-    found = model.generate(ids, attention_mask=mask, audio=audio("lengths"), **settings)
+    results = model.generate(ids, attention_mask=mask, audio=audio("lengths"), **settings)
     for row, (states, _) in enumerate(rows_of(audio("lengths"))):
         alone = model.generate(texts()[row][None], audio=AudioState(states[None]), **settings)
-        assert torch.equal(alone[0, -4:], found[row, -4:])
+        assert torch.equal(alone[0, -4:], results[row, -4:])
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradients(checkpointed):
     """They reach gates, projections, norms, the audio and the model; checkpointing changes none of them."""
-    found = []
+    results = []
     for on in (False, checkpointed):
         model, handle = attached(every=1)
         model.train()
@@ -143,14 +143,14 @@ def test_gradients(checkpointed):
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters.values())
         assert (state.states.grad[0, :4].abs().sum(dim=-1) > 0).all()
         assert (state.states.grad[0, 4:] == 0).all()
-        found.append({name: p.grad for name, p in parameters.items()} | {"states": state.states.grad})
-    torch.testing.assert_close(*found)
+        results.append({name: p.grad for name, p in parameters.items()} | {"states": state.states.grad})
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("kind", ["prefix", "two clips", "shared"])
 def test_triton_kernels(kind):
     """Logits and gradients by the kernels are those of the portable path."""
-    found = []
+    results = []
     for impl in ("sdpa", "triton"):
         model, handle = attached(every=2, dtype=torch.float32, impl=impl)
         state = audio(kind, torch.float32)
@@ -159,8 +159,8 @@ def test_triton_kernels(kind):
         out = model(ids, attention_mask=mask, labels=ids, audio=state)
         out.loss.backward()
         grads = {name: p.grad for name, p in handle.layers.named_parameters()} | {"states": state.states.grad}
-        found.append(grads | {"logits": out.logits})
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+        results.append(grads | {"logits": out.logits})
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
 @torch.no_grad()

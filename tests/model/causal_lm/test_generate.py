@@ -117,10 +117,10 @@ def test_assisted_generation(family, draft):
 @torch.no_grad()
 def test_guidance_runs_without_audio_within_generate():
     """Forwards that others make within generate are theirs: the unconditional ones of guidance see the text only."""
-    model, given = attached("llama", "prefix")
-    first = model(**given).logits[:, -1].log_softmax(-1)
-    without = model(given["input_ids"][:, -1:]).logits[:, -1].log_softmax(-1)
-    got = model.generate(**given, max_new_tokens=1, do_sample=False, guidance_scale=1.5)
+    model, keywords = attached("llama", "prefix")
+    first = model(**keywords).logits[:, -1].log_softmax(-1)
+    without = model(keywords["input_ids"][:, -1:]).logits[:, -1].log_softmax(-1)
+    got = model.generate(**keywords, max_new_tokens=1, do_sample=False, guidance_scale=1.5)
     assert torch.equal(got[:, -1], (without + 1.5 * (first - without)).argmax(-1))
 
 

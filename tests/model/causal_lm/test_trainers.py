@@ -63,10 +63,10 @@ def test_accelerate_moves_the_audio_once(attached, monkeypatch):
 
     model = build("llama")
     ids, states, insert_at = inputs(torch.float32)
-    given = {"audio": AudioState(states, insert_at=insert_at)}
+    keywords = {"audio": AudioState(states, insert_at=insert_at)}
     handle = attach(model)
-    logits, options = model(ids, **given).logits, {"max_new_tokens": 3, "do_sample": False}
-    tokens = model.generate(ids, **given, **options)
+    logits, options = model(ids, **keywords).logits, {"max_new_tokens": 3, "do_sample": False}
+    tokens = model.generate(ids, **keywords, **options)
     if attached == "after":
         handle.detach()
     parts = ["embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "rotary_emb"]
@@ -75,8 +75,8 @@ def test_accelerate_moves_the_audio_once(attached, monkeypatch):
     attach(model)
     moves, to = [], AudioState.to
     monkeypatch.setattr(AudioState, "to", lambda *args, **kwargs: moves.append(args) or to(*args, **kwargs))
-    assert torch.equal(model(ids, **given).logits, logits)
-    assert torch.equal(model.generate(ids, **given, **options), tokens)
+    assert torch.equal(model(ids, **keywords).logits, logits)
+    assert torch.equal(model.generate(ids, **keywords, **options), tokens)
     assert len(moves) <= 1
 
 
@@ -93,7 +93,7 @@ def test_fsdp2_on_two_processes(tmp_path, empty):
     ids, states, insert_at = inputs()
     with torch.no_grad():
         loss = model(ids, labels=ids, audio=AudioState(states, insert_at=insert_at)).loss
-    found = torch.load(tmp_path / "found.pt")
-    torch.testing.assert_close(found.pop("loss"), loss)
-    found["states"] = found["states"] / 2  # each process took the mean over its half of the rows
-    same(found, want)
+    results = torch.load(tmp_path / "found.pt")
+    torch.testing.assert_close(results.pop("loss"), loss)
+    results["states"] = results["states"] / 2  # each process took the mean over its half of the rows
+    same(results, want)

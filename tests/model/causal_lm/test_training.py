@@ -17,12 +17,12 @@ from palkernels.model.connectors.mlp import MlpConnector
     [*((family, "sdpa") for family in FAMILIES), ("gemma2", "reference"), ("llama", "triton"), ("gemma2", "triton")],
 )
 def test_recomputed_projections_give_the_same_gradients(family, impl):
-    found = []
+    results = []
     for recompute in (False, True):
         model = build(family, torch.float64).train()
         attach(model, LalConfig(recompute_audio_kv=recompute, impl=impl))
-        found.append(gradients(model))
-    same(*found)
+        results.append(gradients(model))
+    same(*results)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -38,14 +38,14 @@ def test_layers_are_called_as_the_self_check_calls_them(model):
         model(torch.tensor([[1, 2, 3]]), attention_mask=torch.ones(1, 3, dtype=torch.long), our_keyword=model)
     calls, attention = seen[0::2], seen[1::2]
     assert len(seen) == 6, "one attention call per layer, by AttentionInterface"
-    for count, given in calls:
+    for count, keywords in calls:
         assert count == 1, "hidden states are the layer's only positional argument"
-        assert {"attention_mask", "position_embeddings", "position_ids", "past_key_values"} <= set(given), "keywords"
-        assert given["our_keyword"] is model, "unknown keywords reach the layers"
-    for shape, given in attention:
+        assert {"attention_mask", "position_embeddings", "position_ids", "past_key_values"} <= set(keywords), "keywords"
+        assert keywords["our_keyword"] is model, "unknown keywords reach the layers"
+    for shape, keywords in attention:
         assert shape[2] == 3, "queries are (B, H, T, D)"
-        assert given["our_keyword"] is model, "unknown keywords reach the attention function"
-        assert "scaling" in given, "scaling"
+        assert keywords["our_keyword"] is model, "unknown keywords reach the attention function"
+        assert "scaling" in keywords, "scaling"
 
 
 def test_rotary_embedding_takes_states_and_positions(model):
@@ -76,8 +76,8 @@ def test_caches_count_and_drop_keys():
     dynamic, static = DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=9)
     assert [cache.is_compileable for cache in (dynamic, static)] == [False, True], "is_compileable"
     for cache, rooms in ((dynamic, (5, 5)), (static, (5, 9))):
-        found = [cache.update(key, key, layer)[0].shape[2] for layer in range(3)]
-        assert (found[0], found[1]) == rooms, "what update returns: a window's keys, all keys"
+        results = [cache.update(key, key, layer)[0].shape[2] for layer in range(3)]
+        assert (results[0], results[1]) == rooms, "what update returns: a window's keys, all keys"
         assert int(cache.get_seq_length()) == 5, "get_seq_length"
         step = [cache.update(key[:, :, :1], key[:, :, :1], layer)[0].shape[2] for layer in range(3)]
         assert step[0] == 4, "a full window of 4 holds the last 4 keys"
