@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from transformers.utils import logging
 
 from palkernels.bench.errors import UserError, one_line
-from palkernels.bench.experiments.settings import parse_device
+from palkernels.bench.options import parse_device
 from palkernels.model import PalForConditionalGeneration, PalProcessor
 from palkernels.model.audio.files import AudioError
 

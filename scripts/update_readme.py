@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from palkernels.bench.kernels.peers import OURS
-from palkernels.bench.methods.methods import LEVERS, MODES
+from palkernels.bench.methods import LEVERS, MODES
 from palkernels.bench.report import plot, tables
 from palkernels.bench.report.conditions import label, rates, short
 from palkernels.bench.report.points import MEMORY, RATE, Points

@@ -47,7 +47,7 @@ def select(
     kernels: tuple[str, ...] | None = None,
     head_dims: tuple[int, ...] | None = None,
 ) -> Selection:
-    """The options of `palkernels doctor --tiles`; None takes the default.
+    """Return what the options of `palkernels doctor --tiles` select; None takes the default.
 
     Raises:
         UserError: there are no such tiles.
@@ -135,7 +135,7 @@ def _title(variant: Variant) -> str:
 
 
 def _reason(errors: IO[bytes], code: int) -> str:
-    """The last thing that the compiler said."""
+    """Return the last thing that the compiler said."""
     errors.seek(0)
     lines = [line.strip() for line in errors.read().decode(errors="replace").splitlines()]
     # Triton ends with a command on files that it has deleted.

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from palkernels.bench.methods.methods import MODES
+from palkernels.bench.methods import MODES
 from palkernels.bench.report.conditions import TITLES, label, short
 from palkernels.bench.report.document import GIB, Row
 from palkernels.bench.report.points import ABOVE_STATIC, Points, value

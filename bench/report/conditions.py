@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from palkernels.bench.methods.methods import METHODS
+from palkernels.bench.methods import METHODS
 
 __all__ = ["caption", "command", "counted", "kind", "label", "listed", "rates", "shape", "short", "title"]
 

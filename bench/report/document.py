@@ -20,7 +20,7 @@ import torch
 from rich.table import Table
 
 from palkernels.bench.errors import UserError, one_line
-from palkernels.bench.methods.methods import METHODS, Method
+from palkernels.bench.methods import METHODS, Method
 
 __all__ = [
     "add_errors", "baseline_of", "csv_text", "exponents", "percent", "read", "recorded", "reduction", "serving_row",

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from palkernels.bench.methods.methods import LEVERS, METHODS, MODES
+from palkernels.bench.methods import LEVERS, METHODS, MODES
 from palkernels.bench.report import charts, conditions, plot, tables
 from palkernels.bench.report.conditions import TITLES, label, short
 from palkernels.bench.report.document import csv_text

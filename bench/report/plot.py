@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from palkernels.bench.errors import UserError, one_line
-from palkernels.bench.methods.methods import LEVERS, MODES
+from palkernels.bench.methods import LEVERS, MODES
 from palkernels.bench.report.conditions import label, shape, short
 from palkernels.bench.report.document import BASELINE, Row, read, write_all
 from palkernels.bench.report.points import ABOVE_STATIC, BASELINES, MEMORY, PUBLISHED, RATE, Points, value

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from palkernels.bench.methods.methods import METHODS
+from palkernels.bench.methods import METHODS
 from palkernels.bench.report.document import GIB, Row
 
 __all__ = ["BASELINES", "PUBLISHED", "Points", "Published", "Step", "value", "waterfall"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from palkernels.bench.methods.methods import LEVERS, MODES
+from palkernels.bench.methods import LEVERS, MODES
 from palkernels.bench.report.conditions import TITLES, label, short
 from palkernels.bench.report.document import GIB, Row
 from palkernels.bench.report.points import ABOVE_STATIC, BASELINES, MEMORY, PUBLISHED, RATE, Points, waterfall

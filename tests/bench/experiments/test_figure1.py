@@ -23,7 +23,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig
 from palkernels.bench import machine
 from palkernels.bench.cli import main
 from palkernels.bench.experiments import measure
-from palkernels.bench.methods.methods import DEFAULT_METHODS, METHODS, Batch, Lal, Method, Plits
+from palkernels.bench.methods import DEFAULT_METHODS, METHODS, Batch, Lal, Method, Plits
 
 FILES = ["figure1.csv", "figure1.html", "figure1.json", "figure1.png"]
 

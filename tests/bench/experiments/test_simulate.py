@@ -9,11 +9,14 @@ import torch
 from transformers import LlamaConfig
 
 from palkernels.bench.cli import main
-from palkernels.bench.experiments.simulate import LENGTHS, OPTIMIZERS, World
-from palkernels.bench.instruments.costs import GPUS, function_inside
+from palkernels.bench.experiments.optimizer import make_adamw
+from palkernels.bench.experiments.simulate import LENGTHS, OPTIMIZERS
+from palkernels.bench.experiments.world import World
+from palkernels.bench.instruments.costs import function_inside
 from palkernels.bench.instruments.memory import AllocationTracker
+from palkernels.bench.instruments.rates import GPUS
 from palkernels.bench.machine import package_version
-from palkernels.bench.methods.methods import DEFAULT_METHODS, LEVERS, METHODS, Batch, make_adamw
+from palkernels.bench.methods import DEFAULT_METHODS, LEVERS, METHODS, Batch
 from palkernels.bench.presets import LlmPlan, plan_llm
 from palkernels.bench.report import document as results
 from palkernels.model.connectors.base import MlpConnector
@@ -45,7 +48,7 @@ def tracked(name: str, mode: str, optimizer: str = "none") -> tuple[int, int]:
     connector = MlpConnector(WIDTH, 128)
     batch = Batch.make(torch.randn(AUDIO, WIDTH), ROWS, TEXT, 2000, 0)
     with method.ready(model):
-        parameters = [*model.parameters(), *connector.parameters(), *method.own_parameters(model)]
+        parameters = [*model.parameters(), *connector.parameters(), *method.added_parameters(model)]
         step = make_adamw(parameters) if mode == "train" and optimizer == "adamw" else None
         states = [] if step is None else [x for found in step.state.values() for x in found.values()]
         with AllocationTracker([*parameters, *states], inside=function_inside) as tracker:

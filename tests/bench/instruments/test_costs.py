@@ -13,10 +13,11 @@ from torch.nn.functional import cross_entropy, embedding, scaled_dot_product_att
 from torch.profiler import ProfilerActivity, profile
 
 from palkernels import audio_kv
-from palkernels.bench.experiments.simulate import World
-from palkernels.bench.instruments.costs import GPUS, CostCounter, Costs, function_inside, scratch_bytes
+from palkernels.bench.experiments.world import World
+from palkernels.bench.instruments.costs import CostCounter, Costs, function_inside, scratch_bytes
 from palkernels.bench.instruments.memory import AllocationTracker
-from palkernels.bench.methods.methods import DEFAULT_METHODS, METHODS
+from palkernels.bench.instruments.rates import GPUS
+from palkernels.bench.methods import DEFAULT_METHODS, METHODS
 from palkernels.bench.presets import plan_llm
 
 F32 = 4  # bytes
@@ -36,7 +37,9 @@ def test_a_product() -> None:
     assert costs["bytes"] == (600 + 200 + 300) * F32
     assert costs["kernels"] == 1
     for key, gpu in GPUS.items():
-        assert costs[key] == max(12_000 / (0.8 * gpu.flops), 4400 / (0.9 * gpu.bytes))
+        assert costs[key] == max(
+            12_000 / (0.8 * gpu.published.flops_per_second), 4400 / (0.9 * gpu.published.bytes_per_second)
+        )
 
 
 @pytest.mark.parametrize(

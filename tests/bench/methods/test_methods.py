@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from palkernels.bench.methods.methods import DEFAULT_METHODS, IGNORED, LEVERS, METHODS, POOLED, Batch, Method
+from palkernels.bench.methods import DEFAULT_METHODS, LEVERS, METHODS, Batch, Method, levers
+from palkernels.bench.methods.base import IGNORED_LABEL
+from palkernels.bench.methods.plits import POOLED
 from palkernels.bench.presets import LlmPlan
 from palkernels.model import AudioState, attach
 from palkernels.model.connectors.base import MlpConnector
@@ -36,14 +38,14 @@ def test_batch() -> None:
     assert torch.equal(batch.states, torch.stack([clip, clip]))
     assert batch.input_ids.shape == (ROWS, TEXT)
     assert not torch.equal(batch.input_ids[0], batch.input_ids[1])
-    assert (batch.labels[:, 0] == IGNORED).all()
+    assert (batch.labels[:, 0] == IGNORED_LABEL).all()
     assert torch.equal(batch.labels[:, 1:], batch.input_ids[:, 1:])
     assert torch.equal(batch.input_ids, Batch.make(clip, ROWS, TEXT, VOCAB, seed=3).input_ids)
 
 
 def open_gates(method: Method, model: Any) -> list[nn.Parameter]:
     """Flamingo's begin closed: no audio, and no gradient but their own. What it trains of its own."""
-    own = method.own_parameters(model)
+    own = method.added_parameters(model)
     for parameter in own:
         if parameter.shape == (1,):
             parameter.data.fill_(0.5)
@@ -232,7 +234,7 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = METHODS["lal-fused-loss"]
     assert fused.why_not(torch.device("cpu")) == "needs a GPU"
     assert fused.why_not(torch.device("cuda")) is None
-    monkeypatch.setattr("palkernels.bench.methods.methods.find_spec", lambda name: None)
+    monkeypatch.setattr(levers, "find_spec", lambda name: None)
     assert fused.why_not(torch.device("cuda")) == "liger-kernel is not installed"
     assert [name for name in METHODS if METHODS[name].why_not(torch.device("cpu"))] == ["lal-fused-loss"]
 

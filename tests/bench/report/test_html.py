@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support import documents
 
-from palkernels.bench.methods.methods import METHODS
+from palkernels.bench.methods import METHODS
 from palkernels.bench.report import html as report
 from palkernels.bench.report import points as gains
 from palkernels.bench.report import tables

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from support import documents
 
 from palkernels.bench.errors import UserError
-from palkernels.bench.methods.methods import METHODS
+from palkernels.bench.methods import METHODS
 from palkernels.bench.report import charts, plot
 from palkernels.bench.report import document as results
 from palkernels.bench.report.points import Points
