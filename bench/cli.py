@@ -64,11 +64,9 @@ METHODS = f"Any of {', '.join(METHOD_NAMES[:-1])} and {METHOD_NAMES[-1]}, or all
 def figure1(
     audio: Annotated[Path | None, typer.Option(help="WAV, FLAC, OGG or MP3 file.  [default: the bundled clip]")] = None,
     model: Annotated[str | None, typer.Option(help=f"{MODELS}  [default: llama-3.2-1b; smollm2-135m on a CPU]")] = None,
-    layers: Annotated[
-        int | None, typer.Option(help="Layers of the model.  [default: all; on a CPU 2, but all of smollm2-135m]")
-    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers.  [default: all; 2 on a CPU, all of smollm2-135m]")] = None,
     audio_tokens: Annotated[
-        str | None, typer.Option(help="Numbers of audio tokens.  [default: 128,512,1500; 128,512 on a CPU]")
+        str | None, typer.Option(help="Numbers of audio tokens.  [default: 128,512,1500; 128,512,1024 on a CPU]")
     ] = None,
     text_tokens: Annotated[int, typer.Option(help="Text tokens of each sample.")] = 128,
     train_batch: Annotated[

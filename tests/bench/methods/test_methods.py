@@ -32,6 +32,41 @@ def build() -> tuple[Any, nn.Module, Batch]:
     return model, connector, Batch.make(torch.randn(AUDIO, 16), ROWS, TEXT, VOCAB, seed=3)
 
 
+def test_what_a_class_says_of_its_method() -> None:
+    """Attributes are inherited where a method builds on another; what must not be is reset."""
+    assert tuple(METHODS) == (*DEFAULT_METHODS, *LEVERS)
+    assert LEVERS == ("lal-recompute", "lal-checkpoint", "lal-fused-loss")
+    assert [name for name, method in METHODS.items() if method.modes == ("train",)] == list(LEVERS)
+    assert [name for name, method in METHODS.items() if method.is_baseline] == ["plits", "plits-tuned"]
+    steps = {name: method.step for name, method in METHODS.items() if method.step is not None}
+    assert steps == {
+        "plits": "",
+        "plits-tuned": "the baseline's logits and attention backend",
+        "lal-eager": "the integration: audio as keys and values",
+        "lal": "our kernels",
+    }
+    for attribute in ("label", "about", "style"):
+        assert len({getattr(method, attribute) for method in METHODS.values()}) == len(METHODS)
+    for look in ("color", "marker"):
+        assert len({getattr(method.style, look) for method in METHODS.values()}) == len(METHODS)
+
+
+def test_tokens_by_closed_formulas() -> None:
+    """Which audio tokens pass whole layers, which are keys, and for how many tokens keys are kept, by method."""
+    expected = {
+        "plits": (50, 0, 3 * 57),
+        "plits-tuned": (50, 0, 3 * 57),
+        "plits-pooled": (13, 0, 3 * 20),
+        "lal-eager": (0, 50, 3 * 57),  # each text's cache has its clip's keys
+        "lal": (0, 50, 2 * 50 + 3 * 7),
+        "pal-multi": (25, 25, 2 * 25 + 3 * 32),
+        "pal-unified": (32, 50, 2 * 50 + 3 * 39),
+    }
+    for name, numbers in expected.items():
+        method = METHODS[name]
+        assert (method.in_sequence(50), method.as_keys(50), method.cached_tokens(2, 3, 50, 7)) == numbers, name
+
+
 def test_batch() -> None:
     clip = torch.randn(AUDIO, 16)
     batch = Batch.make(clip, ROWS, TEXT, VOCAB, seed=3)
