@@ -141,14 +141,14 @@ def reductions(options: Options, settings: Settings) -> str:
         cut.append(f"{settings.llm.name} instead of {full.model}")
     if options.layers is None and settings.llm.layers < settings.llm.full_layers:
         cut.append(f"{settings.llm.layers} of {settings.llm.full_layers} layers")
-    if options.audio_tokens is None:
-        cut.append(f"at most {max(settings.audio_tokens)} audio tokens instead of {max(full.audio_tokens)}")
     if options.train_batch is None:
         cut.append(f"training batch {settings.batch['train']} instead of {full.batch['train']}")
     if options.infer_batch is None:
         cut.append(f"inference batch {settings.batch['infer']} instead of {full.batch['infer']}")
     if options.new_tokens is None:
         cut.append(f"{settings.new_tokens} new tokens instead of {full.new_tokens}")
+    if options.audio_tokens is None:
+        cut.append(f"at most {max(settings.audio_tokens)} audio tokens instead of {max(full.audio_tokens)}")
     if options.repeats is None:
         train, infer = settings.repeats["train"], settings.repeats["infer"]
         cut.append(f"{train} training and {infer} inference repeats instead of {full.repeats['train']}")
