@@ -136,7 +136,7 @@ class Case:
     def truth(self, inputs: dict[str, Any]) -> list[Tensor]:
         """Return the outputs, and the gradients if there are any, by their definition in float64."""
         inputs = torch.utils._pytree.tree_map(lambda x: x.detach().double().requires_grad_(x.requires_grad), inputs)
-        return self.with_its_gradients(inputs, lambda given: self.ours(given, "reference"))
+        return self.with_its_gradients(inputs, lambda tensors: self.ours(tensors, "reference"))
 
     def with_its_gradients(self, inputs: dict[str, Any], run: Any) -> list[Tensor]:
         """Return what `run` returns for the inputs and, where the operation has a backward pass, the five gradients."""

@@ -84,14 +84,14 @@ def run(options: Options, console: Console) -> bool:
 
 
 def _check(options: Options) -> None:
-    for option, given, known in (
+    for option, names, known in (
         ("--op", options.ops, OPS),
         ("--peers", options.peers or (), tuple(peer.key for peer in PEERS)),
         ("--model", options.models or (), tuple(PRESETS)),
     ):
-        for value in given:
-            if value not in known:
-                raise UserError(f"{option} must be among {', '.join(known)}, got {value!r}")
+        for name in names:
+            if name not in known:
+                raise UserError(f"{option} must be among {', '.join(known)}, got {name!r}")
     if options.seconds is not None and not 0 < options.seconds <= MOST_SECONDS:
         raise UserError(f"--seconds must be above 0 and at most {MOST_SECONDS}, got {options.seconds}")
     if options.audio_tokens is not None and min(options.audio_tokens) < 1:
@@ -125,16 +125,16 @@ def _check_peers(chosen: tuple[str, ...] | None, cases: list[Case]) -> None:
             raise UserError(f"--peers must be among {known} for these operations on this device, got {key!r}")
 
 
-def _tiles(given: tuple[str, ...], device: torch.device) -> contextlib.AbstractContextManager[None]:
+def _tiles(texts: tuple[str, ...], device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Return a context in which the tiles given as `KERNEL=M,N,WARPS,STAGES[,REGISTERS]` replace the shipped ones."""
-    if not given:
+    if not texts:
         return contextlib.nullcontext()
     if device.type != "cuda":
         raise UserError("--tile must be given with a GPU: on a CPU no Triton kernel runs")
     from palkernels.kernels import tiles
 
     chosen = {}
-    for text in given:
+    for text in texts:
         try:
             kernel, numbers = text.split("=")
             chosen[kernel] = tiles.Tile(*(int(part) for part in numbers.split(",")))

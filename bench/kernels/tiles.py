@@ -88,9 +88,9 @@ def _local_arch() -> int:
     return tiles.architecture(tiles.capability(torch.device("cuda")))
 
 
-def _check(option: str, given: tuple[Any, ...], known: Iterable[Any]) -> None:
+def _check(option: str, values: tuple[Any, ...], known: Iterable[Any]) -> None:
     *first, last = known
-    for value in given:
+    for value in values:
         if value not in (*first, last):
             raise UserError(f"{option} must be {', '.join(map(str, first))} or {last}, got {value}")
 

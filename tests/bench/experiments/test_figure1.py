@@ -18,7 +18,9 @@ from support.figure1 import FILES, run, small, tiny_config
 from palkernels.bench import machine, presets
 from palkernels.bench.experiments import figure1, measure
 from palkernels.bench.experiments.settings import Options
-from palkernels.bench.methods import DEFAULT_METHODS, METHODS, Lal, Method, Plits
+from palkernels.bench.methods import DEFAULT_METHODS, METHODS, Method
+from palkernels.bench.methods.lal import Lal
+from palkernels.bench.methods.plits import Plits
 
 
 def test_writes_four_files_and_nothing_else(measured: tuple[dict[str, Any], Path, str]) -> None:

@@ -15,7 +15,9 @@ from support.figure1 import FILES, run, small
 from transformers import BertConfig, GPT2Config
 
 from palkernels.bench.cli import main
-from palkernels.bench.methods import Batch, Lal, Plits
+from palkernels.bench.methods import Batch
+from palkernels.bench.methods.lal import Lal
+from palkernels.bench.methods.plits import Plits
 
 
 def test_out_of_memory_is_a_result(

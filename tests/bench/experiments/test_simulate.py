@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.figure1 import run
 from transformers import LlamaConfig
 
-from palkernels.bench.cli import main
 from palkernels.bench.experiments.optimizer import make_adamw
 from palkernels.bench.experiments.simulate import LENGTHS, OPTIMIZERS
 from palkernels.bench.experiments.world import World
@@ -170,13 +170,6 @@ def test_as_committed(name: str, llama: World) -> None:
         row["other_flops"],
         row["traffic_bytes"],
     )
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def test_the_fastest_call_is_the_least_of_those_asked_for(monkeypatch):
 def test_a_call_is_timed_between_two_idle_moments(monkeypatch):
     order = []
     monkeypatch.setattr(machine, "sync", lambda device: order.append("idle"))
-    assert timing.wall_seconds(lambda: order.append("call"), CPU) > 0
+    timing.wall_seconds(lambda: order.append("call"), CPU)
     assert order == ["idle", "call", "idle"]
 
 
