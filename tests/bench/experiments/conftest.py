@@ -1,4 +1,8 @@
-"""What several files' tests of `palkernels figure1` share: the model's directory, and one whole run."""
+"""What the tests of `palkernels figure1` share: the model's directory, and one whole run.
+
+What may load triton is imported in the fixtures: this file can be loaded before tests/conftest.py chooses Triton's
+interpreter, which must be chosen first.
+"""
 
 import json
 import subprocess
@@ -7,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.figure1 import small, tiny_config
 
 
 @pytest.fixture(scope="package")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from support.figure1 import tiny_config
+
     folder = tmp_path_factory.mktemp("tiny")
     tiny_config().save_pretrained(folder)
     return folder
@@ -20,6 +25,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="package")
 def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
     """One whole run, in a process of its own as a user has it: its JSON, its folder and what it printed."""
+    from support.figure1 import small
+
     out = tmp_path_factory.mktemp("run") / "results"
     installed = Path(sysconfig.get_path("scripts")) / "palkernels"
     command = [str(installed), *map(str, small(tiny, out))]
