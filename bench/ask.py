@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TextStreamer
 from transformers.utils import logging
 
 from palkernels.bench.errors import UserError, one_line
-from palkernels.bench.experiments.settings import parse_device
+from palkernels.bench.options import parse_device
 from palkernels.model import AUDIO_TOKEN, AudioError, PalForConditionalGeneration, PalProcessor, byte_tokenizer
 
 __all__ = ["ask", "init"]

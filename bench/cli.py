@@ -50,20 +50,24 @@ def _root(
     pass
 
 
-PRESETS = "llama-3.2-1b, llama-3.2-3b, qwen2.5-1.5b, or a directory with a config.json."
-# Not read from methods.py, whose import takes seconds; a test compares the two.
-METHODS = (
-    "Any of plits, plits-tuned, plits-pooled, lal-eager, lal, pal-multi, pal-unified, flamingo, lal-recompute, "
-    "lal-checkpoint and lal-fused-loss, or all."
+# Copies of what PRESETS and METHODS hold, whose import takes seconds; a test compares them.
+MODEL_NAMES = ("llama-3.2-1b", "llama-3.2-3b", "qwen2.5-1.5b", "smollm2-135m")
+METHOD_NAMES = (
+    *("plits", "plits-tuned", "plits-pooled", "lal-eager", "lal", "pal-multi", "pal-unified", "flamingo"),
+    *("lal-recompute", "lal-checkpoint", "lal-fused-loss"),
 )
+MODELS = f"{', '.join(MODEL_NAMES)}, or a directory with a config.json."
+METHODS = f"Any of {', '.join(METHOD_NAMES[:-1])} and {METHOD_NAMES[-1]}, or all."
 
 
 @app.command()
 def figure1(
     audio: Annotated[Path | None, typer.Option(help="WAV, FLAC, OGG or MP3 file.  [default: the bundled clip]")] = None,
-    model: Annotated[str, typer.Option(help=PRESETS)] = "llama-3.2-1b",
-    layers: Annotated[int | None, typer.Option(help="Layers of the model.  [default: all; 2 on a CPU]")] = None,
-    audio_tokens: Annotated[str, typer.Option(help="Numbers of audio tokens.")] = "128,512,1500",
+    model: Annotated[str | None, typer.Option(help=f"{MODELS}  [default: llama-3.2-1b; smollm2-135m on a CPU]")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers.  [default: all; 2 on a CPU, all of smollm2-135m]")] = None,
+    audio_tokens: Annotated[
+        str | None, typer.Option(help="Numbers of audio tokens.  [default: 128,512,1500; 128,512,1024 on a CPU]")
+    ] = None,
     text_tokens: Annotated[int, typer.Option(help="Text tokens of each sample.")] = 128,
     train_batch: Annotated[
         int | None, typer.Option(help="Samples of a training step.  [default: 8; 2 on a CPU]")
@@ -102,39 +106,33 @@ def figure1(
     ] = False,
 ) -> None:
     """Reproduce Figure 1: memory and throughput of PLITS and LAL against audio tokens."""
-    counts, names = _counts("--audio-tokens", audio_tokens), None if methods is None else _methods(methods)
-    common: dict[str, Any] = {"model": model, "layers": layers, "audio_tokens": counts, "out": out}
-    sizes: dict[str, Any] = {
-        "methods": names,
-        "train_batch": train_batch,
-        "infer_batch": infer_batch,
-        "new_tokens": new_tokens,
-    }
-    measuring: dict[str, Any] = {
-        "audio": audio, "device": device, "dtype": dtype, "repeats": repeats, "seed": seed,
-        "encoder_checkpoint": encoder_checkpoint, "encoder_size": encoder_size,
-    }  # fmt: skip
-    given = {key: value for key, value in (sizes | measuring).items() if value is not None}
+    counts = None if audio_tokens is None else _counts("--audio-tokens", audio_tokens)
+    names = None if methods is None else _methods(methods)
+    sizes = _left_out_if_none(
+        model=model, audio_tokens=counts, methods=names,
+        train_batch=train_batch, infer_batch=infer_batch, new_tokens=new_tokens, serving=serving,
+    )  # fmt: skip
+    measuring = _left_out_if_none(
+        audio=audio, device=device, dtype=dtype, repeats=repeats, seed=seed,
+        encoder_checkpoint=encoder_checkpoint, encoder_size=encoder_size, resume=resume or None,
+    )  # fmt: skip
     if simulate:
-        stray = [key for key in (*measuring, "resume") if key in given or (key == "resume" and resume)]
-        if stray:
-            raise UserError(f"--{stray[0].replace('_', '-')} must not be given with --simulate")
-        switches = {} if serving is None else {"serving": serving}
-        _simulate(**common, **given, **switches, text_tokens=(text_tokens,))
+        if measuring:
+            raise UserError(f"--{next(iter(measuring)).replace('_', '-')} must not be given with --simulate")
+        _simulate(**{"audio_tokens": (128, 512, 1500)} | sizes, layers=layers, text_tokens=(text_tokens,), out=out)
         return
 
     from palkernels.bench.experiments.figure1 import run
     from palkernels.bench.experiments.settings import Options
 
-    options = Options(**common, **given, text_tokens=text_tokens, serving=serving, resume=resume)
-    picture = run(options, _console())
+    picture = run(Options(**sizes, **measuring, layers=layers, text_tokens=text_tokens, out=out), _console())
     typer.echo(f"Plot: {picture}")
     typer.echo(f"Report: {picture.with_suffix('.html')}")
 
 
 @app.command()
 def simulate(
-    model: Annotated[str, typer.Option(help=PRESETS)] = "llama-3.2-1b",
+    model: Annotated[str, typer.Option(help=MODELS)] = "llama-3.2-1b",
     layers: Annotated[int | None, typer.Option(help="Layers of the model.  [default: all]")] = None,
     methods: Annotated[str, typer.Option(help=METHODS)] = "all",
     audio_tokens: Annotated[str, typer.Option(help="Numbers of audio tokens.")] = "512,1500,3000",
@@ -154,36 +152,27 @@ def simulate(
 
     Training is in bfloat16, inference in float16.
     """
+    counts, texts = _counts("--audio-tokens", audio_tokens), _counts("--text-tokens", text_tokens)
     _simulate(
-        model=model,
-        layers=layers,
-        methods=_methods(methods),
-        audio_tokens=_counts("--audio-tokens", audio_tokens),
-        text_tokens=_counts("--text-tokens", text_tokens),
-        train_batch=train_batch,
-        infer_batch=infer_batch,
-        new_tokens=new_tokens,
-        optimizer=optimizer,
-        lengths=lengths,
-        serving=serving,
-        measured=measured,
-        out=out,
-    )
+        model=model, layers=layers, methods=_methods(methods), audio_tokens=counts, text_tokens=texts,
+        train_batch=train_batch, infer_batch=infer_batch, new_tokens=new_tokens, optimizer=optimizer,
+        lengths=lengths, serving=serving, measured=measured, out=out,
+    )  # fmt: skip
 
 
-def _simulate(**given: Any) -> None:
+def _simulate(**options: Any) -> None:
     from palkernels.bench.experiments.simulate import Options, run
 
-    typer.echo(f"Report: {run(Options(**given), _console())}")
+    typer.echo(f"Report: {run(Options(**options), _console())}")
 
 
 def _methods(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if names != ("all",):
-        return names
-    from palkernels.bench.methods.methods import METHODS
+    return METHOD_NAMES if names == ("all",) else names
 
-    return tuple(METHODS)
+
+def _left_out_if_none(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command()
@@ -226,7 +215,9 @@ def doctor(
 def microbench(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="A preset of figure1; may be repeated.  [default: all; llama-3.2-1b on a CPU]"),
+        typer.Option(
+            help="A preset of figure1; may be repeated.  [default: all but smollm2-135m; llama-3.2-1b on a CPU]"
+        ),
     ] = None,
     op: Annotated[
         list[str] | None,
@@ -313,7 +304,7 @@ def ask(
 def _console() -> Console:
     from rich.console import Console
 
-    # Into a pipe or a log rich assumes 80 columns, in which the tables do not fit.
+    # Into a pipe or a log rich assumes 80 columns, in which not all tables fit.
     return Console() if sys.stdout.isatty() else Console(width=140)
 
 
@@ -326,11 +317,11 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command. A mistake of the user is one line on stderr and exit code 2, Ctrl-C 130."""
-    given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     # As an exception, so that what a run has begun is cleaned up.
     signal.signal(signal.SIGTERM, lambda number, frame: _fail("terminated", TERMINATED))
     try:
-        result: Any = app(args=given, prog_name="palkernels", standalone_mode=False)
+        result: Any = app(args=words, prog_name="palkernels", standalone_mode=False)
     except KeyboardInterrupt:
         result = INTERRUPTED
     except UserError as error:
@@ -340,7 +331,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             raise
         _fail(f"{error.name} must be installed: pip install 'palkernels[bench]'", 2)
     except Exception as error:
-        # By version, typer raises its own classes or click's; what can be shown to a user has a message for it.
+        # Some versions of typer raise classes of their own, others click's; an error meant for users has a message.
         describe = getattr(error, "format_message", None)
         if type(error).__name__ == "Abort":
             result = INTERRUPTED

@@ -9,8 +9,7 @@ __all__ = ["bundled_clip"]
 
 
 def bundled_clip() -> Path:
-    """Path of the bundled clip: 12 s, 16 kHz, mono, 16-bit FLAC, synthesised by scripts/make_clip.py
-    (CC0-1.0).
+    """Return the path of the bundled clip: 12 s, 16 kHz, mono, 16-bit FLAC, made by scripts/make_clip.py (CC0-1.0).
 
     Raises:
         FileNotFoundError: The installed package lacks it.

@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 def diagnosis() -> str:
-    """The report of `palkernels doctor`."""
+    """Return the report of `palkernels doctor`."""
     lines = ["versions", f"  python        {platform.python_version()}"]
     for name in PACKAGES:
         lines.append(f"  {name:12}  {machine.package_version(name) or 'not installed'}")
@@ -56,7 +56,7 @@ def _why_no_gpu() -> str:
 
 
 def _implementation(device: str, impl: str) -> list[str]:
-    """One line saying where `impl` runs on `device`, and one for each distinct reason against it."""
+    """Return a line saying in which dtypes `impl` runs on `device`, and one for each distinct reason against it."""
     runs: list[str] = []
     against: dict[str, list[str]] = {}
     for dtype in DTYPES:

@@ -28,7 +28,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 
 
 def cpu_name() -> str:
-    """The processor's name, as /proc/cpuinfo has it."""
+    """Return the processor's name, as /proc/cpuinfo has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -38,12 +38,12 @@ def cpu_name() -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices itself. Without that, bf16 is slower than fp32."""
+    """Say whether the processor multiplies bfloat16 matrices itself. Without that, bf16 is slower than fp32."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def package_version(name: str) -> str | None:
-    """The installed version; None where the package is missing."""
+    """Return a package's installed version, or None where it is missing."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -51,18 +51,21 @@ def package_version(name: str) -> str | None:
 
 
 def sync(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def release_memory(device: torch.device) -> None:
+    """Free what nothing holds any more, the allocator's reserves on a GPU included."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch's CPU allocator raises a plain RuntimeError; only its text tells it from others."""
+    """Say whether an error means that memory did not suffice. PyTorch's CPU allocator raises a plain RuntimeError, and
+    only its text tells it from others."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
@@ -93,13 +96,14 @@ def memory_limit() -> Iterator[int | None]:
 
 
 def available_bytes() -> int | None:
-    """Bytes that can still be taken without swapping, control groups included; None: not known."""
+    """Return the bytes that can still be taken without swapping, control groups included; None: not known."""
     free = [_proc_bytes("/proc/meminfo", "MemAvailable"), *_control_groups()]
     known = [value for value in free if value is not None]
     return max(min(known), 0) if known else None
 
 
 def _proc_bytes(path: str, key: str) -> int | None:
+    """Return an entry of a file of /proc, in bytes; None where it is not to be had."""
     try:
         for line in Path(path).read_text(encoding="utf-8").splitlines():
             if line.startswith(f"{key}:"):
@@ -110,7 +114,7 @@ def _proc_bytes(path: str, key: str) -> int | None:
 
 
 def _control_groups() -> Iterator[int]:
-    """What each memory control group of this process, and each one above it, still allows."""
+    """Yield the bytes that each memory control group of this process, and each one above it, still allows."""
     try:
         entries = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:

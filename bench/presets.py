@@ -68,6 +68,20 @@ PRESETS: dict[str, Callable[[], Any]] = {
         eos_token_id=151643,
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
+    "smollm2-135m": lambda: LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        bos_token_id=0,
+        eos_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+    ),
 }
 
 
@@ -81,7 +95,7 @@ class Llm:
 
 @dataclass(frozen=True)
 class LlmPlan:
-    """A model that is known but not built yet, which takes seconds and gigabytes."""
+    """A model that is known but not built yet: building takes seconds and gigabytes."""
 
     name: str
     config: Any  # with `layers` layers
@@ -93,7 +107,7 @@ class LlmPlan:
         return int(self.config.num_hidden_layers)
 
     def build(self, dtype: torch.dtype, device: torch.device, seed: int) -> Llm:
-        """The model in evaluation mode, with PyTorch SDPA as its attention.
+        """Build the model, in evaluation mode and with PyTorch SDPA as its attention.
 
         Raises:
             UserError: the directory's weights cannot be read or are incomplete.
@@ -115,7 +129,7 @@ class LlmPlan:
 
 
 def plan_llm(name: str, layers: int | None) -> LlmPlan:
-    """Look up a preset or a local directory, with its first `layers` layers (None: all).
+    """Look up a preset or a local directory, and cut it to its first `layers` layers (None: keep all).
 
     Raises:
         UserError: the name is neither, the directory has no readable config.json, or there are fewer layers.
@@ -136,18 +150,18 @@ def plan_llm(name: str, layers: int | None) -> LlmPlan:
                 f"model directory {name!r} must hold a valid config.json, got: {one_line(error)}"
             ) from error
         directory = path if has_weights else None
-    full = getattr(config, "num_hidden_layers", None)
+    full_layers = getattr(config, "num_hidden_layers", None)
     missing = [key for key in ("hidden_size", "intermediate_size", "vocab_size") if not hasattr(config, key)]
-    if not isinstance(full, int) or missing:
+    if not isinstance(full_layers, int) or missing:
         wanted = "num_hidden_layers, hidden_size, intermediate_size and vocab_size"
         raise UserError(f"model directory {name!r} must name {wanted}, got a config of type {config.model_type!r}")
     if layers is not None:
-        if not 1 <= layers <= full:
-            raise UserError(f"--layers must be from 1 to {full} for {name}, got {layers}")
+        if not 1 <= layers <= full_layers:
+            raise UserError(f"--layers must be from 1 to {full_layers} for {name}, got {layers}")
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None) is not None:
             config.layer_types = config.layer_types[:layers]
-    return LlmPlan(name, config, full, directory)
+    return LlmPlan(name, config, full_layers, directory)
 
 
 def _load(directory: Path, config: Any, dtype: torch.dtype) -> Any:
@@ -173,10 +187,10 @@ def _load(directory: Path, config: Any, dtype: torch.dtype) -> Any:
 
 
 def _randomise(model: torch.nn.Module, seed: int) -> None:
-    """Weights of standard deviation 0.02; uniform ones are drawn five times as fast as normal ones."""
+    """Fill in random weights of standard deviation 0.02, zero biases and norms of one."""
     parameters = list(model.named_parameters())
     generator = torch.Generator(parameters[0][1].device).manual_seed(seed)
-    width = 0.02 * 3**0.5
+    width = 0.02 * 3**0.5  # uniform values are drawn five times as fast as normal ones
     with torch.no_grad():
         for name, parameter in parameters:
             if parameter.ndim > 1:

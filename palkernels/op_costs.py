@@ -127,7 +127,7 @@ def register_flop_formulas(counter: ModuleType) -> None:
 
 def _forward_scratch(*, states: Tensor, fused: bool, **rest: Any) -> int:
     """The normalised states."""
-    return _bytes(states) if fused else 0
+    return tensor_bytes(states) if fused else 0
 
 
 def _backward_scratch(
@@ -137,13 +137,13 @@ def _backward_scratch(
     if not fused:
         return 0
     of_states, of_norm, of_k, of_v = needed[:4]
-    upstream = sum(_bytes(gradient) for gradient in (dkey, dvalue) if gradient is not None)
-    return _bytes(states) * ((of_k or of_v) + (of_states or of_norm)) + upstream
+    upstream = sum(tensor_bytes(gradient) for gradient in (dkey, dvalue) if gradient is not None)
+    return tensor_bytes(states) * ((of_k or of_v) + (of_states or of_norm)) + upstream
 
 
 def _layers_scratch(*, states: Tensor, k_weight: Sequence[Tensor], **rest: Any) -> int:
     """The normalised states, and all layers' weights with the norms folded in."""
-    return _bytes(states) + sum(2 * _bytes(weight) for weight in k_weight)
+    return tensor_bytes(states) + sum(2 * tensor_bytes(weight) for weight in k_weight)
 
 
 _SCRATCH: dict[Any, Callable[..., int]] = {
@@ -162,7 +162,7 @@ def scratch_bytes(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any] 
     """
     for ours, scratch in _SCRATCH.items():
         if operator is ours._opoverload:
-            return scratch(**_by_name(operator, args, kwargs))
+            return scratch(**arguments_by_name(operator, args, kwargs))
     return 0
 
 
@@ -174,19 +174,19 @@ def plain_function(
     Called in the operator's place it does the same, and a dispatch mode sees what it allocates.
     """
     for ours in (projection.audio_kv_forward, projection.audio_kv_backward):
-        if operator is ours._opoverload and not _by_name(operator, args, kwargs)["fused"]:
+        if operator is ours._opoverload and not arguments_by_name(operator, args, kwargs)["fused"]:
             function: Callable[..., Any] = ours._init_fn
             return function
     return None
 
 
-def _by_name(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+def arguments_by_name(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """An operator's arguments by the names of its schema."""
     names = (argument.name for argument in operator._schema.arguments)
     return dict(zip(names, args, strict=False)) | dict(kwargs or {})
 
 
-def _bytes(tensor: Tensor) -> int:
+def tensor_bytes(tensor: Tensor) -> int:
     """Bytes that a tensor takes; an expanded one takes less memory than it has elements."""
     elements = math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return elements * tensor.element_size() if tensor.numel() else 0

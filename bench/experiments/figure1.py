@@ -1,17 +1,13 @@
-"""Figure 1 of the paper on this machine: memory and throughput of PLITS and LAL against the number of audio
-tokens.
+"""Figure 1 of the paper on this machine: memory and throughput of PLITS and LAL against the number of audio tokens.
 
-One encoder, one connector and one language model serve every method. For each number of audio tokens it
-measures
+One encoder, one connector and one language model serve every method. For each number of audio tokens it measures
 
-- train: one full step (zero_grad, connector, forward, backward, fused AdamW); all LLM weights and the
-  connector train;
+- train: one full step (zero_grad, connector, forward, backward, fused AdamW); all LLM weights and the connector train;
 - infer: the prefill and a fixed number of greedily decoded tokens.
 
-The encoder runs once beforehand and counts in neither time nor memory; the connector counts in both. The
-first pass of each method is the warm-up and the memory pass; then the methods take turns (A B A B ...), so
-that a drift of the machine hits all of them. A point that does not fit into memory is recorded as such and
-the sweep goes on.
+The encoder runs once beforehand and counts in neither time nor memory; the connector counts in both. The first pass of
+each method is the warm-up and the memory pass; then the methods take turns (A B A B ...), so that a drift of the
+machine hits all of them. A point that does not fit into memory is recorded as such and the sweep goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +16,7 @@ import datetime
 import hashlib
 import math
 import platform
+import textwrap
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -36,9 +33,11 @@ from palkernels.bench import machine
 from palkernels.bench.clip import bundled_clip
 from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.experiments.measure import SERVING, Bench, measure_point, measure_serving
+from palkernels.bench.experiments.optimizer import LEARNING_RATE
 from palkernels.bench.experiments.settings import Options, Settings, fit_time, reductions, settle
 from palkernels.bench.instruments import estimate
-from palkernels.bench.methods.methods import LEARNING_RATE, METHODS, MODES
+from palkernels.bench.instruments.rates import Rates, measure_rates
+from palkernels.bench.methods import METHODS, MODES
 from palkernels.bench.report import document as results
 from palkernels.bench.report import files
 from palkernels.bench.report.terminal import print_points
@@ -69,8 +68,8 @@ def run(options: Options, console: Console) -> Path:
         audio_file, waveform = _read_audio(options.audio)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        # The calibration also starts PyTorch's threads, whose stacks the memory limit would count otherwise.
-        rates = estimate.calibrate(settings.device, settings.dtype)
+        # This also starts PyTorch's threads, whose stacks the memory limit would count otherwise.
+        rates = measure_rates(settings.dtype, settings.device)
         limit = machine.memory_limit() if settings.device.type == "cpu" else nullcontext()
         with limit, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers renames what both of its versions have
@@ -120,7 +119,7 @@ def _resume(document: dict[str, Any], before: dict[str, Any], settings: Settings
 
 
 def _read_audio(path: Path | None) -> tuple[str, Tensor]:
-    """What to call the file in results, and its samples."""
+    """Return the audio file's name in results, and its samples at 16 kHz."""
     try:
         return str(path or "bundled clip"), load_audio(path or bundled_clip(), 16_000)
     except (ValueError, FileNotFoundError, ImportError) as error:  # AudioError is a ValueError
@@ -157,7 +156,7 @@ def _build(options: Options, settings: Settings, waveform: Tensor) -> Bench:
     return bench
 
 
-def _introduce(options: Options, bench: Bench, rates: estimate.Rates, console: Console) -> None:
+def _introduce(options: Options, bench: Bench, rates: Rates, console: Console) -> None:
     """Say what is measured, what was reduced to suit a CPU, and how long it will take."""
     settings, seconds = bench.settings, sum(_expected_seconds(bench, rates).values())
     lines = (
@@ -168,11 +167,17 @@ def _introduce(options: Options, bench: Bench, rates: estimate.Rates, console: C
         f"Estimated time: {_duration(seconds)}",
     )
     for line in filter(None, lines):
-        console.print(line, soft_wrap=True, highlight=False)
+        _say(console, line)
 
 
-def _sweep(bench: Bench, rates: estimate.Rates, console: Console, document: dict[str, Any], out: Path) -> None:
-    """Add to the document what it lacks, point by point."""
+def _say(console: Console, text: str) -> None:
+    """Print a line, broken between words where the console is narrower."""
+    lines = textwrap.wrap(text, console.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+
+
+def _sweep(bench: Bench, rates: Rates, console: Console, document: dict[str, Any], out: Path) -> None:
+    """Measure the points that the document lacks, and write it after each."""
     settings, expected = bench.settings, _expected_seconds(bench, rates)
     rows, serving = document["rows"], document["serving"]
     done = {(row["mode"], row["audio_tokens"]) for row in rows}
@@ -187,7 +192,7 @@ def _sweep(bench: Bench, rates: estimate.Rates, console: Console, document: dict
                 point = measure_point(bench, mode, count)
                 rows += point
                 results.write_all(out, {FILES[0]: results.json_text(document)})
-                progress.console.print(_point_line(mode, count, point), soft_wrap=True, highlight=False)
+                _say(progress.console, _point_line(mode, count, point))
             progress.advance(task, expected[mode, count])
         bench.release_training()
         served = {(row["clips"], row["questions"]) for row in serving}
@@ -195,13 +200,14 @@ def _sweep(bench: Bench, rates: estimate.Rates, console: Console, document: dict
             progress.update(task, description=f"{questions} questions about {clips} clips")
             if (clips, questions) not in served:
                 serving += measure_serving(bench, clips, questions)
-                progress.console.print(f"serving, {questions} questions about {clips} clips: done", highlight=False)
+                _say(progress.console, f"serving, {questions} questions about {clips} clips: done")
                 results.write_all(out, {FILES[0]: results.json_text(document)})
 
 
-def _expected_seconds(bench: Bench, rates: estimate.Rates) -> dict[tuple[str, int], float]:
-    """By mode and number of audio tokens: all passes of all methods, in the order of the sweep."""
+def _expected_seconds(bench: Bench, rates: Rates) -> dict[tuple[str, int], float]:
+    """Return the seconds of all passes of all methods, by mode and number of audio tokens in the order of the sweep."""
     settings = bench.settings
+    config, text = settings.llm.config, settings.text_tokens
     size = sum(p.nbytes for p in bench.parameters)
     expected = {}
     for mode in MODES:
@@ -210,14 +216,11 @@ def _expected_seconds(bench: Bench, rates: estimate.Rates) -> dict[tuple[str, in
             for method in settings.methods:
                 if mode not in method.modes or method.why_not(settings.device):
                     continue
-                tokens = (method.in_sequence(count), method.as_keys(count), settings.text_tokens)
-                work = (settings.llm.config, rates, *tokens)
-                rows = settings.batch[mode]
+                sample = estimate.Sample(method.in_sequence(count), method.as_keys(count), text, settings.batch[mode])
                 if mode == "train":
-                    logits = method.with_logits(count, settings.text_tokens)
-                    total += estimate.train_seconds(*work, rows, size, logits)
+                    total += estimate.train_seconds(config, rates, sample, method.with_logits(count, text), size)
                 else:
-                    total += estimate.infer_seconds(*work, rows, size, settings.new_tokens)
+                    total += estimate.infer_seconds(config, rates, sample, settings.new_tokens, size)
             expected[mode, count] = total * (settings.repeats[mode] + 1)  # and the memory pass
     return expected
 
@@ -227,11 +230,11 @@ def _duration(seconds: float) -> str:
 
 
 def _point_line(mode: str, count: int, rows: list[results.Row]) -> str:
-    parts = []
+    rates = []
     for row in rows:
         p50 = row["samples_per_second"]["p50"]
-        parts.append(f"{METHODS[row['method']].label} {row['status'] if p50 is None else f'{p50:.3g} samples/s'}")
-    return f"{mode}, {count} audio tokens: {', '.join(parts)}"
+        rates.append(f"{METHODS[row['method']].label} {row['status'] if p50 is None else f'{p50:.3g} samples/s'}")
+    return f"{mode}, {count} audio tokens: {', '.join(rates)}"
 
 
 def _digest(content: str | bytes) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,12 +15,14 @@ from torch import Tensor, nn
 
 from palkernels.bench import machine
 from palkernels.bench.errors import UserError
+from palkernels.bench.experiments.optimizer import make_adamw
 from palkernels.bench.experiments.settings import Settings
-from palkernels.bench.instruments.costs import function_inside, scratch_bytes
 from palkernels.bench.instruments.memory import AllocationTracker, MemoryReport
-from palkernels.bench.methods.methods import Batch, Method, make_adamw
+from palkernels.bench.instruments.timing import wall_seconds
+from palkernels.bench.methods import Batch, Method
 from palkernels.bench.report import document as results
 from palkernels.bench.report.rows import serving_row
+from palkernels.op_costs import plain_function, scratch_bytes
 
 __all__ = ["COMPARED", "SERVING", "Bench", "measure_point", "measure_serving"]
 
@@ -43,8 +44,8 @@ class Bench:
     audio_digest: str
     parameters: list[nn.Parameter] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None
-    own_parameters: list[nn.Parameter] = field(default_factory=list)  # of the method at work
-    own_optimizer: torch.optim.Optimizer | None = None
+    added_parameters: list[nn.Parameter] = field(default_factory=list)  # by the method whose turn it is
+    added_optimizer: torch.optim.Optimizer | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -52,32 +53,33 @@ class Bench:
 
     @property
     def serving_sizes(self) -> dict[str, int]:
-        """Those of each question: the longest clip, and the text of the other points."""
+        """The tokens of each question: the longest clip, and the text of the other points."""
         return {"audio_tokens": max(self.settings.audio_tokens), "text_tokens": self.settings.text_tokens}
 
     def release_training(self) -> None:
-        """Inference needs no optimizer and no gradients: they must not weigh on its peaks."""
+        """Free optimizer and gradients, which inference does not need: they must not weigh on its peaks."""
         self.optimizer = None
         self.model.zero_grad(set_to_none=True)
         self.connector.zero_grad(set_to_none=True)
         machine.release_memory(self.settings.device)
 
     def static(self) -> list[Tensor]:
-        """Parameters, their gradients and the optimizer's states, as far as they exist now."""
-        parameters = [*self.parameters, *self.own_parameters]
+        """Return parameters, their gradients and the optimizer's states, as far as they exist now."""
+        parameters = [*self.parameters, *self.added_parameters]
         grads = [p.grad for p in parameters if p.grad is not None]
-        optimizers = [x for x in (self.optimizer, self.own_optimizer) if x is not None]
+        optimizers = [x for x in (self.optimizer, self.added_optimizer) if x is not None]
         return [*parameters, *grads, *(t for x in optimizers for s in x.state.values() for t in s.values())]
 
     @contextmanager
-    def training_too(self, parameters: list[nn.Parameter], mode: str) -> Iterator[None]:
-        """Parameters that one method has while it is ready."""
-        self.own_parameters = parameters
-        self.own_optimizer = make_adamw(parameters) if parameters and mode == "train" else None
+    def with_parameters_of(self, method: Method, mode: str) -> Iterator[None]:
+        """Include the parameters that a method adds to the model while it is ready."""
+        parameters = method.added_parameters(self.model)
+        self.added_parameters = parameters
+        self.added_optimizer = make_adamw(parameters) if parameters and mode == "train" else None
         try:
             yield
         finally:
-            self.own_parameters, self.own_optimizer = [], None
+            self.added_parameters, self.added_optimizer = [], None
 
 
 @dataclass
@@ -91,12 +93,13 @@ class _Series:
 
 
 def measure_point(bench: Bench, mode: str, count: int) -> list[results.Row]:
-    """A row for each method that has this mode."""
+    """Return a row for each method that has this mode, at one number of audio tokens."""
     settings = bench.settings
-    rows, text = settings.batch[mode], settings.text_tokens
+    batch_size, text = settings.batch[mode], settings.text_tokens
     methods = [method for method in settings.methods if mode in method.modes]
     series = {method.name: _Series(status=method.why_not(settings.device) or "ok") for method in methods}
-    batch = _batch(bench, series, lambda: Batch.make(bench.clips[count], rows, text, bench.vocab_size, settings.seed))
+    clip = bench.clips[count]
+    batch = _batch(bench, series, lambda: Batch.make(clip, batch_size, text, bench.vocab_size, settings.seed))
     for turn in range(settings.repeats[mode] + 1):
         for method in methods:
             if batch is not None and series[method.name].status == "ok":
@@ -113,7 +116,7 @@ def measure_point(bench: Bench, mode: str, count: int) -> list[results.Row]:
                 "mode": mode,
                 "audio_tokens": count,
                 "text_tokens": text,
-                "batch_size": rows,
+                "batch_size": batch_size,
                 "dtype": settings.dtype_name,
                 "impl": current.impl,
                 "samples_per_second": {
@@ -131,7 +134,8 @@ def measure_point(bench: Bench, mode: str, count: int) -> list[results.Row]:
 
 
 def measure_serving(bench: Bench, clips: int, questions: int) -> list[results.Row]:
-    """A row for each method in COMPARED: the time to the first token of all questions, and the rate of the others."""
+    """Return a row for each method in COMPARED: the time to the first token of all questions, and the rate of the
+    others."""
     settings, sizes = bench.settings, bench.serving_sizes
     methods = [method for method in settings.methods if method.name in COMPARED]
     series = {method.name: _Series() for method in methods}
@@ -164,17 +168,17 @@ def measure_serving(bench: Bench, clips: int, questions: int) -> list[results.Ro
 
 
 def _batch(bench: Bench, series: dict[str, _Series], make: Callable[[], Batch]) -> Batch | None:
-    """None where it does not fit into memory, which no method can help."""
-    found: list[Batch] = []
+    """Return the batch, or None where it does not fit into memory; then every series says so."""
+    batch: Batch | None = None
     for current in series.values():
         with _recording_memory(bench, current):
-            found = found or [make()]
-    return found[0] if found else None
+            batch = batch or make()
+    return batch
 
 
 @contextmanager
 def _recording_memory(bench: Bench, series: _Series) -> Iterator[None]:
-    """If memory does not suffice, `series` says so and everything is freed."""
+    """Where memory does not suffice, note it in `series` and free everything."""
     try:
         yield
         return
@@ -189,7 +193,7 @@ def _recording_memory(bench: Bench, series: _Series) -> Iterator[None]:
 
 
 def _take_turn(bench: Bench, method: Method, mode: str, batch: Batch, series: _Series, memory_pass: bool) -> None:
-    """One pass of one method."""
+    """Run one pass of one method and add what it measured to its series."""
 
     def work() -> None:
         if mode == "train":
@@ -200,7 +204,7 @@ def _take_turn(bench: Bench, method: Method, mode: str, batch: Batch, series: _S
     with _recording_memory(bench, series):
         if mode == "train" and bench.optimizer is None:
             bench.optimizer = make_adamw(bench.parameters)
-        with method.ready(bench.model) as series.impl, bench.training_too(method.own_parameters(bench.model), mode):
+        with method.ready(bench.model) as series.impl, bench.with_parameters_of(method, mode):
             if memory_pass:
                 series.memory = _measure_memory(bench, batch, work)
             else:
@@ -208,7 +212,7 @@ def _take_turn(bench: Bench, method: Method, mode: str, batch: Batch, series: _S
 
 
 def _train_step(bench: Bench, method: Method, batch: Batch) -> Tensor:
-    optimizers = [x for x in (bench.optimizer, bench.own_optimizer) if x is not None]
+    optimizers = [x for x in (bench.optimizer, bench.added_optimizer) if x is not None]
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss = method.loss(bench.model, bench.connector, batch)
@@ -234,28 +238,23 @@ def _infer(bench: Bench, method: Method, batch: Batch, new_tokens: int | None = 
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one pass, in which no garbage of the one before is collected."""
     gc.collect()
-    machine.sync(device)
-    start = time.perf_counter()
-    work()
-    machine.sync(device)
-    return time.perf_counter() - start
+    return wall_seconds(work, device)
 
 
 def _measure_memory(bench: Bench, batch: Batch, work: Callable[[], None]) -> MemoryReport:
-    """The memory pass, which is also the warm-up.
+    """Run the memory pass, which is also the warm-up, and return its peaks.
 
-    On CUDA the total is what the caching allocator had handed out at most, kernels' scratch and rounding
-    included, less the inputs; it comes from a pass without the tracker, under which autograd allocates a
-    little more. The part above the static one is the tracker's on every device: the allocator does not know
-    what a block belongs to.
+    On CUDA the total is the most that the caching allocator had handed out, kernels' scratch and rounding included,
+    less the inputs. It comes from a pass without the tracker, under which autograd allocates a little more. The part
+    above the static one is the tracker's on every device: the allocator does not know what a block belongs to.
     """
     device = bench.settings.device
-    # The last step's gradients would be freed by this one's zero_grad anyway; without them both methods start
-    # alike.
+    # Without the last step's gradients, which this one's zero_grad would free anyway, all methods start alike.
     bench.model.zero_grad(set_to_none=True)
     bench.connector.zero_grad(set_to_none=True)
-    hidden: dict[str, Any] = {"scratch": scratch_bytes, "inside": function_inside}
+    hidden: dict[str, Any] = {"scratch": scratch_bytes, "inside": plain_function}
     with AllocationTracker(static=bench.static(), device=device.type, **hidden) as tracker:
         work()
     report: MemoryReport = tracker.report(static=bench.static())

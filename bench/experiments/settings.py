@@ -9,26 +9,21 @@ import torch
 
 from palkernels.bench import machine
 from palkernels.bench.errors import UserError
-from palkernels.bench.methods.methods import METHODS, Method
+from palkernels.bench.methods import METHODS, Method
+from palkernels.bench.options import check_counts, check_text_tokens, dtype_name, parse_device, parse_dtype
 from palkernels.bench.presets import LlmPlan, plan_llm
 
-__all__ = [
-    "Options", "Settings", "check_counts", "check_length", "check_methods", "check_text_tokens", "dtype_name",
-    "fit_time", "parse_device", "parse_dtype", "reductions", "settle",
-]  # fmt: skip
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}  # PyTorch's names do too
+__all__ = ["Options", "Settings", "check_length", "check_methods", "fit_time", "reductions", "settle"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line. None: chosen for the device by `settle`."""
+    """The command line of `figure1`. None: chosen for the device by `settle`."""
 
     audio: Path | None = None
-    model: str = "llama-3.2-1b"
+    model: str | None = None
     layers: int | None = None
-    audio_tokens: tuple[int, ...] = (128, 512, 1500)
+    audio_tokens: tuple[int, ...] | None = None
     text_tokens: int = 128
     train_batch: int | None = None
     infer_batch: int | None = None
@@ -47,23 +42,28 @@ class Options:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What depends on the device; `batch` and `repeats` by mode."""
+    """What is measured on a kind of device where the options leave it open; `batch` and `repeats` by mode."""
 
+    model: str
+    audio_tokens: tuple[int, ...]
     batch: dict[str, int]
     new_tokens: int
     repeats: dict[str, int]
     methods: tuple[str, ...]
 
 
-GPU_DEFAULTS = Defaults({"train": 8, "infer": 12}, 32, {"train": 10, "infer": 10}, tuple(METHODS))
-# On a CPU the widths and the vocabulary stay true, and depth, batches and repeats shrink to fit a few minutes. The
-# batch is 2: at 1 the gradients of the tied embedding, which every method has, weigh more than all that PLITS adds at
-# 512 audio tokens, and the total peaks are equal. In float32, with those gradients twice as large, they still are.
-CPU_DEFAULTS = Defaults({"train": 2, "infer": 2}, 8, {"train": 2, "infer": 5}, ("plits", "lal"))
-CPU_LAYERS = 2
-MOST = 10**9  # of any count on the command line
-# On slow processors the repeats shrink too, if the run would take longer than this.
-CPU_SECONDS = 300
+GPU_DEFAULTS = Defaults(
+    "llama-3.2-1b", (128, 512, 1500), {"train": 8, "infer": 12}, 32, {"train": 10, "infer": 10}, tuple(METHODS)
+)
+# On a CPU a small LLM runs whole, and audio, batches and repeats shrink so that a run takes minutes on two cores. The
+# training batch is 2: at 1 the gradients of the tied embedding, which every method has, can weigh more than all that
+# PLITS adds, and the total peaks are equal.
+CPU_DEFAULTS = Defaults(
+    "smollm2-135m", (128, 512, 1024), {"train": 2, "infer": 2}, 8, {"train": 2, "infer": 5}, ("plits", "lal")
+)
+CPU_LAYERS = 2  # of any other model
+# The repeats shrink too if the run would take more seconds than this, as it does on two cores.
+CPU_SECONDS = 90
 CPU_FEWEST_REPEATS = {"train": 1, "infer": 3}
 
 
@@ -97,16 +97,16 @@ def settle(options: Options) -> Settings:
     _check(options)
     device = parse_device(options.device)
     on_cpu = device.type == "cpu"
+    defaults = CPU_DEFAULTS if on_cpu else GPU_DEFAULTS
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bf16" if not on_cpu or machine.cpu_has_bf16() else "fp32"
-    llm = plan_llm(options.model, options.layers)
-    if on_cpu and options.layers is None and llm.full_layers > CPU_LAYERS:
-        llm = plan_llm(options.model, CPU_LAYERS)
-    defaults = CPU_DEFAULTS if on_cpu else GPU_DEFAULTS
+    llm = plan_llm(options.model or defaults.model, options.layers)
+    if on_cpu and options.layers is None and llm.name != CPU_DEFAULTS.model and llm.full_layers > CPU_LAYERS:
+        llm = plan_llm(llm.name, CPU_LAYERS)
     settings = Settings(
         llm=llm,
-        audio_tokens=options.audio_tokens,
+        audio_tokens=options.audio_tokens or defaults.audio_tokens,
         text_tokens=options.text_tokens,
         batch={
             "train": options.train_batch or defaults.batch["train"],
@@ -115,27 +115,30 @@ def settle(options: Options) -> Settings:
         new_tokens=options.new_tokens or defaults.new_tokens,
         methods=tuple(METHODS[name] for name in options.methods or defaults.methods),
         device=device,
-        dtype=DTYPES[dtype],
+        dtype=parse_dtype(dtype),
         repeats={mode: options.repeats or number for mode, number in defaults.repeats.items()},
         seed=options.seed,
         serving=not on_cpu if options.serving is None else options.serving,
     )
-    check_length(llm, max(options.audio_tokens) + options.text_tokens + settings.new_tokens)
+    check_length(llm, max(settings.audio_tokens) + options.text_tokens + settings.new_tokens)
     return settings
 
 
 def fit_time(options: Options, settings: Settings, seconds: float) -> Settings:
-    """Fewer repeats for a run on a CPU that would take `seconds`, if that is long and the user left them open."""
+    """Return the settings, with fewer repeats if the user left them open and a run on a CPU would take so many
+    `seconds` that it is too long."""
     if settings.device.type != "cpu" or options.repeats is not None or seconds <= CPU_SECONDS:
         return settings
     return replace(settings, repeats=CPU_FEWEST_REPEATS)
 
 
 def reductions(options: Options, settings: Settings) -> str:
-    """What the defaults cut on a CPU, against what a run on a GPU takes by default; "" if nothing."""
+    """Say what the defaults cut on a CPU, against what a run on a GPU takes by default; "" if nothing."""
     if settings.device.type != "cpu":
         return ""
     full, cut = GPU_DEFAULTS, []
+    if options.model is None:
+        cut.append(f"{settings.llm.name} instead of {full.model}")
     if options.layers is None and settings.llm.layers < settings.llm.full_layers:
         cut.append(f"{settings.llm.layers} of {settings.llm.full_layers} layers")
     if options.train_batch is None:
@@ -144,6 +147,8 @@ def reductions(options: Options, settings: Settings) -> str:
         cut.append(f"inference batch {settings.batch['infer']} instead of {full.batch['infer']}")
     if options.new_tokens is None:
         cut.append(f"{settings.new_tokens} new tokens instead of {full.new_tokens}")
+    if options.audio_tokens is None:
+        cut.append(f"at most {max(settings.audio_tokens)} audio tokens instead of {max(full.audio_tokens)}")
     if options.repeats is None:
         train, infer = settings.repeats["train"], settings.repeats["infer"]
         cut.append(f"{train} training and {infer} inference repeats instead of {full.repeats['train']}")
@@ -154,10 +159,11 @@ def reductions(options: Options, settings: Settings) -> str:
 
 def _check(options: Options) -> None:
     for name in ("layers", "text_tokens", "train_batch", "infer_batch", "new_tokens", "repeats"):
-        value = getattr(options, name)
-        if value is not None:
-            check_counts(name, (value,))
-    check_counts("audio_tokens", options.audio_tokens)
+        count = getattr(options, name)
+        if count is not None:
+            check_counts(name, (count,))
+    if options.audio_tokens is not None:
+        check_counts("audio_tokens", options.audio_tokens)
     check_text_tokens((options.text_tokens,))
     if options.methods is not None:
         check_methods(options.methods)
@@ -167,79 +173,24 @@ def _check(options: Options) -> None:
         parse_dtype(options.dtype)
 
 
-def check_counts(name: str, counts: tuple[int, ...]) -> None:
-    """`--NAME`.
-
-    Raises:
-        UserError: they are not distinct, or out of bounds.
-    """
-    if not counts or min(counts) < 1 or max(counts) > MOST or len(set(counts)) < len(counts):
-        got = ", ".join(map(str, counts))
-        what = "" if len(counts) == 1 else "distinct counts of "
-        raise UserError(f"--{name.replace('_', '-')} must be {what}at least 1 and at most {MOST}, got {got}")
-
-
-def check_text_tokens(counts: tuple[int, ...]) -> None:
-    """`--text-tokens`.
-
-    Raises:
-        UserError: they are not distinct, out of bounds or too few.
-    """
-    check_counts("text_tokens", counts)
-    if min(counts) < 2:
-        raise UserError(f"--text-tokens must be at least 2 for a next token to be predicted, got {min(counts)}")
-
-
 def check_methods(names: tuple[str, ...]) -> None:
-    """`--methods`.
+    """Check the names that `--methods` was given.
 
     Raises:
-        UserError: they are not distinct, or unknown.
+        UserError: there are none, two are equal, or one is unknown.
     """
     if not names or not set(names) <= set(METHODS) or len(set(names)) < len(names):
         raise UserError(f"--methods must be distinct names out of {', '.join(METHODS)}, got {', '.join(names)!r}")
 
 
-def check_length(llm: LlmPlan, longest: int, of: str = "") -> None:
-    """Audio, text and new tokens of a row together; `of` says what for, where the user did not.
+def check_length(llm: LlmPlan, longest: int, asked_by: str = "") -> None:
+    """Check the number of audio, text and new tokens of a sample together. `asked_by` begins the message where the user
+    did not give these numbers.
 
     Raises:
-        UserError: they are more than the model has positions.
+        UserError: the model has fewer positions.
     """
     most = getattr(llm.config, "max_position_embeddings", None)
     if most is not None and longest > most:
-        raise UserError(f"{of}audio, text and new tokens together must be at most {most} for {llm.name}, got {longest}")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def parse_device(name: str) -> torch.device:
-    """`--device`.
-
-    Raises:
-        UserError: it is no device of this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be auto, cpu, cuda or cuda:INDEX, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device must exist on this machine, got {name!r} and {torch.cuda.device_count()} GPUs")
-    return device
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """`--dtype`, where it is not auto.
-
-    Raises:
-        UserError: it is none of those that are measured.
-    """
-    if name not in DTYPES:
-        raise UserError(f"--dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
+        tokens = "audio, text and new tokens together"
+        raise UserError(f"{asked_by}{tokens} must be at most {most} for {llm.name}, got {longest}")

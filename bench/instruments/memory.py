@@ -4,19 +4,18 @@ Process size says little about a method: it holds the interpreter, thread pools,
 whatever ran before. `AllocationTracker` instead follows every storage that a dispatched operation creates,
 until the storage is released, and gives two figures:
 
-- `peak_bytes`: the most bytes alive at once: what `static` names (it exists before the block) plus everything
-  the block allocates. Storages that exist before and are not named (inputs) are not counted.
-- `peak_above_static_bytes`: the maximum over time of the bytes alive minus the bytes of those live storages
-  that belong to the static part (parameters, gradients, optimizer states). It is a peak of its own: it need
-  not occur when the total peaks. It is the part in which methods differ, since the static part is the model's.
+- `peak_bytes`: the most bytes alive at once: the static tensors that exist before the block, plus everything that the
+  block allocates. Other storages that exist before (inputs) are not counted.
+- `peak_above_static_bytes`: the most bytes alive at once outside of the static part (parameters, gradients, optimizer
+  states). Methods differ in this part, since the static part is the model's. Both peaks need not coincide.
 
-What belongs to the static part is known only afterwards (a gradient becomes one when it reaches `.grad`), so
-the tracker records events and classifies them at the end. Static are: the tensors given at the start and
-those given to `report()`, by storage, from the moment each was allocated; and the *contributions* to them. A
-weight used twice, as a tied embedding is, has two gradients side by side before autograd sums them; for a
-128256-word vocabulary each is as large as the embedding. They belong to the model and to no method. A
-contribution is recognised by data flow, not by its size (logits can have exactly a parameter's size): an
-operand of a sum that ran inside a backward pass, has the result's shape, and whose result is static.
+What belongs to the static part is known only afterwards (a gradient becomes one when it reaches `.grad`), so the
+tracker records events and classifies them at the end. Static are the tensors given at the start and to `report()`, by
+storage, from the moment each was allocated, and the *contributions* to them. A weight used twice, as a tied embedding
+is, has two gradients side by side before autograd sums them; for a vocabulary of 128,256 words each is as large as the
+embedding. They belong to the model and to no method. A contribution is recognised by data flow, not by its size (logits
+can have exactly a parameter's size): it is an operand of a sum that ran inside a backward pass, has the result's shape,
+and whose result is static.
 
 The autograd engine adds to a gradient in place if nobody else holds it and it is no view, but not while a
 dispatch mode is active, as one is here. The tracker undoes that: such a sum takes over the bytes of its first
@@ -41,9 +40,9 @@ from torch.utils._pytree import tree_iter
 
 _SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 ACTIVATIONS, TEMPORARIES = "activations", "temporaries"
-# Of the memory that an operation, with its arguments, made a tensor in; None: it has no name of its own.
+# All are called with an operation and its arguments, as a dispatch mode gets them.
 Name = Callable[[Any, tuple[Any, ...], torch.Tensor], str | None]
-Scratch = Callable[[Any, tuple[Any, ...]], int]  # of an operation and its arguments
+Scratch = Callable[[Any, tuple[Any, ...]], int]
 Inside = Callable[[Any, tuple[Any, ...]], Callable[..., Any] | None]
 
 
@@ -58,7 +57,8 @@ class MemoryReport:
 
 @dataclass(frozen=True)
 class _Event:
-    """A change in a block's size; `replaces` is the block that the change takes over if that goes next."""
+    """A change in the size of a block, which is a storage's memory. The change takes over the memory of the block
+    `replaces` if that is released next."""
 
     block: int
     delta: int
@@ -66,15 +66,20 @@ class _Event:
 
 
 class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Context manager: counts what the code inside allocates on `device` (its type; None: everywhere).
+    """Context manager that counts what the code inside allocates.
 
     with AllocationTracker(static=model.parameters()) as tracker:
         loss = step()
     report = tracker.report(static=[p.grad for p in model.parameters()])
 
-    `name` is asked once for each new block of memory, for `breakdown`. An operator written in Python hides what it
-    allocates for itself: `inside` is asked for its function, which then runs in its place and is seen, `scratch` for
-    the bytes, where that cannot be.
+    Args:
+        static: tensors of the static part that exist already.
+        device: the type of the device on which memory counts; None: of every device.
+        name: returns the name, in `breakdown`, of the memory of a new tensor, from the operation that made it, its
+            arguments and the tensor; None if it has no name of its own.
+        inside: an operator written in Python hides what it allocates for itself. Returns the function that computes
+            such an operator, which then runs in its place and is seen; None for all others.
+        scratch: returns the bytes that an operation allocates and frees out of sight.
     """
 
     def __init__(
@@ -91,7 +96,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._scratch = scratch
         self._inside = inside
         self._names: dict[int, str] = {}  # by block, what `name` said
-        self._marks: list[int] = []  # how many events there were at each
+        self._marks: list[int] = []  # the number of events before each mark
         self.current_bytes = 0
         self._sizes: list[int] = []  # by block: its size now
         self._made_in: dict[int, int | None] = {}  # by block: the backward node at work when it was made
@@ -103,7 +108,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._static.add(self._block(tensor, counted=True))
 
     def report(self, static: Iterable[torch.Tensor] = ()) -> MemoryReport:
-        """The peaks so far, with the tensors in `static` (alive now) added to the static part."""
+        """Return the peaks so far, with the tensors in `static` (alive now) added to the static part."""
         known = self._blocks(static) | dict.fromkeys(self._static, "")
         self._add_contributions(known)
         live = above = peak = peak_above = 0
@@ -123,11 +128,13 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         segments: tuple[int, int] | None = None,
         kept_at: int | None = None,
     ) -> dict[str, int]:
-        """Bytes by name at the moment of the peak, or of that within some segments, the first and the last included.
+        """Return bytes by name at the moment of the peak.
 
-        `parts` are tensors alive now, contributions to them included; what is in none of them has `name`'s name. Of the
-        rest, what is alive at mark number `kept_at` is activations (a mark between forward and backward pass), all else
-        temporaries.
+        Args:
+            parts: names of tensors alive now; contributions to them have the same name. Other memory has the name that
+                the tracker's `name` gave it. Without one, it is activations or temporaries.
+            segments: the first and the last segment of which the peak is taken; None: all.
+            kept_at: the number of the mark between forward and backward pass: what is alive there is activations.
         """
         names: dict[int, str] = {}
         for part, tensors in parts.items():
@@ -137,13 +144,13 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         totals = list(accumulate((event.delta for event in events), initial=0))
         bounds = [0, *self._marks, len(events)]
         begin, end = (0, len(events)) if segments is None else (bounds[segments[0]], bounds[segments[1] + 1])
-        at_peak = _live(events[: max(range(begin, end + 1), key=totals.__getitem__)])
-        kept = {} if kept_at is None else _live(events[: self._marks[kept_at]])
-        found: dict[str, int] = {}
+        at_peak = _sizes_after(events[: max(range(begin, end + 1), key=totals.__getitem__)])
+        kept = {} if kept_at is None else _sizes_after(events[: self._marks[kept_at]])
+        by_name: dict[str, int] = {}
         for block, size in at_peak.items():
             name = names.get(block) or self._names.get(block) or (ACTIVATIONS if block in kept else TEMPORARIES)
-            found[name] = found.get(name, 0) + size
-        return found
+            by_name[name] = by_name.get(name, 0) + size
+        return by_name
 
     def _blocks(self, tensors: Iterable[torch.Tensor], name: str = "") -> dict[int, str]:
         return {self._live[key][0]: name for key in map(_key, tensors) if key in self._live}
@@ -193,7 +200,8 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _block(self, tensor: torch.Tensor, counted: bool, replaces: int | None = None) -> int:
-        """The number of the tensor's storage; a new one counts with its size, or not at all."""
+        """Return the number of the tensor's storage, -1 on another device. A new storage counts with its size if
+        `counted`, and never otherwise."""
         if self.device is not None and tensor.device.type != self.device:
             return -1
         storage = tensor.untyped_storage()
@@ -236,8 +244,8 @@ def _key(tensor: torch.Tensor) -> int:
     return id(tensor.untyped_storage())
 
 
-def _live(events: list[_Event]) -> dict[int, int]:
-    """By block, the size that it has after the events; 0 is left out."""
+def _sizes_after(events: list[_Event]) -> dict[int, int]:
+    """Return the size that each block has after the events; empty blocks are left out."""
     sizes: dict[int, int] = {}
     for event in events:
         sizes[event.block] = sizes.get(event.block, 0) + event.delta
@@ -245,7 +253,7 @@ def _live(events: list[_Event]) -> dict[int, int]:
 
 
 def _in_place_sums(events: list[_Event]) -> list[_Event]:
-    """The events, with a sum that the engine made placed behind the release of its operand."""
+    """Return the events with each sum that the engine makes in place put behind the release of its operand."""
     ordered = list(events)
     for i, event in enumerate(ordered[:-1]):
         following = ordered[i + 1]

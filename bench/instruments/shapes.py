@@ -1,9 +1,9 @@
 """Models of any size on any machine: floating-point tensors have shapes and no values.
 
-Under :class:`Shapes` the real code of a model runs, operation by operation. What is integer or boolean is computed as
-ever (token ids, lengths, masks, whether generation has ended), so whatever the code asks of them has its true answer.
-What is floating is a fake tensor of PyTorch's: it takes no memory and no time. Integers made from floating tensors,
-such as the most probable tokens, are zeros.
+Under :class:`Shapes` the real code of a model runs, operation by operation. Integers and booleans (token ids, lengths,
+masks, whether generation has ended) are computed as ever, so code that asks for their values gets the true ones.
+Floating-point tensors are PyTorch's fake tensors, which take no memory and no time. Integers made from them, such as
+the most probable tokens, are zeros.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Times of short calls, and the rates that the machine reaches at best."""
+"""All that times: one call between two idle moments of the device, the fastest of many, and samples for statistics."""
 
 from __future__ import annotations
 
@@ -9,27 +9,76 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from palkernels.bench import machine
 
-__all__ = ["Ceilings", "beside", "ceilings", "host_seconds", "num_buffers", "samples"]
+__all__ = ["beside", "fastest_seconds", "host_seconds", "num_buffers", "samples", "wall_seconds"]
 
-Calls = list[Callable[[], object]]
-Ceilings = dict[str, float]  # flops_per_second, bytes_per_second
+Call = Callable[[], object]
 MIN_SAMPLES, MAX_SAMPLES = 3, 200
 BURST = 5  # replays that the host issues without waiting
 
 
-def num_buffers(bytes_each: float, device: torch.device) -> int:
-    """How many sets of inputs to rotate so that none is left in a cache: four times the cache, 2 to 32 sets."""
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 * 2**20
-    return int(min(max(4 * cache // max(bytes_each, 1) + 1, 2), 32))
+def wall_seconds(call: Call, device: torch.device) -> float:
+    """Return the seconds of one call by the host's clock, from an idle device to an idle device."""
+    machine.sync(device)
+    start = time.perf_counter()
+    call()
+    machine.sync(device)
+    return time.perf_counter() - start
+
+
+def fastest_seconds(call: Call, device: torch.device, *, calls: int = 1, seconds: float = 0.0) -> float:
+    """Call once to warm up, then at least `calls` times and for at least `seconds`, and return the seconds of the
+    fastest call. On CUDA they are the device's, without the host's launch."""
+    once = _device_seconds if device.type == "cuda" else wall_seconds
+    call()
+    end = time.perf_counter() + seconds
+    fastest = min(once(call, device) for _ in range(calls))
+    while time.perf_counter() < end:
+        fastest = min(fastest, once(call, device))
+    return fastest
+
+
+def host_seconds(call: Call, device: torch.device, repeats: int = 20) -> float:
+    """Return what a call takes of the host's time, in seconds, when it launches kernels one by one; on a CPU, the call
+    itself."""
+    call()
+    machine.sync(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    spent = (time.perf_counter() - start) / repeats  # before the device has caught up
+    machine.sync(device)
+    return spent
+
+
+def samples(calls: list[Call], seconds: float, device: torch.device) -> list[float]:
+    """Return samples of the seconds per call, each the mean of one round over all `calls`.
+
+    On CUDA a round is a CUDA graph, replayed right after another one, so that the host's launch time, which may exceed
+    the kernels', is not in it. Both this function and whatever makes the calls must run within :func:`beside`.
+    """
+
+    def one_round() -> None:
+        for call in calls:
+            call()
+
+    for call in calls[:2]:
+        call()
+    if device.type == "cuda":
+        return [spent / len(calls) for spent in _graph_samples(one_round, seconds, device)]
+    rounds: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(rounds) < MIN_SAMPLES or (time.perf_counter() < end and len(rounds) < MAX_SAMPLES):
+        rounds.append(wall_seconds(one_round, device))
+    return [spent / len(calls) for spent in rounds]
 
 
 @contextmanager
 def beside(device: torch.device) -> Iterator[None]:
-    """A stream of its own, which is what a CUDA graph can be captured on; nothing on a CPU."""
+    """On CUDA, make a new stream the current one: a CUDA graph cannot be captured on the default stream. On a CPU do
+    nothing."""
     if device.type != "cuda":
         yield
         return
@@ -40,94 +89,45 @@ def beside(device: torch.device) -> Iterator[None]:
         machine.sync(device)
 
 
-def samples(calls: Calls, seconds: float, device: torch.device) -> list[float]:
-    """Seconds per call, each the mean of one round over all ``calls``.
-
-    On CUDA a round is a CUDA graph, replayed right after another one, so that the host's launch time, which may exceed
-    the kernels', is not in it. To be called within :func:`beside`, as whatever made the calls.
-    """
-    for call in calls[:2]:
-        call()
-    if device.type == "cuda":
-        return _graph_samples(calls, seconds, device)
-    found: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(found) < MIN_SAMPLES or (time.perf_counter() < end and len(found) < MAX_SAMPLES):
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        found.append((time.perf_counter() - start) / len(calls))
-    return found
+def num_buffers(bytes_each: float, device: torch.device) -> int:
+    """Return how many sets of inputs to rotate so that none is left in a cache: four times the cache, 2 to 32 sets."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 * 2**20
+    return int(min(max(4 * cache // max(bytes_each, 1) + 1, 2), 32))
 
 
-def _graph_samples(calls: Calls, seconds: float, device: torch.device) -> list[float]:
+def _device_seconds(call: Call, device: torch.device) -> float:
+    """Return the seconds between two events around one call."""
+    before, after = _event(), _event()
+    before.record()
+    call()
+    after.record()
+    machine.sync(device)
+    return float(before.elapsed_time(after) * 1e-3)
+
+
+def _graph_samples(one_round: Call, seconds: float, device: torch.device) -> list[float]:
+    """Return the seconds of replays of a CUDA graph of one round."""
     stream = torch.cuda.current_stream(device)
     machine.sync(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    found: list[float] = []
+        one_round()
+    rounds: list[float] = []
     warm = time.perf_counter() + seconds / 4  # clocks rise under load
     end = warm + seconds
-    while len(found) < MIN_SAMPLES or (time.perf_counter() < end and len(found) < MAX_SAMPLES):
-        marks = [_event() for _ in range(BURST)]
-        for mark in marks:
+    while len(rounds) < MIN_SAMPLES or (time.perf_counter() < end and len(rounds) < MAX_SAMPLES):
+        events = [_event() for _ in range(BURST)]
+        for event in events:
             graph.replay()
-            mark.record(stream)
+            event.record(stream)
         machine.sync(device)
         if time.perf_counter() >= warm:
-            # The first mark follows the first replay, for which an idle GPU waits while the host launches it.
-            found += [first.elapsed_time(last) * 1e-3 / len(calls) for first, last in pairwise(marks)]
+            # The first event follows the first replay, for which an idle GPU waits while the host launches it.
+            rounds += [before.elapsed_time(after) * 1e-3 for before, after in pairwise(events)]
     graph.reset()
-    return found
+    return rounds
 
 
 def _event() -> Any:
-    """Before or after what is timed."""
-    event: Any = torch.cuda.Event
+    event: Any = torch.cuda.Event  # its constructor has no types
     return event(enable_timing=True)
-
-
-def host_seconds(call: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """What a call takes of the host's time when it launches kernels one by one; on a CPU, the call itself."""
-    call()
-    machine.sync(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    spent = (time.perf_counter() - start) / repeats
-    machine.sync(device)
-    return spent
-
-
-def ceilings(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> Ceilings:
-    """Rates of a large matrix product and of a large copy, bytes read plus bytes written, on random data."""
-    on_gpu = device.type == "cuda"
-    size, elements = (8192, 2**30) if on_gpu else (1024, 2**24)
-    matrix = torch.randn(size, size, dtype=dtype, device=device)
-    flops = 2 * size**3 / _fastest(lambda: matrix @ matrix, seconds, device)
-    source = torch.randn(elements, dtype=torch.bfloat16 if on_gpu else torch.float32, device=device)
-    target = torch.empty_like(source)
-    copies: list[Callable[[], Tensor]] = [lambda: target.copy_(source), lambda: torch.neg(source, out=target)]
-    fastest = min(_fastest(copy, seconds / 2, device) for copy in copies)
-    return {"flops_per_second": flops, "bytes_per_second": 2 * source.nbytes / fastest}
-
-
-def _fastest(call: Callable[[], object], seconds: float, device: torch.device) -> float:
-    """Seconds of the fastest of many calls: the machine at its best."""
-    best = float("inf")
-    end = time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
-        if device.type == "cuda":
-            first, last = _event(), _event()
-            first.record()
-            call()
-            last.record()
-            machine.sync(device)
-            best = min(best, first.elapsed_time(last) * 1e-3)
-        else:
-            start = time.perf_counter()
-            call()
-            best = min(best, time.perf_counter() - start)
-    return best

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from palkernels import audio_kv, lal_attention
 from palkernels.bench.errors import UserError
+from palkernels.bench.instruments.rates import Rates
 from palkernels.bench.presets import plan_llm
+from palkernels.model.causal_lm.layers import head_dim_of
 
 __all__ = ["OPS", "Case", "model_cases", "shape_case"]
 
@@ -25,12 +27,12 @@ EPS = 1e-5
 class Case:
     """One operation at one shape.
 
-    ``backward`` and ``both`` take the gradients of all five tensors. ``decode`` has one query per row and ``text``
-    keys before it. ``audio_kv`` is one layer's, with RoPE; ``audio_kv_layers`` that of all layers at once.
+    `backward` and `both` take the gradients of all five tensors. `decode` has one query per text and `text` keys before
+    it. `audio_kv` projects for one layer, with RoPE; `audio_kv_layers` for all layers at once.
     """
 
     op: str
-    model: str  # or "" for a shape of its own
+    model: str  # whose shapes these are; "" for other shapes
     batch: int
     heads: int
     kv_heads: int
@@ -47,7 +49,7 @@ class Case:
 
     @property
     def width(self) -> int:
-        """Of the hidden states: that of all query heads."""
+        """The width of the hidden states, which all query heads have together."""
         return self.heads * self.head_dim
 
     @property
@@ -60,12 +62,13 @@ class Case:
 
     @property
     def counts_bytes(self) -> bool:
-        """Whether its rate is that of memory."""
+        """Whether its rate is given in bytes, not in FLOPs, per second."""
         return self.op == "decode"
 
     @property
     def flops(self) -> float:
-        """Products only. The backward pass counts five for the forward's two: the scores once, four gradients."""
+        """FLOPs of matrix products. The backward pass counts five products for the forward's two: the scores again, and
+        four gradients."""
         if self.is_projection:
             return 4.0 * self.layers * self.batch * self.audio * self.width * self.kv_heads * self.head_dim
         seen = self.text if self.op == "decode" else (self.text + 1) / 2  # text keys of a query, on average
@@ -74,7 +77,8 @@ class Case:
 
     @property
     def bytes(self) -> float:
-        """Each input read once, each output written once; the backward pass moves twice as much as the forward."""
+        """Bytes of each input read once and each output written once. The backward pass moves twice as much as the
+        forward."""
         size = self.dtype.itemsize
         if self.is_projection:
             weights = 2 * self.layers * self.kv_heads * self.head_dim * self.width
@@ -85,12 +89,12 @@ class Case:
         forward = size * (queries + keys) + (0 if self.op == "decode" else 4 * self.batch * self.heads * self.queries)
         return float(forward * {"backward": 2, "both": 3}.get(self.op, 1))
 
-    def limit(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Seconds that it takes at least, at these rates."""
-        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
+    def limit(self, rates: Rates) -> float:
+        """Return the least time at these rates, in seconds."""
+        return rates.seconds(self.flops, self.bytes)
 
     def inputs(self, seed: int) -> dict[str, Any]:
-        """Random tensors, contiguous as (B, H, T, D); for a backward pass also the output's gradient."""
+        """Return random tensors, contiguous as (B, H, T, D); for a backward pass also the output's gradient."""
         generator = torch.Generator(self.device).manual_seed(seed)
 
         def floats(*shape: int, scale: float = 1.0) -> Tensor:
@@ -121,42 +125,44 @@ class Case:
         }
 
     def ours(self, inputs: dict[str, Any], impl: str) -> list[Tensor]:
-        """The outputs of this library's function."""
+        """Return the outputs of this library's function."""
         if not self.is_projection:
             tensors = [x for name, x in inputs.items() if name != "dout"]
-            return [lal_attention(*tensors, impl=impl)]  # type: ignore[list-item]
-        given = inputs if self.layers > 1 else {name: x[0] if isinstance(x, list) else x for name, x in inputs.items()}
-        found = audio_kv(**given, num_kv_heads=self.kv_heads, eps=EPS, impl=impl)
-        return [x for part in found for x in part] if self.layers > 1 else list(found)
+            return [lal_attention(*tensors, impl=impl)]
+        if self.layers == 1:
+            inputs = {name: x[0] if isinstance(x, list) else x for name, x in inputs.items()}
+        keys, values = audio_kv(**inputs, num_kv_heads=self.kv_heads, eps=EPS, impl=impl)
+        return [*keys, *values] if self.layers > 1 else [keys, values]
 
     def truth(self, inputs: dict[str, Any]) -> list[Tensor]:
-        """The outputs by their definition, in float64."""
+        """Return the outputs, and the gradients if there are any, by their definition in float64."""
         inputs = torch.utils._pytree.tree_map(lambda x: x.detach().double().requires_grad_(x.requires_grad), inputs)
-        return self.with_its_gradients(inputs, lambda given: self.ours(given, "reference"))
+        return self.with_its_gradients(inputs, lambda tensors: self.ours(tensors, "reference"))
 
     def with_its_gradients(self, inputs: dict[str, Any], run: Any) -> list[Tensor]:
-        """What ``run`` returns for the inputs and, where the operation has a backward pass, the five gradients."""
+        """Return what `run` returns for the inputs and, where the operation has a backward pass, the five gradients."""
         outputs: list[Tensor] = run(inputs)
         if not self.with_gradients:
             return outputs
         return [*outputs, *self.gradients(outputs, inputs)]
 
     def gradients(self, outputs: list[Tensor], inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Return the gradients of the inputs."""
         leaves = [x for name, x in inputs.items() if name != "dout"]
         return torch.autograd.grad(outputs[0], leaves, inputs["dout"], retain_graph=True)
 
     def smaller(self) -> Case:
-        """The same with at most two rows: to check results by, where float64 is slow."""
+        """Return the case with at most two texts: to check results by, where float64 is slow."""
         return dataclasses.replace(self, batch=min(self.batch, 2))
 
 
 def model_cases(
     model: str, ops: tuple[str, ...], audio: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> list[Case]:
-    """At a preset's shapes: 128 text tokens, batches as Figure 1 has them, or 1 on a CPU."""
+    """Return the cases at a preset's shapes: 128 text tokens, batches as Figure 1 has them, or 1 on a CPU."""
     config = plan_llm(model, None).config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_dim = head_dim_of(config)
     cases = []
     for op in ops:
         batch = 1 if device.type == "cpu" else 12 if op == "decode" else 8
@@ -166,7 +172,7 @@ def model_cases(
 
 
 def shape_case(op: str, shape: str, dtype: torch.dtype, device: torch.device) -> Case:
-    """From ``B,Hq,Hkv,T,N,D``.
+    """Return the case of a shape given as `B,Hq,Hkv,T,N,D`.
 
     Raises:
         UserError: the shape is no such six numbers.

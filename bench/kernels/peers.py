@@ -1,6 +1,6 @@
-"""What users would call instead: the same results from other libraries, each with its backend pinned and named.
+"""Peers: what users would call instead of this library for the same results, each with its backend pinned and named.
 
-Attention peers concatenate keys and values inside what is timed; that is their way to take audio.
+Attention peers concatenate keys and values inside what is timed, which is their way to take audio.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OURS = "palkernels"
 
 @dataclass(frozen=True)
 class Peer:
-    """``prepare`` makes what is not timed, and returns what is: a function of a case's inputs."""
+    """One implementation. `prepare` makes what is not timed, and returns what is: a function of a case's inputs."""
 
     key: str
     name: str
@@ -102,14 +102,14 @@ def _tokens_first(inputs: dict[str, Any]) -> list[Tensor]:
 
 
 def _flash_attn(module: str) -> Callable[[Case], Run]:
-    """Its causal mask is aligned at the lower right."""
+    """Return a peer of flash-attn, whose causal mask is aligned at the lower right."""
 
     def prepare(case: Case) -> Run:
         attention = importlib.import_module(module).flash_attn_func
 
         def run(inputs: dict[str, Any]) -> list[Tensor]:
-            found = attention(*_tokens_first(inputs), causal=True)
-            return [(found[0] if isinstance(found, tuple) else found).transpose(1, 2)]
+            out = attention(*_tokens_first(inputs), causal=True)
+            return [(out[0] if isinstance(out, tuple) else out).transpose(1, 2)]  # some versions add the LSE
 
         return run
 
@@ -135,7 +135,7 @@ def _flashinfer(case: Case) -> Run:
 
 
 def _eager_projection(case: Case) -> Run:
-    """A decoder layer's own way, layer by layer."""
+    """Project as a decoder layer does, in plain PyTorch, layer by layer."""
 
     def rotate(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         low, high = key.chunk(2, dim=-1)
@@ -154,7 +154,8 @@ def _eager_projection(case: Case) -> Run:
 
 
 def _layer_modules(case: Case) -> Run:
-    """What an attached model runs where audio_kv may not: the modules of Llama's decoder layers, layer by layer."""
+    """Project by the modules of Llama's decoder layers, layer by layer, as an attached model does where audio_kv may
+    not."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -201,7 +202,7 @@ PEERS = (
 
 
 def peers_of(case: Case, chosen: tuple[str, ...] | None = None) -> list[Peer]:
-    """Those of the operation's kind on the case's device, installed or not."""
+    """Return the peers of a case's operation on its device, installed or not; of `chosen` ones, if there are any."""
     return [
         peer
         for peer in PEERS

@@ -47,7 +47,7 @@ def select(
     kernels: tuple[str, ...] | None = None,
     head_dims: tuple[int, ...] | None = None,
 ) -> Selection:
-    """The options of `palkernels doctor --tiles`; None takes the default.
+    """Return what the options of `palkernels doctor --tiles` select; None takes the default.
 
     Raises:
         UserError: there are no such tiles.
@@ -88,9 +88,9 @@ def _local_arch() -> int:
     return tiles.architecture(tiles.capability(torch.device("cuda")))
 
 
-def _check(option: str, given: tuple[Any, ...], known: Iterable[Any]) -> None:
+def _check(option: str, values: tuple[Any, ...], known: Iterable[Any]) -> None:
     *first, last = known
-    for value in given:
+    for value in values:
         if value not in (*first, last):
             raise UserError(f"{option} must be {', '.join(map(str, first))} or {last}, got {value}")
 
@@ -135,7 +135,7 @@ def _title(variant: Variant) -> str:
 
 
 def _reason(errors: IO[bytes], code: int) -> str:
-    """The last thing that the compiler said."""
+    """Return the last thing that the compiler said."""
     errors.seek(0)
     lines = [line.strip() for line in errors.read().decode(errors="replace").splitlines()]
     # Triton ends with a command on files that it has deleted.

@@ -6,9 +6,8 @@ A result document may name methods that this version does not have; they keep th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
 
-from palkernels.bench.methods.methods import LEVERS, METHODS, MODES
+from palkernels.bench.methods import LEVERS, METHODS, MODES, Style
 
 __all__ = [
     "BASELINE", "BASELINES", "LEVERS", "MODES", "OURS", "Style", "about", "against", "chain", "in_order", "label",
@@ -16,40 +15,14 @@ __all__ = [
 ]  # fmt: skip
 
 BASELINE, OURS = "plits", "lal"
-BASELINES = ("plits", "plits-tuned")  # the methods that LAL is held against
+BASELINES = tuple(name for name, method in METHODS.items() if method.is_baseline)  # LAL is held against these
 
 
-class Style(NamedTuple):
-    color: str
-    marker: str
-    line: Any = "-"  # matplotlib's line style
-
-
-# Warm colours where audio is in the sequence, cold ones where it is keys and values.
-STYLES = {
-    "plits": Style("#c0392b", "s"),
-    "plits-tuned": Style("#e08e2b", "D", (0, (2, 2))),  # in inference it is PLITS, which must be seen under it
-    "plits-pooled": Style("#8d6e63", "v"),
-    "lal-eager": Style("#5bb5c9", "^"),
-    "lal": Style("#1f5fae", "o"),
-    "pal-multi": Style("#b8a03a", "<"),
-    "pal-unified": Style("#274690", ">"),
-    "flamingo": Style("#d67bb0", "*"),
-    "lal-recompute": Style("#3a9d5d", "P"),
-    "lal-checkpoint": Style("#7b5ea7", "X"),
-    "lal-fused-loss": Style("#c76ba0", "p"),
-}
 UNKNOWN = Style("#555555", "h")
-STEPS = {
-    "plits": "",
-    "plits-tuned": "the baseline's logits and attention backend",
-    "lal-eager": "the integration: audio as keys and values",
-    "lal": "our kernels",
-}
 
 
 def style_of(method: str) -> Style:
-    return STYLES.get(method, UNKNOWN)
+    return METHODS[method].style if method in METHODS else UNKNOWN
 
 
 def label(method: str) -> str:
@@ -69,7 +42,7 @@ def about(method: str) -> str:
 
 def chain() -> dict[str, str]:
     """Return the methods from the baseline to LAL, each with what the step to it changes."""
-    return STEPS
+    return {name: method.step for name, method in METHODS.items() if method.step is not None}
 
 
 def in_order(methods: Iterable[str]) -> list[str]:

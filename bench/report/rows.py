@@ -9,7 +9,8 @@ from palkernels.bench.report.document import Row
 if TYPE_CHECKING:
     import torch
 
-    from palkernels.bench.methods.methods import Method
+    from palkernels.model.causal_lm.layers import head_dim_of
+from palkernels.bench.methods import Method
 
 __all__ = ["serving_row"]
 
@@ -24,8 +25,7 @@ def serving_row(
     token, and of its other tokens; None where there are none.
     """
     audio, text = sizes["audio_tokens"], sizes["text_tokens"]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype.itemsize
+    bytes_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim_of(config) * dtype.itemsize
     cached = bytes_per_token * method.cached_tokens(clips, questions, audio, text + new_tokens)
     decoded, seconds = questions * (new_tokens - 1), other_tokens_seconds or 0.0  # below 0 where noise is larger
     return {

@@ -21,6 +21,7 @@ from palkernels.model.causal_lm.gated_layer import AudioMask, FlamingoConfig, Ga
 from palkernels.model.causal_lm.layers import AudioKV, head_dim_of
 from palkernels.model.causal_lm.patching import patch, unpatch
 from palkernels.model.causal_lm.plan import make_plan
+from palkernels.model.causal_lm.report import implementation
 from palkernels.model.causal_lm.request import REQUEST_KEYWORD, Request
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.causal_lm.support import (
@@ -154,6 +155,12 @@ class FlamingoHandle(Attached):
         for hook in self._hooks:
             hook.remove()
         unpatch(self)
+
+    def implementation(self) -> str:
+        """Return the implementation that attends in the new layers, "none" where they would raise."""
+        gate = self.layers[str(self.selected[0])].attention_gate
+        heads, head_dim, impl = self.config.heads, self.config.head_dim, self.config.impl
+        return implementation(heads, heads, head_dim, gate.dtype, gate.device, impl)[0]  # type: ignore[arg-type]
 
     def _before_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

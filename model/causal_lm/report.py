@@ -63,19 +63,24 @@ def make_report(
     reports = []
     for index, layer in enumerate(layers):
         if index in selected:
-            impl, reasons = _implementation(layer.self_attn, model.dtype, config.impl)
+            attention: Any = layer.self_attn
+            heads = attention.config.num_attention_heads, num_kv_heads(attention), attention.head_dim
+            impl, reasons = implementation(*heads, model.dtype, next(devices_of(attention)), config.impl)
             reports.append(LayerReport(index, True, impl, tuple(reasons), why_not_fused))
         else:
             reports.append(LayerReport(index, False, "stock", (), None))
     return LalReport(type(model).__name__, config.rope, tuple(reports))
 
 
-def _implementation(attention: Any, dtype: torch.dtype, impl: str) -> tuple[str, list[str]]:
-    """Return the implementation that runs in a layer, "none" where it would raise, and why Triton does not."""
-    device = next(devices_of(attention))
-    heads = attention.config.num_attention_heads
-    query = torch.empty(1, heads, 1, attention.head_dim, dtype=dtype, device=device)
-    key = query[:, : num_kv_heads(attention)]
+def implementation(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, impl: str
+) -> tuple[str, list[str]]:
+    """Return the implementation that attends in a layer of this shape, and why Triton does not.
+
+    It is "none" where the layer would raise.
+    """
+    query = torch.empty(1, num_heads, 1, head_dim, dtype=dtype, device=device)
+    key = query[:, :num_kv_heads]
     reasons = unsupported_reasons(query, key, key, key, key, impl="triton")
     raises = impl == "triton" and bool(reasons)
     return "none" if raises else choose(impl, reasons, on_cuda=query.is_cuda), reasons

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from palkernels.bench.errors import UserError
-from palkernels.bench.presets import PRESETS, LlmPlan, plan_llm
+from palkernels.bench.presets import PRESETS, LlmPlan, head_dim_of, plan_llm
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
@@ -33,6 +33,7 @@ def build(plan: LlmPlan, seed: int = 0) -> Any:
         ("llama-3.2-1b", 1_235_814_400),
         ("llama-3.2-3b", 3_212_749_824),
         ("qwen2.5-1.5b", 1_543_714_304),
+        ("smollm2-135m", 134_515_008),
     ],
 )
 def test_published_sizes(name: str, parameters: int) -> None:
@@ -45,6 +46,11 @@ def test_rope_of_the_presets() -> None:
     llama = PRESETS["llama-3.2-1b"]().rope_parameters
     assert (llama["rope_type"], llama["rope_theta"], llama["factor"]) == ("llama3", 500000.0, 32.0)
     assert PRESETS["qwen2.5-1.5b"]().rope_parameters["rope_theta"] == 1000000.0
+    assert PRESETS["smollm2-135m"]().rope_parameters == {"rope_type": "default", "rope_theta": 100000.0}
+
+
+def test_the_width_of_a_head() -> None:
+    assert [head_dim_of(PRESETS[name]()) for name in ("llama-3.2-3b", "qwen2.5-1.5b", "smollm2-135m")] == [128, 128, 64]
 
 
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config])
@@ -94,7 +100,8 @@ def test_incomplete_and_damaged_weights(tmp_path: Path) -> None:
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"one of llama-3\.2-1b, llama-3\.2-3b, qwen2\.5-1\.5b or a directory"):
+    known = r"llama-3\.2-1b, llama-3\.2-3b, qwen2\.5-1\.5b, smollm2-135m"
+    with pytest.raises(UserError, match=rf"one of {known} or a directory"):
         plan_llm("llama-4", None)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"must hold a valid config\.json"):

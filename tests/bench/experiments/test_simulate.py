@@ -6,18 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from support.figure1 import run
 from transformers import LlamaConfig
 
-from palkernels.bench.cli import main
-from palkernels.bench.experiments.simulate import LENGTHS, OPTIMIZERS, World
-from palkernels.bench.instruments.costs import GPUS, function_inside
+from palkernels.bench.experiments.optimizer import make_adamw
+from palkernels.bench.experiments.simulate import LENGTHS, OPTIMIZERS
+from palkernels.bench.experiments.world import World
 from palkernels.bench.instruments.memory import AllocationTracker
+from palkernels.bench.instruments.rates import GPUS
 from palkernels.bench.machine import package_version
-from palkernels.bench.methods.methods import DEFAULT_METHODS, LEVERS, METHODS, Batch, make_adamw
+from palkernels.bench.methods import DEFAULT_METHODS, LEVERS, METHODS, Batch
 from palkernels.bench.presets import LlmPlan, plan_llm
 from palkernels.bench.report import document as results
 from palkernels.bench.report import fits
 from palkernels.model.connectors.mlp import MlpConnector
+from palkernels.op_costs import plain_function
 
 FILES = ["simulate.csv", "simulate.html", "simulate.json", "simulate.png"]
 COMMITTED = Path(__file__).parents[3] / "bench" / "results"
@@ -46,10 +49,10 @@ def tracked(name: str, mode: str, optimizer: str = "none") -> tuple[int, int]:
     connector = MlpConnector(WIDTH, 128)
     batch = Batch.make(torch.randn(AUDIO, WIDTH), ROWS, TEXT, 2000, 0)
     with method.ready(model):
-        parameters = [*model.parameters(), *connector.parameters(), *method.own_parameters(model)]
+        parameters = [*model.parameters(), *connector.parameters(), *method.added_parameters(model)]
         step = make_adamw(parameters) if mode == "train" and optimizer == "adamw" else None
         states = [] if step is None else [x for found in step.state.values() for x in found.values()]
-        with AllocationTracker([*parameters, *states], inside=function_inside) as tracker:
+        with AllocationTracker([*parameters, *states], inside=plain_function) as tracker:
             if mode == "train":
                 method.loss(model, connector, batch).backward()  # type: ignore[no-untyped-call]
                 if step is not None:
@@ -168,13 +171,6 @@ def test_as_committed(name: str, llama: World) -> None:
         row["other_flops"],
         row["traffic_bytes"],
     )
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
 
 
 @pytest.fixture(scope="module")

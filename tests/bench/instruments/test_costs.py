@@ -13,11 +13,13 @@ from torch.nn.functional import cross_entropy, embedding, scaled_dot_product_att
 from torch.profiler import ProfilerActivity, profile
 
 from palkernels import audio_kv
-from palkernels.bench.experiments.simulate import World
-from palkernels.bench.instruments.costs import GPUS, CostCounter, Costs, function_inside, scratch_bytes
+from palkernels.bench.experiments.world import World
+from palkernels.bench.instruments.costs import CostCounter, Costs
 from palkernels.bench.instruments.memory import AllocationTracker
-from palkernels.bench.methods.methods import DEFAULT_METHODS, METHODS
+from palkernels.bench.instruments.rates import GPUS
+from palkernels.bench.methods import DEFAULT_METHODS, METHODS
 from palkernels.bench.presets import plan_llm
+from palkernels.op_costs import plain_function, scratch_bytes
 
 F32 = 4  # bytes
 
@@ -36,7 +38,9 @@ def test_a_product() -> None:
     assert costs["bytes"] == (600 + 200 + 300) * F32
     assert costs["kernels"] == 1
     for key, gpu in GPUS.items():
-        assert costs[key] == max(12_000 / (0.8 * gpu.flops), 4400 / (0.9 * gpu.bytes))
+        assert costs[key] == max(
+            12_000 / (0.8 * gpu.published.flops_per_second), 4400 / (0.9 * gpu.published.bytes_per_second)
+        )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,7 @@ def test_scratch_of_our_projection(layers: int, impl: str, tmp_path: Path) -> No
     work()  # what is made once
     with torch.no_grad():
         found = peak_by_the_profiler(work, tmp_path)
-        with AllocationTracker(scratch=scratch_bytes, inside=function_inside) as tracker:
+        with AllocationTracker(scratch=scratch_bytes, inside=plain_function) as tracker:
             kept = work()
     assert tracker.report().peak_bytes == pytest.approx(found, rel=0.01)
     del kept

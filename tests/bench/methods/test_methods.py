@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from palkernels.bench.methods.methods import DEFAULT_METHODS, IGNORED, LEVERS, METHODS, POOLED, Batch, Method
+from palkernels.bench.methods import DEFAULT_METHODS, LEVERS, METHODS, Batch, Method, levers
+from palkernels.bench.methods.base import IGNORED_LABEL
+from palkernels.bench.methods.plits import POOLED
 from palkernels.bench.presets import LlmPlan
 from palkernels.model import AudioState, attach
 from palkernels.model.connectors.mlp import MlpConnector
@@ -30,20 +32,55 @@ def build() -> tuple[Any, nn.Module, Batch]:
     return model, connector, Batch.make(torch.randn(AUDIO, 16), ROWS, TEXT, VOCAB, seed=3)
 
 
+def test_what_a_class_says_of_its_method() -> None:
+    """Attributes are inherited where a method builds on another; what must not be is reset."""
+    assert tuple(METHODS) == (*DEFAULT_METHODS, *LEVERS)
+    assert LEVERS == ("lal-recompute", "lal-checkpoint", "lal-fused-loss")
+    assert [name for name, method in METHODS.items() if method.modes == ("train",)] == list(LEVERS)
+    assert [name for name, method in METHODS.items() if method.is_baseline] == ["plits", "plits-tuned"]
+    steps = {name: method.step for name, method in METHODS.items() if method.step is not None}
+    assert steps == {
+        "plits": "",
+        "plits-tuned": "the baseline's logits and attention backend",
+        "lal-eager": "the integration: audio as keys and values",
+        "lal": "our kernels",
+    }
+    for attribute in ("label", "about", "style"):
+        assert len({getattr(method, attribute) for method in METHODS.values()}) == len(METHODS)
+    for look in ("color", "marker"):
+        assert len({getattr(method.style, look) for method in METHODS.values()}) == len(METHODS)
+
+
+def test_tokens_by_closed_formulas() -> None:
+    """Which audio tokens pass whole layers, which are keys, and for how many tokens keys are kept, by method."""
+    expected = {
+        "plits": (50, 0, 3 * 57),
+        "plits-tuned": (50, 0, 3 * 57),
+        "plits-pooled": (13, 0, 3 * 20),
+        "lal-eager": (0, 50, 3 * 57),  # each text's cache has its clip's keys
+        "lal": (0, 50, 2 * 50 + 3 * 7),
+        "pal-multi": (25, 25, 2 * 25 + 3 * 32),
+        "pal-unified": (32, 50, 2 * 50 + 3 * 39),
+    }
+    for name, numbers in expected.items():
+        method = METHODS[name]
+        assert (method.in_sequence(50), method.as_keys(50), method.cached_tokens(2, 3, 50, 7)) == numbers, name
+
+
 def test_batch() -> None:
     clip = torch.randn(AUDIO, 16)
     batch = Batch.make(clip, ROWS, TEXT, VOCAB, seed=3)
     assert torch.equal(batch.states, torch.stack([clip, clip]))
     assert batch.input_ids.shape == (ROWS, TEXT)
     assert not torch.equal(batch.input_ids[0], batch.input_ids[1])
-    assert (batch.labels[:, 0] == IGNORED).all()
+    assert (batch.labels[:, 0] == IGNORED_LABEL).all()
     assert torch.equal(batch.labels[:, 1:], batch.input_ids[:, 1:])
     assert torch.equal(batch.input_ids, Batch.make(clip, ROWS, TEXT, VOCAB, seed=3).input_ids)
 
 
 def open_gates(method: Method, model: Any) -> list[nn.Parameter]:
     """Flamingo's begin closed: no audio, and no gradient but their own. What it trains of its own."""
-    own = method.own_parameters(model)
+    own = method.added_parameters(model)
     for parameter in own:
         if parameter.shape == (1,):
             parameter.data.fill_(0.5)
@@ -232,7 +269,7 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = METHODS["lal-fused-loss"]
     assert fused.why_not(torch.device("cpu")) == "needs a GPU"
     assert fused.why_not(torch.device("cuda")) is None
-    monkeypatch.setattr("palkernels.bench.methods.methods.find_spec", lambda name: None)
+    monkeypatch.setattr(levers, "find_spec", lambda name: None)
     assert fused.why_not(torch.device("cuda")) == "liger-kernel is not installed"
     assert [name for name in METHODS if METHODS[name].why_not(torch.device("cpu"))] == ["lal-fused-loss"]
 

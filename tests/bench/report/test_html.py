@@ -8,7 +8,7 @@ from typing import Any
 
 from support import documents
 
-from palkernels.bench.methods.methods import METHODS
+from palkernels.bench.methods import METHODS
 from palkernels.bench.report import html
 
 

@@ -10,7 +10,7 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from support import documents
 
-from palkernels.bench.methods.methods import METHODS
+from palkernels.bench.methods import METHODS
 from palkernels.bench.report import charts, plot
 from palkernels.bench.report.points import Points
 from palkernels.bench.report.roles import style_of

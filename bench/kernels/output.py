@@ -1,0 +1,123 @@
+"""A microbenchmark's rows as a table, and as a file in pytest-benchmark's format, so that `pytest-benchmark compare`
+reads it."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from palkernels.bench import machine
+from palkernels.bench.instruments.rates import Rates
+from palkernels.bench.kernels.rows import Row, times_ours
+from palkernels.bench.options import dtype_name
+
+__all__ = ["about", "document", "notes", "table"]
+
+
+def about(device: torch.device, ceilings: Rates) -> dict[str, Any]:
+    """Describe the machine, before anything can break it. `ceilings` are the rates that it reaches at best."""
+    on_gpu = device.type == "cuda"
+    versions = {x: machine.package_version(x) for x in ("palkernels", "torch", "triton", "pytest-benchmark")}
+    return {
+        "node": "",
+        "system": platform.system(),
+        "python_version": platform.python_version(),
+        "cpu": {"brand_raw": machine.cpu_name()},
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "versions": versions,
+        "ceilings": asdict(ceilings),
+    }
+
+
+def table(rows: list[Row], ceilings: Rates, machine_info: dict[str, Any]) -> Table:
+    """Return the table that is printed: a section for each case."""
+    device = machine_info["gpu"] or machine_info["cpu"]["brand_raw"]
+    rates = f"{ceilings.flops_per_second / 1e12:.3g} TFLOP/s, {ceilings.bytes_per_second / 1e12:.3g} TB/s"
+    shown = Table(
+        title=f"{device}, {dtype_name(rows[0].case.dtype)}; measured ceilings {rates}",
+        caption="'slower' is the time over palkernels'. 'limit': the least time at the ceilings, over the time.",
+    )
+    for heading in ("op", "model", "audio\ntokens", "implementation", "median us", "p10 to p90", "rate", "limit"):
+        shown.add_column(heading, justify="left" if heading in ("op", "model", "implementation") else "right")
+    shown.add_column("slower", justify="right")
+    previous = None
+    for row in rows:
+        case = row.case
+        if previous not in (None, case):
+            shown.add_section()
+        start = [case.op, case.model, str(case.audio)] if case != previous else ["", "", ""]
+        previous = case
+        if not row.samples:
+            shown.add_row(*start, row.name, "-")
+            continue
+        p10, p50, p90 = (row.percentile(x) for x in (10, 50, 90))
+        rate = f"{case.bytes / p50 / 1e12:.3g} TB/s" if case.counts_bytes else f"{case.flops / p50 / 1e12:.3g} TFLOP/s"
+        slower = times_ours(row, rows)
+        shown.add_row(
+            *start,
+            row.name,
+            f"{p50 * 1e6:.1f}",
+            f"{p10 * 1e6:.1f} to {p90 * 1e6:.1f}",
+            rate,
+            f"{row.share_of_limit(ceilings):.0%}",
+            "" if slower is None else f"{slower:.2f}x",
+        )
+    return shown
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """Say why rows have no time; what holds for every case of an implementation is said once."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if not row.samples:
+            case = f"{row.case.op} {row.case.model} {row.case.audio}".replace("  ", " ")
+            cases.setdefault((row.name, row.status), []).append(case)
+    return [
+        f"{name}: {status}" + ("" if status.startswith("not installed") else f" ({', '.join(where)})")
+        for (name, status), where in cases.items()
+    ]
+
+
+def document(rows: list[Row], ceilings: Rates, machine_info: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return pytest-benchmark's file; what it has no place for is in each entry's `extra_info`. `options` are what the
+    user asked for."""
+    from pytest_benchmark.stats import Stats
+
+    benchmarks = []
+    for row in rows:
+        case = row.case
+        params = {
+            "op": case.op, "model": case.model, "batch": case.batch, "heads": case.heads, "kv_heads": case.kv_heads,
+            "text_tokens": case.text, "audio_tokens": case.audio, "head_dim": case.head_dim, "layers": case.layers,
+            "dtype": dtype_name(case.dtype), "implementation": row.name,
+        }  # fmt: skip
+        extra: dict[str, Any] = {
+            "status": row.status, "error": row.error, "flops": case.flops, "bytes": case.bytes,
+            "limit_seconds": case.limit(ceilings), "host_seconds": row.host_seconds,
+        }  # fmt: skip
+        stats: dict[str, Any] = {}
+        if row.samples:
+            measured = Stats()
+            for sample in row.samples:
+                measured.update(sample)
+            stats = measured.as_dict() | {"iterations": 1}
+            extra |= {f"p{x}_seconds": row.percentile(x) for x in (10, 50, 90)}
+            extra |= {"share_of_limit": row.share_of_limit(ceilings), "slower_than_ours": times_ours(row, rows)}
+        group = f"{case.op} {case.model or 'shape'} {case.audio}"
+        benchmarks.append(
+            {"group": group, "name": row.name, "fullname": f"{group} {row.name}", "params": params, "param": None,
+             "extra_info": extra, "options": options, "stats": stats}
+        )  # fmt: skip
+    return {
+        "machine_info": machine_info,
+        "commit_info": {},
+        "benchmarks": benchmarks,
+        "datetime": datetime.now(UTC).isoformat(),
+        "version": machine_info["versions"]["pytest-benchmark"],
+    }

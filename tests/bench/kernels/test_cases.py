@@ -1,0 +1,89 @@
+"""The microbenchmark's cases: what they count, their inputs, and peers that compute the same."""
+
+import contextlib
+
+import pytest
+import torch
+
+from palkernels.bench.instruments import timing
+from palkernels.bench.instruments.rates import Rates
+from palkernels.bench.kernels import peers, rows
+from palkernels.bench.kernels.cases import OPS, Case, model_cases, shape_case
+from palkernels.bench.kernels.rows import relative_error
+
+CPU = torch.device("cpu")
+SHAPE = "1,4,2,9,20,16"
+
+
+H200 = Rates(790e12, 4.3e12)  # as measured
+# Microseconds at these rates, with 512, 1500 and 3000 audio tokens.
+LIMITS = {
+    ("llama-3.2-1b", "forward"): (6.1, 16.6, 32.5),
+    ("llama-3.2-1b", "backward"): (15.3, 41.5, 81.4),
+    ("llama-3.2-1b", "decode"): (3.7, 9.3, 17.9),
+    ("llama-3.2-3b", "forward"): (9.2, 24.9, 48.8),
+    ("llama-3.2-3b", "backward"): (23.0, 62.3, 122.0),
+    ("llama-3.2-3b", "decode"): (7.3, 18.6, 35.8),
+}
+
+
+@pytest.mark.parametrize(("model", "op"), LIMITS)
+def test_limits(model, op):
+    """By hand: 4 B Hq D (T N + T (T + 1) / 2) operations forward, 2.5 times as many backward; decoding by its bytes."""
+    cases = model_cases(model, (op,), (512, 1500, 3000), torch.bfloat16, torch.device("cuda", 0))
+    limits = [case.limit(H200) * 1e6 for case in cases]
+    assert limits == pytest.approx(LIMITS[model, op], abs=0.06)
+
+
+def test_projections_count_their_products_and_bytes():
+    case = shape_case("audio_kv_layers", "2,4,2,9,20,16", torch.bfloat16, CPU)
+    rows, width, projected, layers = 2 * 20, 64, 32, 16
+    assert case.flops == layers * 2 * (2 * rows * width * projected)
+    assert case.bytes == 2 * (rows * width + layers * 2 * (projected * width + rows * projected))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_truth_is_the_definition_in_float64(op):
+    case = shape_case(op, SHAPE, torch.float32, CPU)
+    inputs = case.inputs(3)
+    truth = case.truth(inputs)
+    found = case.with_its_gradients(inputs, lambda given: case.ours(given, "sdpa"))
+    assert {x.dtype for x in truth} == {torch.float64}
+    assert len(truth) == {"backward": 6, "both": 6, "audio_kv": 2, "audio_kv_layers": 32}.get(op, 1)
+    assert relative_error(found, truth) < 1e-5
+
+
+def test_a_case_has_fresh_inputs_for_each_seed():
+    case = shape_case("forward", SHAPE, torch.float32, CPU)
+    first, same, other = (case.inputs(seed)["audio_key"] for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("op", ["forward", "backward", "both", "decode", "audio_kv"])
+def test_inputs_alone_exceed_the_cache(monkeypatch, op):
+    """Whatever else a call writes and an operation counts as its bytes."""
+    wanted = 10 * 2**20
+    monkeypatch.setattr(timing, "num_buffers", lambda size, device: int(wanted // size) + 1)
+    case = shape_case(op, "2,4,2,64,300,64", torch.float32, CPU)
+    sets = []
+    make = Case.inputs
+    monkeypatch.setattr(Case, "inputs", lambda self, seed: sets.append(make(self, seed)) or sets[-1])
+    rows.calls_on_sets(case, lambda inputs: [])
+    tensors = [tensor for inputs in sets for tensor in torch.utils._pytree.tree_leaves(inputs)]
+    assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+    assert wanted < sum(tensor.nbytes for tensor in tensors) <= 2 * wanted
+
+
+@pytest.mark.parametrize("op", ["forward", "backward", "decode"])
+@pytest.mark.parametrize("key", ["sdpa-flash", "sdpa-efficient", "two-sdpa", "flex"])
+def test_peers_compute_the_same(monkeypatch, key, op):
+    """As far as a CPU has their kernels: the mask is right, and the groups of heads."""
+    if key == "flex" and op == "backward":
+        pytest.skip("no FlexAttention backward on a CPU")
+    monkeypatch.setattr(peers, "sdpa_kernel", lambda backend: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = shape_case(op, "2,4,2,9,20,16", torch.float32, CPU)
+    peer = next(peer for peer in peers.PEERS if peer.key == key)
+    found = case.with_its_gradients(case.inputs(1), peer.prepare(case))
+    assert relative_error(found, case.truth(case.inputs(1))) < 1e-5

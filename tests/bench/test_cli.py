@@ -1,0 +1,52 @@
+"""The command's help and version: what they say, and that they load nothing slow."""
+
+import subprocess
+import sys
+
+import pytest
+from support.figure1 import run
+
+from palkernels.bench import cli, machine
+from palkernels.bench.methods import METHODS
+from palkernels.bench.presets import PRESETS
+
+
+def test_the_names_are_those_of_the_registries() -> None:
+    """The command has copies, since the registries take seconds to import."""
+    assert tuple(METHODS) == cli.METHOD_NAMES
+    assert tuple(PRESETS) == cli.MODEL_NAMES
+
+
+def test_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("figure1", "simulate"):
+        assert run(command, "--help") == 0
+        shown = "".join(capsys.readouterr().out.replace("│", " ").split())  # names are broken at hyphens
+        assert [name for name in METHODS if name not in shown] == []
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], []):
+        assert run(*arguments) == 0
+        assert "doctor" in capsys.readouterr().out
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"palkernels {machine.package_version('palkernels')}\n"
+    assert run("figure1", "--help") == 0
+    text = capsys.readouterr().out
+    for option in ("audio", "model", "layers", "audio-tokens", "text-tokens", "train-batch", "infer-batch"):
+        assert f"--{option} " in text
+    for option in ("new-tokens", "methods", "device", "dtype", "repeats", "out", "seed", "encoder-checkpoint"):
+        assert f"--{option} " in text
+
+
+def test_help_loads_no_model_library() -> None:
+    code = """
+import sys
+import sysconfig
+from palkernels.bench.cli import main
+try:
+    main(["figure1", "--help"])
+except SystemExit:
+    pass
+assert not {"transformers", "matplotlib", "triton"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
