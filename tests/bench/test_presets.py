@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from palkernels.bench.errors import UserError
-from palkernels.bench.presets import PRESETS, LlmPlan, head_dim_of, plan_llm
+from palkernels.bench.presets import PRESETS, LlmPlan, plan_llm
+from palkernels.model.causal_lm.layers import head_dim_of
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
