@@ -66,7 +66,7 @@ def figure1(
     model: Annotated[str | None, typer.Option(help=f"{MODELS}  [default: llama-3.2-1b; smollm2-135m on a CPU]")] = None,
     layers: Annotated[int | None, typer.Option(help="Layers.  [default: all; 2 on a CPU, all of smollm2-135m]")] = None,
     audio_tokens: Annotated[
-        str | None, typer.Option(help="Numbers of audio tokens.  [default: 128,512,1500; 128,512,1024 on a CPU]")
+        str | None, typer.Option(help="Numbers of audio tokens.  [default: 128,512,1500; 128,256,512 on a CPU]")
     ] = None,
     text_tokens: Annotated[int, typer.Option(help="Text tokens of each sample.")] = 128,
     train_batch: Annotated[

@@ -59,7 +59,7 @@ GPU_DEFAULTS = Defaults(
 # training batch is 2: at 1 the gradients of the tied embedding, which every method has, can weigh more than all that
 # PLITS adds, and the total peaks are equal.
 CPU_DEFAULTS = Defaults(
-    "smollm2-135m", (128, 512, 1024), {"train": 2, "infer": 2}, 8, {"train": 2, "infer": 5}, ("plits", "lal")
+    "smollm2-135m", (128, 256, 512), {"train": 2, "infer": 2}, 8, {"train": 2, "infer": 5}, ("plits", "lal")
 )
 CPU_LAYERS = 2  # of any other model
 # The repeats shrink too if the run would take more seconds than this, as it does on two cores.

@@ -50,3 +50,18 @@ except SystemExit:
 assert not {"transformers", "matplotlib", "triton"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["figure1", "--help"]], ids=" ".join)
+def test_help_and_version_load_nothing_slow(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from palkernels.bench.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    pass
+slow = sorted({{"torch", "transformers", "matplotlib", "triton", "numpy"}} & set(sys.modules))
+assert not slow, slow
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)

@@ -108,7 +108,7 @@ def test_the_defaults_fit_eighty_columns(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(presets.PRESETS, "smollm2-135m", tiny_config)
     monkeypatch.setattr(machine, "cpu_has_bf16", lambda: True)  # the longer of both dtypes' names
     text = io.StringIO()
-    figure1.run(Options(device="cpu", audio_tokens=(128, 512), out=tmp_path / "out"), Console(width=80, file=text))
+    figure1.run(Options(device="cpu", out=tmp_path / "out"), Console(width=80, file=text))
     lines = text.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == "smollm2-135m, 3 of 3 layers, bfloat16, on cpu; LLM weights random (seed 0)"

@@ -14,11 +14,11 @@ def test_a_cpu_runs_a_small_model_whole() -> None:
     assert settings.llm.name == "smollm2-135m"
     assert (settings.llm.layers, settings.llm.full_layers) == (30, 30)
     assert settings.batch == {"train": 2, "infer": 2}
-    assert settings.audio_tokens == (128, 512, 1024)
+    assert settings.audio_tokens == (128, 256, 512)
     assert [method.name for method in settings.methods] == ["plits", "lal"]
     text = reductions(CPU, settings)
     assert text.startswith("On a CPU the defaults are reduced: smollm2-135m instead of llama-3.2-1b, training batch 2 ")
-    assert "at most 1024 audio tokens instead of 1500" in text
+    assert "at most 512 audio tokens instead of 1500" in text
     assert " layers" not in text
     assert settle(Options(device="cpu", model="smollm2-135m")).llm.layers == 30
     settle(Options(device="cpu", audio_tokens=(1500,), text_tokens=128, new_tokens=512))  # it has positions enough
