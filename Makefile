@@ -48,7 +48,7 @@ mutants: .venv/installed
 	$(BLAS) $(BIN)/python tests/mutants/run.py
 
 compat: .venv/compat
-	PYTHONPATH=.venv/compat $(PYTEST) tests/model
+	PYTHONPATH=$(CURDIR)/.venv/compat $(PYTEST) tests/model
 
 .venv/compat: .venv/installed
 	rm -rf $@ $@.part

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-# A child process imports the installed package, not the source tree that it happens to start in; and tests/support.
+# A child process imports the installed package, not the source tree that it happens to start in; and `support`.
 os.environ["PYTHONSAFEPATH"] = "1"
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent / "lib")])
+)
 
 
 def pytest_addoption(parser):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from palkernels.bench.report.document import Row
+from palkernels.model.causal_lm.layers import head_dim_of
 
 if TYPE_CHECKING:
     import torch
 
-    from palkernels.model.causal_lm.layers import head_dim_of
-from palkernels.bench.methods import Method
+    from palkernels.bench.methods import Method
 
 __all__ = ["serving_row"]
 

@@ -11,7 +11,7 @@ from support.kernel_runs import attention
 from palkernels.kernels import tiles
 from palkernels.testing import FEATURES, lal_case
 
-GUARDED = Path(__file__).parents[1] / "support" / "guarded.py"
+GUARDED = Path(__file__).parents[1] / "lib" / "support" / "guarded.py"
 
 
 def run_guarded(side):

@@ -13,7 +13,7 @@ from support.compiled import compile_ahead, run_compiling
 from palkernels.kernels import tiles
 from palkernels.kernels.aot import FEATURES, SHARED_MEMORY, shipped_variants
 
-SUPPORT = Path(__file__).parents[1] / "support"
+SUPPORT = Path(__file__).parents[1] / "lib" / "support"
 EVERYTHING = os.environ.get("PALKERNELS_AOT") == "all"
 CAPABILITIES = [80, 90, 100] if EVERYTHING else [80, 90]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32} if EVERYTHING else {

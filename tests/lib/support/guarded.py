@@ -1,6 +1,6 @@
 """Run the kernels on tensors that end, or begin, at an unreadable page: an access out of bounds kills the process.
 
-TRITON_INTERPRET=1 PYTHONPATH=tests python tests/support/guarded.py after|before|control
+TRITON_INTERPRET=1 PYTHONPATH=tests/lib python tests/lib/support/guarded.py after|before|control
 
 control shows that the page is unreadable: it reads one element too many, without a kernel.
 """
