@@ -62,7 +62,7 @@ class PalUnified(PalMulti):
     name = "pal-unified"
     label = "PAL, unified"
     about = f"at most {SUMMARY_TOKENS} summary tokens by PLITS, the full sequence by LAL; logits of the text alone"
-    style = Style("#274690", ">")
+    style = Style("#0f766e", ">")
 
     def in_sequence(self, audio_tokens: int) -> int:
         return min(SUMMARY_TOKENS, audio_tokens)
