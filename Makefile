@@ -16,8 +16,9 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find palkernels model bench 
 # Triton's interpreter multiplies with NumPy, and NumPy with the OpenBLAS kernels of the processor. Some of these sum less
 # exactly than PyTorch, whose products the tests compare with.
 BLAS := $(if $(shell grep -m 1 -o avx512f /proc/cpuinfo 2>/dev/null),OPENBLAS_CORETYPE=SkylakeX)
-# Two workers; one that has nothing left takes tests from the other, so that no long file runs alone at the end.
-PYTEST := OMP_NUM_THREADS=1 $(BLAS) $(BIN)/pytest --numprocesses 2 --dist worksteal
+# Two workers, a file to each: what a file makes once is made once. In the order of the files: by the number of tests,
+# which is the default, files of few but long tests would come last.
+PYTEST := OMP_NUM_THREADS=1 $(BLAS) $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

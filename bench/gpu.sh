@@ -65,7 +65,7 @@ if $sanitize; then
     done
 else
     stage tests 210 "$PYTHON" -m pytest --device cuda -q --numprocesses 14 --junitxml "$out/tests.xml" \
-        tests/attention tests/kernels tests/projection
+        tests/attention tests/kernels tests/projection tests/test_recompute.py
     stage microbench 100 "${command[@]}" microbench --device cuda --audio-tokens 1500 --seconds 0.05 \
         --json "$out/microbench.json"
     # All methods at full size. At the limit it writes the points it has, and --resume goes on with them.
