@@ -55,8 +55,8 @@ class GatedLayer(nn.Module):
 
     Norms are LayerNorms of the text; only the connector normalises the audio. A query that sees no audio keeps its
     state: attention and FFN are both left out. So a text without audio, and the text before the audio, get the stock
-    model's results. (In the paper the FFN changes these queries too.) As in the paper, the layer is not told the positions of
-    the audio's tokens.
+    model's results. (In the paper the FFN changes these queries too.) As in the paper, the layer is not told the
+    positions of the audio's tokens.
     """
 
     def __init__(

@@ -209,11 +209,15 @@ def growth(family, cache, decode, give_audio):
 
 
 @pytest.mark.parametrize(
-    ("method", "least"),
-    [(with_lal, with_least_attention), (with_flamingo, with_ready_masks)],
-    ids=["lal", "flamingo"],
+    ("family", "method", "least"),
+    [
+        ("llama", with_lal, with_least_attention),
+        ("mistral", with_lal, with_least_attention),
+        ("gemma3_text", with_lal, with_least_attention),
+        ("llama", with_flamingo, with_ready_masks),
+    ],
+    ids=["llama", "mistral", "gemma3_text", "flamingo"],
 )
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 @pytest.mark.parametrize(
     ("cache", "decode"),
     [(None, False), (None, True), ("static", True)],
