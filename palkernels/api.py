@@ -9,10 +9,11 @@ from torch import Tensor
 from palkernels import recompute as recomputation
 from palkernels.arguments import Call
 from palkernels.attention import checks, packed
-from palkernels.attention import implementations as attention
+from palkernels.attention.implementations import run as run_attention
 from palkernels.dispatch import check_impl, choose, raise_problems
 from palkernels.projection import checks as projection_checks
-from palkernels.projection import implementations as projection
+from palkernels.projection.implementations import run as run_projection
+from palkernels.projection.implementations import run_recomputed as run_recomputed_projection
 
 PerLayer: TypeAlias = Sequence[Tensor | None] | None
 
@@ -289,9 +290,9 @@ def audio_kv(
         on_cuda=states.is_cuda,
     )
     if recompute and torch.is_grad_enabled():
-        results = [projection.run_recomputed(layer, impl) for layer in layers]
+        results = [run_recomputed_projection(layer, impl) for layer in layers]
     else:
-        results = projection.run(layers, impl)
+        results = run_projection(layers, impl)
     if not projection_checks.in_lists(k_weight):
         return results[0]
     keys, values = zip(*results, strict=True)
@@ -300,4 +301,4 @@ def audio_kv(
 
 def _attend(call: Call, impl: str) -> tuple[Tensor, Tensor]:
     """Output and LSE of a prepared call by the implementation that ``impl`` stands for."""
-    return attention.run(call, choose(impl, checks.triton_reasons(call), on_cuda=call.query.is_cuda))
+    return run_attention(call, choose(impl, checks.triton_reasons(call), on_cuda=call.query.is_cuda))

@@ -130,7 +130,7 @@ class Projection:
         return {name: getattr(self, name) for name in ("num_kv_heads", "eps", "norm_offset")}
 
     @property
-    def rows(self) -> Tensor:
+    def flat_states(self) -> Tensor:
         """The states as (A * N, d)."""
         return self.states.reshape(self.states.shape[0] * self.states.shape[1], self.states.shape[2])
 

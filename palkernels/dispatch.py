@@ -48,7 +48,7 @@ def raise_problems(problems: Sequence[Exception]) -> None:
 
 
 def device_reasons(tensor: Tensor) -> list[str]:
-    """Why no Triton kernel runs on a tensor's device or dtype; of a fake tensor [], because none has to."""
+    """Why no Triton kernel runs on a tensor's device or dtype; for a fake tensor none, as no kernel ever runs on it."""
     if not torch.compiler.is_compiling() and is_fake(tensor):
         return []
     reasons = []

@@ -1,4 +1,4 @@
-"""What the operators cost: FLOPs, the bytes that they need while they run, and the plain code inside.
+"""Costs of the operators: FLOPs, the bytes that each needs while it runs, and the plain PyTorch that some of them run.
 
 Each function's parameters have the names of the operator's schema. :func:`register_flop_formulas` tells
 ``torch.utils.flop_counter`` the FLOPs.
@@ -13,14 +13,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from palkernels.arguments import Call
-from palkernels.attention import ops as attention
-from palkernels.projection import ops as projection
+from palkernels.attention.ops import lal_backward, lal_forward
+from palkernels.projection.ops import audio_kv_backward, audio_kv_forward, audio_kv_layers
 
 # FLOPs
 
 
 def _text_pairs(num_queries: int, num_keys: int, window: int | None) -> int:
-    """Query-key pairs of one head of one row, as far as shapes tell: positions and padding are not known to them."""
+    """Number of query-key pairs of one head of one row. Padding counts as text: shapes do not tell where it is."""
     window = num_keys if window is None else min(window, num_keys)
     first = num_keys - num_queries + 1  # keys up to the first query's own; each next query has one more
     growing = min(max(window - first + 1, 0), num_queries)  # queries before whose first key the window does not begin
@@ -108,11 +108,11 @@ def audio_kv_layers_flops(
 
 
 FLOPS: dict[Any, Callable[..., int]] = {
-    attention.lal_forward: lal_forward_flops,
-    attention.lal_backward: lal_backward_flops,
-    projection.audio_kv_forward: audio_kv_forward_flops,
-    projection.audio_kv_backward: audio_kv_backward_flops,
-    projection.audio_kv_layers: audio_kv_layers_flops,
+    lal_forward: lal_forward_flops,
+    lal_backward: lal_backward_flops,
+    audio_kv_forward: audio_kv_forward_flops,
+    audio_kv_backward: audio_kv_backward_flops,
+    audio_kv_layers: audio_kv_layers_flops,
 }
 
 
@@ -147,9 +147,9 @@ def _layers_scratch(*, states: Tensor, k_weight: Sequence[Tensor], **rest: Any) 
 
 
 _SCRATCH: dict[Any, Callable[..., int]] = {
-    projection.audio_kv_forward: _forward_scratch,
-    projection.audio_kv_backward: _backward_scratch,
-    projection.audio_kv_layers: _layers_scratch,
+    audio_kv_forward: _forward_scratch,
+    audio_kv_backward: _backward_scratch,
+    audio_kv_layers: _layers_scratch,
 }
 
 
@@ -173,7 +173,7 @@ def plain_function(
 
     Called in the operator's place it does the same, and a dispatch mode sees what it allocates.
     """
-    for ours in (projection.audio_kv_forward, projection.audio_kv_backward):
+    for ours in (audio_kv_forward, audio_kv_backward):
         if operator is ours._opoverload and not arguments_by_name(operator, args, kwargs)["fused"]:
             function: Callable[..., Any] = ours._init_fn
             return function

@@ -46,7 +46,7 @@ def recomputed(
         return compiled
 
     def make_and_save(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # As attention computes them: a copy that it made under autocast would be kept.
+        # In the dtype that attention computes in: else it would copy them under autocast, and keep the copies.
         key, value = (made.to(dtypes.computed_in(made, made.device)) for made in make(states))
         anchor: Tensor = _Save.apply(key.new_empty(0).requires_grad_(), key.detach(), value.detach())  # type: ignore[no-untyped-call]
         return key, value, anchor
@@ -104,10 +104,14 @@ class Recipe:
 
 
 def problems_of(call: Call, computed: Call) -> list[Exception]:
-    """Why attention would keep keys and values that it should not, without a word.
+    """Why attention would silently keep audio keys and values that :func:`recomputed` was to make again.
 
-    Those of ``call`` are views of what :func:`recomputed` returned; or they are not what is ``computed`` with, because
-    autocast copies them.
+    Attention knows these keys and values only as the tensors that :func:`recomputed` returned. It misses them where a
+    caller passes views of those tensors, or where autocast copies them into another dtype.
+
+    Args:
+        call: the caller's arguments.
+        computed: the arguments that attention computes with, after autocast.
     """
     if torch.compiler.is_compiling():
         return []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from palkernels.errors import one_line
+
 __all__ = ["import_audio_package"]
 
 
@@ -21,7 +23,7 @@ def import_audio_package(module: str, user: str) -> Any:
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:  # OSError: the package is there and its shared library is not
-        package, reason = module.partition(".")[0], " ".join(str(error).split())
+        package, reason = module.partition(".")[0], one_line(error)
         raise ModuleNotFoundError(
             f"{user} needs {package}: pip install 'palkernels[audio]' ({reason})", name=package
         ) from error

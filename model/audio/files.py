@@ -18,6 +18,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from palkernels.errors import one_line
 from palkernels.model.audio.containers import states_mp3_length, what_is_missing
 from palkernels.model.audio.dependencies import import_audio_package
 from palkernels.model.audio.limits import (
@@ -105,14 +106,10 @@ def load_audio(
                     blocks = resample_blocks(blocks, file.samplerate, sampling_rate)
                 return _joined(blocks, name, sampling_rate)
     except OSError as error:
-        raise AudioError(f"{name} must be readable, got {_one_line(error.strerror or error)}") from error
+        raise AudioError(f"{name} must be readable, got {one_line(error.strerror or error)}") from error
     except soundfile.SoundFileError as error:
-        reason = _one_line(getattr(error, "error_string", error))
+        reason = one_line(getattr(error, "error_string", error))
         raise AudioError(f"{name} must hold intact WAV, FLAC, OGG or MP3 audio, got {reason!r}") from error
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
 
 
 def _checked_size(path: str | os.PathLike[str], name: str, max_bytes: int) -> int:
@@ -122,7 +119,7 @@ def _checked_size(path: str | os.PathLike[str], name: str, max_bytes: int) -> in
     except FileNotFoundError as error:
         raise AudioError(f"{name} must exist, got no such file") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise AudioError(f"{name} must be readable, got {_one_line(getattr(error, 'strerror', error))}") from error
+        raise AudioError(f"{name} must be readable, got {one_line(getattr(error, 'strerror', error))}") from error
     if stat.S_ISDIR(status.st_mode):
         raise AudioError(f"{name} must be a file, got a directory")
     if not stat.S_ISREG(status.st_mode):

@@ -62,7 +62,7 @@ def lal_attention_forward(
     layout, span = lal_request.plan.layout, lal_request.key_span(key.shape[2])
 
     # A layer that is checkpointed as a whole keeps nothing anyway.
-    checkpointed = getattr(lal_request.layers[layer], "gradient_checkpointing", False) and module.training
+    checkpointed = getattr(lal_request.modules[layer], "gradient_checkpointing", False) and module.training
     if lal_request.recompute and torch.is_grad_enabled() and not checkpointed:
         states = lal_request.states_of(layer)
         audio_key, audio_value = recomputed(lambda _: lal_request.project(layer), states)

@@ -25,7 +25,7 @@ NORM_OFFSETS = (0.0, 1.0)  # Gemma's norms multiply by 1 + weight
 class LayerCheck:
     """What the comparison of a layer's K and V with ours has shown."""
 
-    norm_offset: float | None  # with which audio_kv computes what the layer's modules do; None: with none
+    norm_offset: float | None  # makes audio_kv compute what the layer's modules do; None: no offset does
     norms: tuple[Any, ...]  # :func:`describe_norms` of the layer at that time: other norms compute something else
 
 

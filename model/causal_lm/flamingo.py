@@ -67,7 +67,8 @@ def attach_flamingo(
     model = base_model(model)
     attached = handle_of(model)
     if attached is not None:
-        raise ValueError(f"the model must be detached before it is attached again, got a {type(attached).__name__}'s")
+        by = type(attached).__name__
+        raise ValueError(f"the model must be detached before it is attached again, got a model attached by {by}")
     model_config = find_decoder(model).config
     heads = model_config.num_attention_heads if heads is None else heads
     head_dim = head_dim_of(model_config) if head_dim is None else head_dim
@@ -78,19 +79,18 @@ def attach_flamingo(
 class FlamingoRequest(Request):
     """One forward's audio for the new layers."""
 
-    layers: nn.ModuleDict  # the new ones, by the index of the layer that each stands before
+    new_layers: nn.ModuleDict  # by the index of the layer that each stands before
     _masks: tuple[AudioMask, Tensor | None] | None = field(default=None, init=False)
 
-    def project(self, layer: int) -> AudioKV:
-        projected: AudioKV = self._gated(layer).audio_kv(self.states_of(layer))
-        return projected
+    def project(self, index: int) -> AudioKV:
+        return self._gated(index).audio_kv(self.states_of(index))
 
     def positions(self) -> Tensor:
         return self.plan.positions(self.texts, shifted=False)
 
-    def run_layer(self, layer: int, hidden: Tensor) -> Tensor:
-        """Return the text's states after the new layer that stands before layer ``layer`` of the model."""
-        updated: Tensor = self._gated(layer)(hidden, self.audio_kv(layer), *self.masks())
+    def run_layer(self, index: int, hidden: Tensor) -> Tensor:
+        """Return the text's states after the new layer that stands before layer ``index`` of the model."""
+        updated: Tensor = self._gated(index)(hidden, self.audio_kv(index), *self.masks())
         return updated
 
     def masks(self) -> tuple[AudioMask, Tensor | None]:
@@ -115,8 +115,8 @@ class FlamingoRequest(Request):
         mask = AudioMask(text_start, layout.lengths, layout.index, visible_from)
         return mask, None if sees_audio is None else sees_audio.unsqueeze(2)
 
-    def _gated(self, layer: int) -> Any:
-        return self.layers[str(layer)]
+    def _gated(self, index: int) -> GatedLayer:
+        return self.new_layers[str(index)]  # type: ignore[return-value]
 
 
 class FlamingoHandle(Attached):
@@ -190,4 +190,4 @@ class FlamingoHandle(Attached):
         if self.model.training:
             check_reentrant(self.decoder_layers)
         plan = make_plan(state, texts, rotated=False, training=self.model.training)
-        return FlamingoRequest(state, plan, texts, {} if keep else None, layers=self.layers)
+        return FlamingoRequest(state, plan, texts, {} if keep else None, new_layers=self.layers)

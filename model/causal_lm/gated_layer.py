@@ -53,9 +53,10 @@ class GatedLayer(nn.Module):
         y = y + tanh(attention_gate) W_o softmax(scale * W_q norm(y) (W_k x)^T, masked) W_v x
         y = y + tanh(ffn_gate) FFN(norm(y))
 
-    Norms are LayerNorms; the audio has none but its connector's. A query that sees no audio is left as it was by both:
-    so a text without audio, and what stands before the audio, is the stock model's. (The paper's FFN takes those too.)
-    Positions of the audio are not told, as in the paper.
+    Norms are LayerNorms of the text; only the connector normalises the audio. A query that sees no audio keeps its
+    state: attention and FFN are both left out. So a text without audio, and the text before the audio, get the stock
+    model's results. (In the paper the FFN changes these queries too.) As in the paper, the layer is not told the
+    positions of the audio's tokens.
     """
 
     def __init__(

@@ -122,8 +122,8 @@ def generate(handle: Attached, audio: AudioState | None, arguments: dict[str, An
         _CURRENT.reset(token)
     if generation is not None and (generation.request is None or not generation.request.ran):
         raise RuntimeError(
-            "generate must run what the attached model's prepare_inputs_for_generation returns, which has the audio in "
-            "it, got no such forward"
+            "no forward of this generate took the audio: generate must call the model with all that its "
+            "prepare_inputs_for_generation returns"
         )
     return outputs
 

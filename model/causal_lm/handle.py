@@ -146,7 +146,7 @@ class LalHandle(Attached):
             plan,
             texts,
             {} if keep else None,
-            layers=self.decoder_layers,
+            modules=self.decoder_layers,
             selected=self.selected,
             rotations=self._rotations(state, plan, texts),
             shifted=self.config.rope == "sequence",

@@ -24,12 +24,12 @@ class Request(ABC):
     state: AudioState
     plan: Plan
     texts: Texts
-    cached: dict[int, AudioKV] | None  # by layer, K and V that are made already; None: none are kept
-    consumed: set[int] = field(default_factory=set, init=False)  # layers that have taken the audio
+    cached: dict[int, AudioKV] | None  # by layer index, K and V that are made already; None: none are kept
+    consumed: set[int] = field(default_factory=set, init=False)  # indices of layers that have taken the audio
     ran: bool = field(default=False, init=False)
 
     @abstractmethod
-    def project(self, layer: int) -> AudioKV:
+    def project(self, index: int) -> AudioKV:
         """Make K and V of the audio in one layer."""
 
     @abstractmethod
@@ -40,20 +40,20 @@ class Request(ABC):
         """Return the request of a later step of generation, with the same plan and the same cached keys and values."""
         return replace(self, texts=texts)
 
-    def audio_kv(self, layer: int) -> AudioKV:
+    def audio_kv(self, index: int) -> AudioKV:
         """Return K and V of the audio in one layer."""
-        if self.cached is not None and layer in self.cached:
-            return self.cached[layer]
-        projected = self.project(layer)
+        if self.cached is not None and index in self.cached:
+            return self.cached[index]
+        projected = self.project(index)
         if self.cached is not None:
-            self.cached[layer] = projected
+            self.cached[index] = projected
         return projected
 
-    def states_of(self, layer: int) -> Tensor:
+    def states_of(self, index: int) -> Tensor:
         """Return the states (A, N, d) that one layer takes."""
-        states = self.state.for_layer(layer)
+        states = self.state.for_layer(index)
         if states is None:
-            raise ValueError(f"states must hold a tensor for layer {layer}, which takes audio, got None")
+            raise ValueError(f"states must hold a tensor for layer {index}, which takes audio, got None")
         return states
 
 
@@ -70,8 +70,8 @@ class KeySpan:
 class LalRequest(Request):
     """One forward's audio for LAL: keys and values of the model's own attention."""
 
-    layers: Sequence[nn.Module]
-    selected: tuple[int, ...]  # the layers that take audio
+    modules: Sequence[nn.Module]  # the decoder layers
+    selected: tuple[int, ...]  # indices of those that take audio
     rotations: tuple[Rotation | None, ...]  # per layer, cos and sin (P or 1, N, R); None: keys are not rotated
     shifted: bool  # whether the text's positions make room for the audio
     impl: str
@@ -112,10 +112,10 @@ class LalRequest(Request):
             text_start = (text_start - dropped).clamp(min=0)
         return KeySpan(text_start, text_end, visible_from)
 
-    def project(self, layer: int) -> AudioKV:
+    def project(self, index: int) -> AudioKV:
         if self.norm_offset is None:
-            return self._placed(layer, *project_audio(self.layers[layer], self.states_of(layer)))
-        return self._project_fused([layer], self.norm_offset)[layer]
+            return self._placed(index, *project_audio(self.modules[index], self.states_of(index)))
+        return self._project_fused([index], self.norm_offset)[index]
 
     def project_at_once(self) -> None:
         """Make every layer's K and V before the first layer runs, if that is possible and pays.
@@ -126,30 +126,30 @@ class LalRequest(Request):
         if self.norm_offset is None or torch.is_grad_enabled():
             return
         shared = isinstance(self.state.states, Tensor)
-        groups = [self.selected] if shared else [(layer,) for layer in self.selected]
+        groups = [self.selected] if shared else [(index,) for index in self.selected]
         made = {} if self.cached is None else self.cached
         for group in groups:
             made.update(self._project_fused(group, self.norm_offset))
         self.cached = made
 
-    def _project_fused(self, layers: Sequence[int], norm_offset: float) -> dict[int, AudioKV]:
+    def _project_fused(self, indices: Sequence[int], norm_offset: float) -> dict[int, AudioKV]:
         """Make K and V of plain layers that share their states, by one audio_kv.
 
         For the backward pass it keeps its arguments alone, where the modules keep several times as much as K and V.
         """
         rotated_later = self.plan.layout.audio_rows is not None
-        rotations = [None if rotated_later else self.rotations[layer] for layer in layers]
-        modules = [self.layers[layer] for layer in layers]
-        projected = project_fused(modules, self.states_of(layers[0]), norm_offset, rotations, self.impl)
+        rotations = [None if rotated_later else self.rotations[index] for index in indices]
+        modules = [self.modules[index] for index in indices]
+        projected = project_fused(modules, self.states_of(indices[0]), norm_offset, rotations, self.impl)
         if rotated_later:
-            projected = [self._placed(layer, *kv) for layer, kv in zip(layers, projected, strict=True)]
-        return dict(zip(layers, projected, strict=True))
+            projected = [self._placed(index, *kv) for index, kv in zip(indices, projected, strict=True)]
+        return dict(zip(indices, projected, strict=True))
 
-    def _placed(self, layer: int, key: Tensor, value: Tensor) -> AudioKV:
+    def _placed(self, index: int, key: Tensor, value: Tensor) -> AudioKV:
         """Turn K and V of each audio row into those of each audio row and place, and rotate keys for their place."""
-        audio_rows, rotation = self.plan.layout.audio_rows, self.rotations[layer]
+        audio_rows, rotation = self.plan.layout.audio_rows, self.rotations[index]
         if audio_rows is not None:
             key, value = key.index_select(0, audio_rows), value.index_select(0, audio_rows)
         if rotation is not None:
-            key = rotate(self.layers[layer].self_attn, key, rotation)  # type: ignore[arg-type]
+            key = rotate(self.modules[index].self_attn, key, rotation)  # type: ignore[arg-type]
         return key, value

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from palkernels.errors import one_line
 from palkernels.model.causal_lm.config import LalConfig
 from palkernels.model.causal_lm.layers import head_dim_of
 
@@ -163,5 +164,5 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it cannot be iterated)
             return {name: settings[name] for name in ("model", "config", "modules")}, tensors
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{path} must be a file that handle.save wrote, got {said}") from error
+        reason = one_line(error, with_type=True)
+        raise ValueError(f"{path} must be a file that handle.save wrote, got {reason}") from error

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers import AttentionInterface, PreTrainedModel
 
+from palkernels.errors import one_line
 from palkernels.model.causal_lm.fast_path import (
     LayerCheck,
     describe_norms,
@@ -222,7 +223,7 @@ def _compare(model: PreTrainedModel, layer: Any, index: int, rotary: Rotary, sta
     attention = layer.self_attn
     positions = torch.arange(4, device=states.device).unsqueeze(0)
     mask = torch.zeros(1, 1, 4, 4, device=states.device, dtype=states.dtype)
-    recorder: Any = _Recorder()
+    recorder = _Recorder()
     stock_config = attention.config
     attention.config = copy.copy(stock_config)
     attention.config._attn_implementation = PROBE_NAME
@@ -241,7 +242,7 @@ def _compare(model: PreTrainedModel, layer: Any, index: int, rotary: Rotary, sta
         key, value = project_audio(layer, states)
         key = rotate(attention, key, rotation)
     except Exception as error:  # whatever a foreign layer raises means that it is not one of ours
-        raise refusal(model, f"a layer cannot be run as Llama's is: {' '.join(str(error).split())}") from error
+        raise refusal(model, f"a layer cannot be run as Llama's is: {one_line(error)}") from error
     finally:
         attention.config, layer.gradient_checkpointing = stock_config, checkpointed
 

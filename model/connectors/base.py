@@ -6,7 +6,7 @@ the arguments that make another of the same shape, ``CONNECTORS[name](**config)`
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,12 @@ class Connector(nn.Module):
     """From audio encoders' states to states of the language model's width.
 
     Attributes:
+        tower_types: Types of the towers whose states it fuses, in order, as configurations name them; None: it takes
+            the states of one tower, of any type.
         config: The constructor's arguments by name, as JSON can hold them.
     """
 
+    tower_types: ClassVar[tuple[str, ...] | None] = None
     config: dict[str, Any]
 
     def connect(self, states: States, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -50,6 +50,8 @@ class LfstConnector(Connector):
             encoder.
     """
 
+    tower_types = ("sslam", "clap")
+
     def __init__(
         self,
         input_sizes: Sequence[int],

@@ -26,8 +26,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from palkernels.errors import one_line
 from palkernels.model.audio.features import Features
-from palkernels.model.encoders.weights import build_seeded, one_line
+from palkernels.model.encoders.weights import build_seeded
 
 __all__ = ["Tower"]
 
@@ -60,7 +61,7 @@ class Tower(nn.Module):
         try:
             encoder = make() if without_weights else build_seeded(make, config["seed"])
         except (RuntimeError, TypeError, KeyError, ZeroDivisionError) as error:
-            raise ValueError(f"settings must describe an encoder, got {one_line(error)}") from error
+            raise ValueError(f"settings must describe an encoder, got {one_line(error, with_type=True)}") from error
         self._adopt(encoder, initialized=not without_weights)
 
     @classmethod
@@ -129,7 +130,9 @@ def configured(config_class: Any, known: tuple[str, ...], settings: dict[str, An
     try:
         return config_class(**settings, **fixed)
     except Exception as error:  # transformers has an error class of its own for a value of another type
-        raise ValueError(f"settings must be those of {config_class.__name__}, got {one_line(error)}") from error
+        raise ValueError(
+            f"settings must be those of {config_class.__name__}, got {one_line(error, with_type=True)}"
+        ) from error
 
 
 def plain_settings(config: Any, names: tuple[str, ...]) -> dict[str, Any]:

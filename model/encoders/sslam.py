@@ -23,9 +23,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from palkernels.errors import one_line
 from palkernels.model.audio.features import SslamFeatures
 from palkernels.model.encoders.base import Tower
-from palkernels.model.encoders.weights import checkpoint_name, fill, one_line, outline, read_json, read_tensors
+from palkernels.model.encoders.weights import checkpoint_name, fill, outline, read_json, read_tensors
 
 __all__ = ["SslamEncoder", "SslamTower", "load_sslam"]
 
@@ -191,7 +192,7 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever bytes that are no such file make torch raise
         raise ValueError(
             f"{checkpoint} must load with torch.load(weights_only=True); if you trust it, store its tensors as "
-            f"safetensors; got {one_line(error)[:200]}"
+            f"safetensors; got {one_line(error, with_type=True)[:200]}"
         ) from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):  # fairseq's, beside its settings
         content = content["model"]
@@ -220,7 +221,9 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         settings = read_json(path / "config.json")
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{checkpoint_name(path)} must hold a readable config.json, got {one_line(error)}") from error
+        raise ValueError(
+            f"{checkpoint_name(path)} must hold a readable config.json, got {one_line(error, with_type=True)}"
+        ) from error
     for name, value in REQUIRED_SETTINGS.items():
         if settings.get(name, value) != value:
             raise ValueError(f"{checkpoint_name(path)} must have {name} {json.dumps(value)}, got {settings[name]!r}")

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-__all__ = [
-    "build_seeded", "checkpoint_name", "fill", "load_config", "one_line", "outline", "read_json", "read_tensors",
-]  # fmt: skip
+from palkernels.errors import one_line
+
+__all__ = ["build_seeded", "checkpoint_name", "fill", "load_config", "outline", "read_json", "read_tensors"]
 
 Module = TypeVar("Module", bound=nn.Module)
 NAMES_LISTED = 3  # names of tensors that an error spells out; it counts the others
@@ -50,7 +50,9 @@ def outline(make: Callable[[], Module], path: Path, description: str) -> Module:
         with torch.device("meta"):
             return make()
     except (ValueError, RuntimeError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"{checkpoint_name(path)} must describe {description}, got {one_line(error)}") from error
+        raise ValueError(
+            f"{checkpoint_name(path)} must describe {description}, got {one_line(error, with_type=True)}"
+        ) from error
 
 
 def load_config(directory: Path, config_class: Any, model_types: tuple[str, ...], description: str) -> Any:
@@ -66,7 +68,7 @@ def load_config(directory: Path, config_class: Any, model_types: tuple[str, ...]
     try:
         model_type = read_json(directory / "config.json")["model_type"]
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{name} must hold a readable config.json, got {one_line(error)}") from error
+        raise ValueError(f"{name} must hold a readable config.json, got {one_line(error, with_type=True)}") from error
     except KeyError:
         model_type = None
     if model_type not in model_types:
@@ -74,7 +76,7 @@ def load_config(directory: Path, config_class: Any, model_types: tuple[str, ...]
     try:
         return config_class.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # whatever a malformed setting makes transformers raise
-        raise ValueError(f"{name} must hold a valid config.json, got {one_line(error)}") from error
+        raise ValueError(f"{name} must hold a valid config.json, got {one_line(error, with_type=True)}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -110,7 +112,9 @@ def read_tensors(path: Path, rename: Callable[[str], str | None]) -> dict[str, T
                     if name is not None:
                         tensors[name] = weights.get_tensor(key)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"{checkpoint_name(path)} must hold safetensors weights, got {one_line(error)}") from error
+        raise ValueError(
+            f"{checkpoint_name(path)} must hold safetensors weights, got {one_line(error, with_type=True)}"
+        ) from error
     return tensors
 
 
@@ -171,8 +175,3 @@ def fill(
 def checkpoint_name(path: Path) -> str:
     """Return what errors call a checkpoint."""
     return f"checkpoint {str(path)!r}"
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's class and message without line breaks."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -13,7 +13,6 @@ __all__ = ["PalConfig"]
 
 INTEGRATIONS = ("lal", "plits", "flamingo")
 PROJECTIONS = ("shared", "per_layer")
-LFST_TOWERS = ("sslam", "clap")  # the towers of an entry whose connector is LFST, in this order
 ENTRY_KEYS = ("type", "config", "integration", "connector")
 
 
@@ -28,8 +27,9 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
         text_config: the language model's config, or a dict with its ``model_type``: any model that ``attach`` takes.
         encoders: one entry per encoder, {"type": "whisper", "clap" or "sslam", "config": the tower's arguments,
             "integration": "lal", "plits" or "flamingo", "connector": {"type": "mlp", "qformer" or "lfst", "config": the
-            connector's arguments}}. Both ``config`` may be left out; a connector's widths are filled in. LFST fuses two
-            towers: its entry has "type": ["sslam", "clap"] and a list of two configs, or none.
+            connector's arguments}}. Both ``config`` may be left out; a connector's widths are filled in. A
+            connector that fuses towers says which (``Connector.tower_types``): LFST's entry has "type": ["sslam",
+            "clap"] and a list of two configs, or none.
         layers: "all", or the layers that LAL's audio enters; delayed LAL is ``range(4, num_layers)``. With an empty
             list LAL's audio is not there at all.
         rope, impl, recompute_audio_kv: as in :class:`LalConfig`.
@@ -149,9 +149,9 @@ def _complete_entry(caller_entry: Any, width: int) -> dict[str, Any]:
         raise ValueError(f'connector must be a dict with "type" and "config", got {connector!r}')
     if connector.get("type") not in CONNECTORS:
         raise ValueError(f"a connector's type must be {_names(CONNECTORS)}, got {connector.get('type')!r}")
-    is_lfst = connector["type"] == "lfst"
-    if several != is_lfst or tuple(types) != (LFST_TOWERS if is_lfst else tuple(types[:1])):
-        expected = f"{list(LFST_TOWERS)}" if is_lfst else "one encoder's"
+    fused = CONNECTORS[connector["type"]].tower_types
+    if several if fused is None else not several or tuple(types) != fused:
+        expected = "one encoder's" if fused is None else f"{list(fused)}"
         raise ValueError(f"the type must be {expected} for the connector {connector['type']!r}, got {entry['type']!r}")
     entry["config"] = entry.get("config") or ([{} for _ in types] if several else {})
     configs = entry["config"] if several else [entry["config"]]

@@ -1,7 +1,7 @@
 """Towers and connectors as the ``encoders`` of a :class:`PalConfig` describe them.
 
-An entry of ``encoders`` has one tower, or with LFST two. Things that are listed tower by tower, such as features and
-lengths, are dealt out to the entries by :func:`by_entry`.
+An entry of ``encoders`` has one tower, or several where its connector fuses them. Things that are listed tower by
+tower, such as features and lengths, are dealt out to the entries by :func:`by_entry`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 
 
 def tower_types(entry: dict[str, Any]) -> list[str]:
-    """Return the types of an entry's towers: one, or two for LFST."""
+    """Return the types of an entry's towers: one, or all that its connector fuses."""
     return [entry["type"]] if isinstance(entry["type"], str) else list(entry["type"])
 
 

@@ -67,7 +67,10 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         window = min(features.max_samples / features.sampling_rate for features in self._features)
         self.max_seconds = window if max_seconds is None else max_seconds
         if not 0 < self.max_seconds <= window:
-            raise ValueError(f"max_seconds must be from above 0 to {window:g}, which is heard, got {max_seconds!r}")
+            raise ValueError(
+                f"max_seconds must be above 0 and at most {window:g}, the longest clip that every encoder hears whole, "
+                f"got {max_seconds!r}"
+            )
         self._connectors = outline_connectors(self.encoders)
 
     @classmethod

@@ -123,7 +123,7 @@ def compile_projection(capability: int, dtype: torch.dtype) -> list[dict[str, ob
             states, floats(width), weight, weight, bias, bias, floats(head_dim), turn, turn,
             num_kv_heads=8, eps=1e-6, norm_offset=1.0,
         )  # fmt: skip
-        rows, sums = layer.rows, torch.empty(1, dtype=torch.float32, device="meta")
+        rows, sums = layer.flat_states, torch.empty(1, dtype=torch.float32, device="meta")
         launches = {
             "normalise": projection.normalise_launch(layer, layer.norm_weight, rows),
             "normalise_gradient": projection.normalise_gradient_launch(rows, layer, rows, sums),

@@ -214,7 +214,7 @@ def finish_gradient_kernel(
 
 
 def normalise(layer: Projection, weight: Tensor | None) -> Tensor:
-    out = torch.empty_like(layer.rows, memory_format=torch.contiguous_format)
+    out = torch.empty_like(layer.flat_states, memory_format=torch.contiguous_format)
     normalise_launch(layer, weight, out).run()
     return out
 
@@ -242,13 +242,13 @@ def finish_gradient(dkeys: Tensor, raw: Tensor | None, layer: Projection) -> tup
 
 
 def normalise_launch(layer: Projection, weight: Tensor | None, out: Tensor) -> Launch:
-    rows = layer.rows.contiguous()
+    rows = layer.flat_states.contiguous()
     arguments = (rows, _contiguous(weight), out)
     return Launch(normalise_kernel, rows.shape[0], arguments, _row_constants(layer), rows.device)
 
 
 def normalise_gradient_launch(dnormalised: Tensor, layer: Projection, drows: Tensor, sums: Tensor | None) -> Launch:
-    rows = layer.rows.contiguous()
+    rows = layer.flat_states.contiguous()
     num_rows = rows.shape[0]
     arguments = (dnormalised.contiguous(), rows, _contiguous(layer.norm_weight), drows, sums, num_rows)
     # Left to itself ptxas spills float32 on Ampere, for the sake of more programs.

@@ -68,8 +68,8 @@ def audio_kv_backward(
     steps, call = _steps(fused), Projection(*layer)
     wants = dict(zip(PROJECTION, needed, strict=True))
     gradients: dict[str, Tensor | None] = {}
-    num_rows = call.rows.shape[0]
-    normalised: Any = None
+    num_rows = call.flat_states.shape[0]
+    normalised: Tensor | None = None
     if wants["k_weight"] or wants["v_weight"] or (dkey is not None and call.k_norm_weight is not None):
         normalised = steps.normalise(call, call.norm_weight)
 
@@ -79,6 +79,7 @@ def audio_kv_backward(
         dkeys = dkey.transpose(1, 2)
         raw = None
         if call.k_norm_weight is not None:
+            assert normalised is not None
             raw = call.heads(linear(normalised, call.k_weight, call.k_bias))
         dkeys, gradients["k_norm_weight"] = steps.finish_gradient(dkeys, raw, call)
         dkeys = dkeys.reshape(num_rows, call.k_weight.shape[0])
@@ -93,6 +94,7 @@ def audio_kv_backward(
         if wants["v_bias"]:
             gradients["v_bias"] = dvalues.sum(0)
         if wants["v_weight"]:
+            assert normalised is not None
             gradients["v_weight"] = dvalues.t() @ normalised
         if wants_rows:
             dnormalised = (

@@ -19,7 +19,7 @@ def _inverse_rms(values: Tensor, eps: float) -> Tensor:
 
 def normalise(layer: Projection, weight: Tensor | None) -> Tensor:
     """RMSNorm of the layer's rows (M, d): ``rows / rms * (weight + norm_offset)``; without a weight, ``rows / rms``."""
-    values = _upcast(layer.rows)
+    values = _upcast(layer.flat_states)
     values = values * _inverse_rms(values, layer.eps)
     if weight is not None:
         values = values * (_upcast(weight) + layer.norm_offset)
@@ -29,7 +29,7 @@ def normalise(layer: Projection, weight: Tensor | None) -> Tensor:
 def normalise_gradient(dnormalised: Tensor, layer: Projection, wants_weight: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients of the rows (M, d), in their dtype, and of the norm's weight (d,), if it is wanted."""
     gain = _upcast(layer.norm_weight) + layer.norm_offset
-    drows, dweight = _rms_norm_gradient(_upcast(dnormalised), _upcast(layer.rows), gain, layer.eps)
+    drows, dweight = _rms_norm_gradient(_upcast(dnormalised), _upcast(layer.flat_states), gain, layer.eps)
     return drows.to(layer.states.dtype), dweight if wants_weight else None
 
 

@@ -37,12 +37,15 @@ def batch(side):
 
 
 def positions(mask):
-    """Of each row's own text. RoPE's angles are float32: from the batch's positions they differ by 1e-7."""
+    """Positions (B, T) that count each row's own text from 0, past its padding.
+
+    RoPE's angles are float32: at the positions of the padded batch they differ by 1e-7.
+    """
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def open_gates(handle, seed=3):
-    """Gates and norms that are not what they begin with."""
+    """Give gates and norms other values than they begin with."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in handle.layers.named_parameters():
         if "gate" in name:

@@ -2,9 +2,9 @@
 
 import builtins
 from contextlib import contextmanager
-from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
@@ -36,7 +36,8 @@ def patch_language_once():
 def overflow_checks():
     """Raise where 32-bit integer arithmetic overflows, in live and masked lanes alike."""
     options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=True)
-    with mock.patch.object(interpreter.interpreter_builder, "options", options):
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(interpreter.interpreter_builder, "options", options)
         yield
 
 
@@ -67,18 +68,18 @@ def bfloat16():
             return widened(source)
         return cast(self, source, target)
 
-    with (
-        mock.patch.object(builder, "create_dot", create_dot),
-        mock.patch.object(builder, "cast_impl", cast_impl),
-        mock.patch.object(checks, "triton_reasons", return_value=[]),
-    ):
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(builder, "create_dot", create_dot)
+        patches.setattr(builder, "cast_impl", cast_impl)
+        patches.setattr(checks, "triton_reasons", lambda call: [])
         yield
 
 
 @contextmanager
 def without_copies():
     """Do without the copy of every argument onto itself after a launch: it would touch all pages of a huge tensor."""
-    with mock.patch.object(interpreter.GridExecutor, "_restore_args_dev", return_value=None):
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
         yield
 
 
@@ -89,7 +90,8 @@ def only_programs(chosen):
     def programs(*args):
         return chosen if len(args) == 1 and args[0] > 65_535 else builtins.range(*args)
 
-    with mock.patch.object(interpreter, "range", programs, create=True):
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(interpreter, "range", programs, raising=False)
         yield
 
 
@@ -100,5 +102,6 @@ def in_order(order):
     def programs(*args):
         return order(builtins.range(*args)) if len(args) == 1 else builtins.range(*args)
 
-    with mock.patch.object(interpreter, "range", programs, create=True):
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(interpreter, "range", programs, raising=False)
         yield

@@ -59,7 +59,9 @@ def test_generation_with_virtual_tokens_is_refused(kind, attached):
     handle = attach(adapted)
     ids, states, _ = inputs(torch.float32)
     options = {"input_ids": ids, "audio": AudioState(states), "max_new_tokens": 2, "do_sample": False}
-    message = "must run the text that was prepared" if attached == "before" else "got no such forward"
+    message = (
+        "must run the text that was prepared" if attached == "before" else "no forward of this generate took the audio"
+    )
     with pytest.raises(RuntimeError, match=message):
         adapted.generate(**options)
     if attached == "before":

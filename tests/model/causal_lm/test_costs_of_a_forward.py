@@ -9,8 +9,10 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, D
 
 from palkernels import lal_attention
 from palkernels.model import AudioState, LalConfig, attach
-from palkernels.model.causal_lm import attention, request
-from palkernels.model.causal_lm.flamingo import attach_flamingo
+from palkernels.model.causal_lm import attention, gated_layer, request
+from palkernels.model.causal_lm.fast_path import FastPath
+from palkernels.model.causal_lm.flamingo import FlamingoRequest, attach_flamingo
+from palkernels.model.causal_lm.gated_layer import AudioMask
 from palkernels.model.causal_lm.generation import Generation
 
 
@@ -148,22 +150,45 @@ def no_attention(query, *args, **kwargs):
     return torch.empty_like(query)
 
 
-def operators(family, layers, cache, decode, least, attend, monkeypatch):
-    """The operators of a forward, or of one decoding step, without audio's projection."""
+def with_least_attention(model, state, cache, attend, monkeypatch):
+    """Give a model the attention function that does nothing but attend, and return what its forward takes for audio."""
+    head_dim = model.model.layers[0].self_attn.head_dim
+    function = LeastAttention(attend, state.num_tokens, head_dim, cache == "static")
+    AttentionInterface.register("least_of_this_test", function)
+    model.config._attn_implementation = "least_of_this_test"
+    return {}
+
+
+def with_lal(model, state, cache, attend, monkeypatch):
+    """Attach a model by LAL, without audio's projection, and return what its forward takes for audio."""
+    attach(model, LalConfig(impl="triton"))
+    made = torch.randn(3, 2, state.num_tokens, model.model.layers[0].self_attn.head_dim)
+    monkeypatch.setattr(request, "project_fused", lambda layers, *args: [(made, made)] * len(layers))
+    monkeypatch.setattr(attention, "lal_attention", attend)
+    return {"audio": state}
+
+
+def with_flamingo(model, state, cache, attend, monkeypatch):
+    """Put a gated layer before every layer of a model, and return what its forward takes for audio."""
+    attach_flamingo(model, 1)
+    monkeypatch.setattr(gated_layer, "lal_attention", attend)
+    return {"audio": state}
+
+
+def with_ready_masks(model, state, cache, attend, monkeypatch):
+    """Do as :func:`with_flamingo`, with masks that are there before the forward."""
+    integers = torch.zeros(3, dtype=torch.long)
+    mask = AudioMask(integers, integers, None, integers[:, None].expand(3, state.num_tokens))
+    sees_audio = {queries: torch.ones(3, queries, 1, dtype=torch.bool) for queries in (1, 9)}
+    monkeypatch.setattr(FlamingoRequest, "masks", lambda self: (mask, sees_audio[self.texts.num_queries]))
+    return with_flamingo(model, state, cache, attend, monkeypatch)
+
+
+def operators(family, layers, cache, decode, give_audio, attend, monkeypatch):
+    """The operators of a forward, or of one decoding step."""
     model = deep(family, layers)
     _, padded, mask = batch(texts(), "left")
-    state, head_dim = audio_state("inserted", torch.float32), model.model.layers[0].self_attn.head_dim
-    audio = {}
-    if least:
-        function = LeastAttention(attend, state.num_tokens, head_dim, cache == "static")
-        AttentionInterface.register("least_of_this_test", function)
-        model.config._attn_implementation = "least_of_this_test"
-    else:
-        attach(model, LalConfig(impl="triton"))
-        made = torch.randn(3, 2, state.num_tokens, head_dim)
-        monkeypatch.setattr(request, "project_fused", lambda layers, *args: [(made, made)] * len(layers))
-        monkeypatch.setattr(attention, "lal_attention", attend)
-        audio = {"audio": state}
+    audio = give_audio(model, audio_state("inserted", torch.float32), cache, attend, monkeypatch)
     if not decode:
         return count_operators(lambda: model(padded, attention_mask=mask, use_cache=False, **audio))
 
@@ -174,24 +199,67 @@ def operators(family, layers, cache, decode, least, attend, monkeypatch):
     return generate(3) - generate(2)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def growth(family, cache, decode, give_audio):
+    """The operators that four further layers add."""
+    counts = []
+    for layers in (4, 8):
+        with pytest.MonkeyPatch.context() as patches:
+            counts.append(operators(family, layers, cache, decode, give_audio, no_attention, patches))
+    return counts[1] - counts[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "least"),
+    [
+        ("llama", with_lal, with_least_attention),
+        ("mistral", with_lal, with_least_attention),
+        ("gemma3_text", with_lal, with_least_attention),
+        ("llama", with_flamingo, with_ready_masks),
+    ],
+    ids=["llama", "mistral", "gemma3_text", "flamingo"],
+)
 @pytest.mark.parametrize(
     ("cache", "decode"),
     [(None, False), (None, True), ("static", True)],
     ids=["forward", "decode step", "static decode step"],
 )
 @torch.no_grad()
-def test_a_layer_does_nothing_but_attend(family, cache, decode, monkeypatch):
-    """Layers cost what an attention function costs whose arguments are ready, and no operator besides."""
-    growth = {}
-    for least in (True, False):
-        few, many = (operators(family, layers, cache, decode, least, no_attention, monkeypatch) for layers in (4, 8))
-        growth[least] = many - few
-    assert growth[False] == growth[True] > 0
+def test_a_layer_does_nothing_but_attend(family, cache, decode, method, least):
+    """Layers cost what they cost where all that is the same in all of them is there already, and no operator besides.
+
+    For LAL that is an attention function whose arguments are ready; for Flamingo, new layers whose masks are.
+    """
+    assert growth(family, cache, decode, method) == growth(family, cache, decode, least) > 0
 
 
 @torch.no_grad()
 def test_attention_is_one_operator(monkeypatch):
     """By our kernels: as many operators as with a stand-in that is one."""
-    counts = [operators("llama", 1, None, True, False, attend, monkeypatch) for attend in (no_attention, lal_attention)]
-    assert counts[0] == counts[1]
+    stand_in, ours = (
+        operators("llama", 1, None, True, with_lal, attend, monkeypatch) for attend in (no_attention, lal_attention)
+    )
+    assert stand_in == ours
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("generate", [False, True], ids=["forward", "generate"])
+def test_the_projection_is_chosen_once(generate, gradients, monkeypatch):
+    """Whether audio_kv or the layers' modules project is found out once, however many layers and steps there are."""
+    model = build("llama")
+    attach(model)
+    _, padded, mask = batch(texts(), "left")
+    state, asked = audio_state("inserted", torch.float32), []
+    for name in ("norm_offset", "why_not"):
+        method = getattr(FastPath, name)
+
+        def counted(self, *args, name=name, method=method):
+            asked.append(name)
+            return method(self, *args)
+
+        monkeypatch.setattr(FastPath, name, counted)
+    with torch.set_grad_enabled(gradients):
+        if generate:
+            model.generate(padded, attention_mask=mask, audio=state, max_new_tokens=4, do_sample=False)
+        else:
+            model(padded, attention_mask=mask, audio=state)
+    assert asked == ["norm_offset", "why_not"]

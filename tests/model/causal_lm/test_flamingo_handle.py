@@ -83,7 +83,7 @@ def test_two_attaches_are_refused():
             again()
     model._palkernels_handle.detach()
     attach(model)
-    with pytest.raises(ValueError, match="the model must be detached before it is attached again, got a LalHandle's"):
+    with pytest.raises(ValueError, match="must be detached before it is attached again, got a model attached by LalH"):
         attach_flamingo(model, 3)
 
 

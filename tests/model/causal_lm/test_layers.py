@@ -1,9 +1,8 @@
-"""What configs tell of a layer, and what a handle must have."""
+"""What configs tell of a layer."""
 
 import pytest
 from support.oracles import build
 
-from palkernels.model.causal_lm.attached import Attached
 from palkernels.model.causal_lm.layers import head_dim_of
 
 
@@ -11,12 +10,3 @@ from palkernels.model.causal_lm.layers import head_dim_of
 def test_head_dim_of_a_config(family, head_dim):
     model = build(family)
     assert head_dim_of(model.config) == head_dim == model.model.layers[0].self_attn.head_dim
-
-
-def test_a_handle_must_say_how_its_layers_take_audio():
-    class Incomplete(Attached):
-        def detach(self):
-            pass
-
-    with pytest.raises(TypeError, match=r"abstract methods '?forward'?, '?request'?"):
-        Incomplete(build("llama"), [], None, ())

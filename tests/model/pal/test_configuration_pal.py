@@ -7,6 +7,8 @@ from support.audio_llm import TOKENIZER, entry, text_config
 from transformers import AutoConfig
 
 from palkernels.model import PalConfig
+from palkernels.model.connectors.base import Connector
+from palkernels.model.connectors.registry import CONNECTORS
 
 
 def config_of(*entries, **settings):
@@ -25,6 +27,20 @@ def test_config_round_trip(tmp_path):
     assert config.get_text_config().vocab_size == len(TOKENIZER)
     short = config_of({"type": "clap", "connector": {"type": "mlp"}}).encoders[0]
     assert short == {"type": "clap", "config": {}, "integration": "lal", "connector": {"type": "mlp", "config": {}}}
+
+
+def test_a_connector_says_which_towers_it_fuses(monkeypatch):
+    class Pair(Connector):
+        tower_types = ("clap", "whisper")
+
+    monkeypatch.setitem(CONNECTORS, "pair", Pair)
+    pair = {"connector": {"type": "pair"}}
+    (described,) = config_of({"type": ["clap", "whisper"], **pair}).encoders
+    assert described["type"] == ["clap", "whisper"]
+    assert described["config"] == [{}, {}]
+    for wrong in ("clap", ["whisper", "clap"], ["clap"], ["sslam", "clap"]):
+        with pytest.raises(ValueError, match=r"the type must be \['clap', 'whisper'\] for the connector 'pair'"):
+            config_of({"type": wrong, **pair})
 
 
 WRONG = [

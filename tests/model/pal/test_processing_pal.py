@@ -184,7 +184,10 @@ def test_the_tokenizer_must_know_the_token(both, tmp_path):
     changed = PalConfig(**{**config.to_dict(), "audio_token_id": 7})
     with pytest.raises(ValueError, match="the audio token must have the id 7 as in the config, got 2"):
         PalProcessor.from_config(TOKENIZER, changed)
-    with pytest.raises(ValueError, match=r"max_seconds must be from above 0 to 10.24, which is heard, got 11"):
+    with pytest.raises(
+        ValueError,
+        match=r"max_seconds must be above 0 and at most 10.24, the longest clip that every encoder hears whole, got 11",
+    ):
         PalProcessor(TOKENIZER, both.encoders, max_seconds=11)
 
 
