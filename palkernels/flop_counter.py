@@ -19,7 +19,7 @@ def register() -> None:
     """Register the formulas now if the counter's module is imported, and otherwise when it will be."""
     if COUNTER in sys.modules:
         _register_with(sys.modules[COUNTER])
-    else:
+    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegisterOnImport())
 
 

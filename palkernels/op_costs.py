@@ -119,7 +119,9 @@ FLOPS: dict[Any, Callable[..., int]] = {
 def register_flop_formulas(counter: ModuleType) -> None:
     """Tell ``torch.utils.flop_counter``, the module, how many FLOPs each operator computes."""
     for operator, flops in FLOPS.items():
-        counter.register_flop_formula(operator._opoverload._overloadpacket, get_raw=True)(flops)
+        packet = operator._opoverload._overloadpacket
+        if packet not in counter.flop_registry:  # a package that is reloaded registers again
+            counter.register_flop_formula(packet, get_raw=True)(flops)
 
 
 # Scratch memory: what an operator allocates and frees while it runs by Triton, which no dispatch mode sees.

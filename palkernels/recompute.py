@@ -51,7 +51,13 @@ def recomputed(
         anchor: Tensor = _Save.apply(key.new_empty(0).requires_grad_(), key.detach(), value.detach())  # type: ignore[no-untyped-call]
         return key, value, anchor
 
-    key, value, anchor = checkpoint(make_and_save, states, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+    # The checkpoint looks for the device at its argument, and saves it, which inference tensors cannot be.
+    argument = torch.empty(0, device=states.device) if states.is_inference() else states
+
+    def checkpointed(argument: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return make_and_save(states if states.is_inference() else argument)
+
+    key, value, anchor = checkpoint(checkpointed, argument, use_reentrant=False, preserve_rng_state=preserve_rng_state)
     recipe = Recipe(anchor)
     for which, tensor in enumerate((key, value)):
         setattr(tensor, _ATTRIBUTE, (recipe, which))
@@ -93,7 +99,8 @@ class Recipe:
         backward_pass = torch._C._current_graph_task_id()
         if backward_pass != self.backward_pass or not self.left[which]:
             node: Any = self.anchor.grad_fn
-            self.made, self.left = list(node.saved_tensors), list(self.uses)
+            self.left = list(self.uses)
+            self.made = [made if uses else None for made, uses in zip(node.saved_tensors, self.uses, strict=True)]
             self.backward_pass = backward_pass
         made = self.made[which]
         assert made is not None
@@ -154,7 +161,12 @@ def instead_of_saving(*tensors: Tensor) -> Iterator[None]:
         if mark is not None:
             recipe, which = mark
             return True, recipe.keep(which)
-        return False, tensor if outer is None else outer[0](tensor)
+        if outer is not None:
+            return False, outer[0](tensor)
+        # Without its node: a saved output would hold the node that saves it, a circle that nothing frees. PyTorch's own
+        # check for changes in place is not made for what hooks keep, so its number of changes is kept too.
+        saved = tensor.detach()
+        return False, (saved, None if saved.is_inference() else saved._version)
 
     def unpack(packed: tuple[bool, Any]) -> Tensor:
         is_recipe, kept = packed
@@ -162,7 +174,15 @@ def instead_of_saving(*tensors: Tensor) -> Iterator[None]:
             recipe, which = kept
             made: Tensor = recipe.make(which)
             return made
-        tensor: Tensor = kept if outer is None else outer[1](kept)
+        if outer is not None:
+            unpacked: Tensor = outer[1](kept)
+            return unpacked
+        saved, version = kept
+        if version is not None and saved._version != version:
+            raise RuntimeError(
+                "what attention saves for its backward pass must not change in place before it, got a change"
+            )
+        tensor: Tensor = saved
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

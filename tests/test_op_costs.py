@@ -104,3 +104,9 @@ def test_the_plain_function_does_what_the_operator_does():
     assert plain_function(torch.ops.aten.mm.default, []) is None
     backward = [torch.ones(2, 2, 5, 4), None, [True] * 7, *given]
     assert plain_function(OPERATORS.audio_kv_backward.default, backward) is not None
+
+
+def test_a_reloaded_package_registers_again(tmp_path):
+    reload = "import importlib, palkernels, torch.utils.flop_counter; palkernels.audio_kv; importlib.reload(palkernels)"
+    run(reload, tmp_path)
+    run(f"{reload.replace('torch.utils.flop_counter', 'sys')}; import torch.utils.flop_counter", tmp_path)

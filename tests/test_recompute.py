@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import dropout
 
-from palkernels import lal_attention
+from palkernels import audio_kv, lal_attention
 from palkernels.recompute import recomputed
 
 HEADS, TOKENS, DIM, WIDTH = 2, 11, 8, 24
@@ -143,3 +143,55 @@ def test_compiled_graphs_keep_neither():
         torch.testing.assert_close(got, want)
     assert sum("lal_backward" in target for target in backward) == 2
     assert not any("lal_forward" in target for target in backward)
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "reference"])
+def test_a_graph_that_is_never_used_is_freed(impl):
+    """A validation step with gradients, or one that is skipped, leaves nothing behind."""
+    states, text = inputs("cpu")
+    out = attend(Projection("cpu"), states, text, True, impl=impl)
+    alive = [weakref.ref(x) for x in (states, *text, out)]
+    del states, text, out
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 5
+
+
+@pytest.mark.parametrize("changed", ["query", "key", "lengths"])
+@pytest.mark.parametrize("again", [False, True])
+def test_what_attention_saves_must_not_change(again, changed):
+    project = Projection("cpu")
+    states, text = inputs("cpu")
+    text = [x * 1 for x in text]
+    lengths = torch.full((3,), TOKENS)
+    audio = recomputed(project, states) if again else project(states)
+    out = lal_attention(*text, *audio, audio_lengths=lengths, impl="sdpa")
+    with torch.no_grad():
+        {"query": text[0], "key": text[1], "lengths": lengths}[changed].mul_(0)
+    with pytest.raises(RuntimeError, match=r"in ?place"):
+        out.sum().backward()
+
+
+def test_states_and_weights_of_inference_mode():
+    """A frozen encoder's states, and frozen weights, may come from inference_mode."""
+    with torch.inference_mode():
+        states, weights = torch.randn(3, TOKENS, WIDTH), [torch.randn(HEADS * DIM, WIDTH) for _ in range(2)]
+        norm = torch.ones(WIDTH)
+    _, text = inputs("cpu")
+    results = []
+    for again in (False, True):
+        audio = audio_kv(states, norm, *weights, num_kv_heads=HEADS, eps=1e-5, recompute=again)
+        out = lal_attention(*text, *audio)
+        results.append(torch.autograd.grad(out.square().sum(), text))
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_what_is_not_used_is_not_held():
+    """Keys alone are used: the backward pass holds no values after it."""
+    project = Projection("cpu")
+    states, text = inputs("cpu")
+    key, _ = recomputed(project, states)
+    out = lal_attention(*text, key, text[2].detach().mean() * torch.ones_like(key))
+    recipe = key._palkernels_recipe[0]
+    out.sum().backward()
+    assert recipe.made == [None, None]
