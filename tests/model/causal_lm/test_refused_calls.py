@@ -107,7 +107,7 @@ class TestRefusedCalls:
         options = {"max_new_tokens": 2, "do_sample": False}
         stock = model._palkernels_handle.stock("prepare_inputs_for_generation")
         ours = model.prepare_inputs_for_generation
-        message = "generate must run what the attached model's prepare_inputs_for_generation returns"
+        message = "generate must call the model with all that its prepare_inputs_for_generation returns"
         if bypass == "prepares nothing":
             options["custom_generate"] = lambda model, input_ids, **kwargs: model(input_ids).logits.argmax(-1)
         elif bypass == "drops the audio":
