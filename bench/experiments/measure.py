@@ -21,7 +21,7 @@ from palkernels.bench.instruments.memory import AllocationTracker, MemoryReport
 from palkernels.bench.instruments.timing import wall_seconds
 from palkernels.bench.methods import Batch, Method
 from palkernels.bench.report import document as results
-from palkernels.bench.report.rows import serving_row
+from palkernels.bench.report.serving import serving_row
 from palkernels.op_costs import plain_function, scratch_bytes
 
 __all__ = ["COMPARED", "SERVING", "Bench", "measure_point", "measure_serving"]

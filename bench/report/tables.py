@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from palkernels.bench.report.conditions import mode_title, short
-from palkernels.bench.report.document import GIB, Row
+from palkernels.bench.report.document import ERRORS, GIB, PARTS, Row
 from palkernels.bench.report.points import (
     ABOVE_STATIC,
     MEMORY,
@@ -23,9 +23,7 @@ __all__ = [
     "breakdown", "every_point", "exponents", "gains", "levers", "paper", "serving", "steps", "summary",
 ]  # fmt: skip
 
-PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "K/V cache", "temporaries")
 MEMORY_GROUPS = {MEMORY: "peak memory", ABOVE_STATIC: "above static"}
-ERRORS = "error_against_measured"
 
 
 def every_point(points: Points, mode: str) -> Table:
