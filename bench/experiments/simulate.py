@@ -7,8 +7,6 @@ too.
 
 from __future__ import annotations
 
-import datetime
-import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,10 +19,9 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from palkernels.bench import machine
 from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.experiments.measure import COMPARED, SERVING
-from palkernels.bench.experiments.settings import check_length, check_methods
+from palkernels.bench.experiments.settings import check_length, check_methods, run_conditions
 from palkernels.bench.experiments.valueless import ENCODER_WIDTH, ValuelessModel
 from palkernels.bench.instruments.rates import GPUS
 from palkernels.bench.methods import METHODS, MODES, Method
@@ -109,10 +106,10 @@ def _check(options: Options) -> LlmPlan:
             sum((FIXED | {varies: max(counts)})[name] for name in ("audio_tokens", "text_tokens"))
             for varies, counts in LENGTHS.items()
         ]
-        check_length(llm, max(longest) + 1, "--lengths needs (--no-lengths leaves it out): ")
+        check_length(llm, max(longest) + 1, "lengths")
     if options.serving:
         needed = FIXED["audio_tokens"] + FIXED["text_tokens"] + options.new_tokens
-        check_length(llm, needed, "--serving needs (--no-serving leaves it out): ")
+        check_length(llm, needed, "serving")
     return llm
 
 
@@ -229,7 +226,6 @@ def _serving(options: Options, model: ValuelessModel, llm: LlmPlan) -> list[Call
 
 
 def _meta(options: Options, llm: LlmPlan) -> dict[str, Any]:
-    packages = ("palkernels", "torch", "triton", "transformers", "liger-kernel")
     names = {mode: dtype_name(dtype) for mode, dtype in DTYPES.items()}
     return {
         "source": "simulated",
@@ -241,11 +237,7 @@ def _meta(options: Options, llm: LlmPlan) -> dict[str, Any]:
             }
             for gpu in GPUS.values()
         },
-        "versions": {**{name: machine.package_version(name) for name in packages}, "python": platform.python_version()},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": llm.name,
-        "layers": llm.layers,
-        "full_layers": llm.full_layers,
+        **run_conditions(llm),
         "text_tokens": options.text_tokens[0],
         "new_tokens": options.new_tokens,
         "train_batch": options.train_batch,
