@@ -169,7 +169,20 @@ def test_one_method_and_own_audio(tiny: Path, tmp_path: Path) -> None:
     clip = tmp_path / "clip.wav"
     soundfile.write(clip, np.zeros(4000, dtype=np.float32), 8000)
     out = tmp_path / "out"
-    arguments = ["--methods", "lal", "--audio", clip, "--audio-tokens", 16, "--layers", 1, "--train-batch", 3, "--repeats", 1]
+    arguments = [
+        "--methods",
+        "lal",
+        "--audio",
+        clip,
+        "--audio-tokens",
+        16,
+        "--layers",
+        1,
+        "--train-batch",
+        3,
+        "--repeats",
+        1,
+    ]
     assert run(*small(tiny, out), *arguments) == 0
     document = json.loads((out / "figure1.json").read_text())
     assert [(row["method"], row["mode"], row["batch_size"]) for row in document["rows"]] == [
