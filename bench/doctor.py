@@ -8,13 +8,14 @@ import torch
 
 from palkernels import unsupported_reasons
 from palkernels.bench import machine
+from palkernels.bench.options import dtype_name
+from palkernels.bench.report.document import GIB
 
 __all__ = ["diagnosis"]
 
 PACKAGES = ("palkernels", "torch", "triton", "transformers", "numpy", "torchaudio", "soundfile", "matplotlib")
 IMPLEMENTATIONS = ("reference", "sdpa", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-GIB = 2**30
 
 
 def diagnosis() -> str:
@@ -60,7 +61,7 @@ def _implementation(device: str, impl: str) -> list[str]:
     runs: list[str] = []
     against: dict[str, list[str]] = {}
     for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         query = torch.zeros(1, 2, 1, 64, device=device, dtype=dtype)
         key = query[:, :1]
         reasons = unsupported_reasons(query, key, key, key, key, impl=impl)

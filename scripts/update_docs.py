@@ -3,7 +3,7 @@
 python scripts/update_docs.py           rewrite them
 python scripts/update_docs.py --check   exit with 1 if a table would change, or a plot is not of its results
 
-A table stands between the marks `<!-- name -->` and `<!-- end -->`. What has no results yet is left empty.
+A table stands between the marks `<!-- name -->` and `<!-- end -->`. What takes results and has none yet is left empty.
 """
 
 import json
@@ -18,11 +18,12 @@ from typing import Any
 from PIL import Image
 
 from palkernels.bench.kernels.peers import OURS as OUR_KERNELS
+from palkernels.bench.methods import DEFAULT_METHODS
 from palkernels.bench.report import plot, tables
-from palkernels.bench.report.conditions import depth, rates, short, title
+from palkernels.bench.report.conditions import command, depth, rates, short, title
 from palkernels.bench.report.markdown import to_markdown
 from palkernels.bench.report.points import MEMORY, RATE, Points
-from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OURS, against, label
+from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OURS, about, against, label
 from palkernels.bench.report.table import Column, Table, change, factor, gib, number
 
 ROOT = Path(__file__).parents[1]
@@ -57,8 +58,15 @@ def headline(simulation: Document, kernels: Document) -> str:
     return to_markdown(table)
 
 
+def compared() -> str:
+    """The methods of Figure 1, each with the sentence that explains it."""
+    columns = [Column("method", text=True), Column("what it is", text=True)]
+    return to_markdown(Table("", columns, [[label(name), about(name)] for name in DEFAULT_METHODS]))
+
+
 def measured(document: Document) -> str:
-    """The run's conditions, and a row for each mode and number of audio tokens, a column for each method."""
+    """The run's conditions, a row for each mode and number of audio tokens, a column for each method, and the command
+    that made it."""
     meta, points = document["meta"], Points(document["rows"])
     methods = _compared(points)
     table = Table("", [Column("", text=True), Column("audio tokens"), *(Column(label(method)) for method in methods)])
@@ -77,7 +85,7 @@ def measured(document: Document) -> str:
         f"{meta['repeats']['train']} training steps and {meta['repeats']['infer']} inferences. Samples per second, and "
         "peak memory against PLITS:"
     )
-    return f"{conditions}\n\n{to_markdown(table)}"
+    return f"{conditions}\n\n{to_markdown(table)}\nMade by `{command(meta)}`.\n"
 
 
 def simulated(*documents: Document) -> str:
@@ -110,7 +118,9 @@ def every_method(document: Document) -> str:
     points = Points(document["rows"])
     table = Table("", [Column("", text=True)])
     for group in ("training", "inference"):
-        table.columns += [Column(heading, group) for heading in ("GiB", "vs PLITS", f"{short(GPU)} vs PLITS")]
+        table.columns += [
+            Column(heading, group) for heading in ("GiB", against(BASELINE), f"{short(GPU)} {against(BASELINE)}")
+        ]
     for method in _compared(points):
         cells = [label(method)]
         for mode in MODES:
@@ -233,6 +243,7 @@ class Entry:
 SIMULATED = ("simulate-llama-3.2-1b", "simulate-llama-3.2-3b", "simulate-qwen2.5-1.5b")
 ENTRIES = (
     Entry("README.md", "headline", headline, (SIMULATED[0], "microbench-h200")),
+    Entry("docs/results.md", "compared", compared, ()),
     Entry("docs/results.md", "figure1-cpu", measured, ("figure1-cpu",)),
     Entry("docs/results.md", "simulated", simulated, SIMULATED, picture=SIMULATED[0]),
     Entry("docs/results.md", "methods", every_method, SIMULATED[:1]),

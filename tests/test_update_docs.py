@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support import documents
 
+from palkernels.bench.methods import DEFAULT_METHODS, METHODS
+
 ROOT = Path(__file__).parents[1]
 specification = importlib.util.spec_from_file_location("update_docs", ROOT / "scripts" / "update_docs.py")
 update_docs = importlib.util.module_from_spec(specification)
@@ -22,6 +24,7 @@ def test_a_measured_table_says_how_deep_the_model_was(layers, said):
     assert sentence.startswith(f"llama-3.2-1b, {said}, bfloat16, training batch 2, ")
     assert "| train | 512 | 2.00 | 6.00, -25.0 % |" in table.splitlines()
     assert "| train | 1,500 | out of memory | 5.00 |" in table.splitlines()
+    assert table.splitlines()[-1].startswith("Made by `palkernels figure1 --audio 'my clip.wav' --model llama-3.2-1b")
 
 
 def test_the_headline_is_three_rows_of_the_results():
@@ -58,5 +61,13 @@ def test_pictures_are_found_from_the_page():
 
 
 def test_what_has_no_results_is_empty():
-    for entry in update_docs.ENTRIES:
+    of_results = [entry for entry in update_docs.ENTRIES if entry.mark != "compared"]  # which takes none
+    assert of_results
+    for entry in of_results:
         assert update_docs.content(entry, {}) == ""
+
+
+def test_every_method_of_figure_1_is_explained():
+    (entry,) = (entry for entry in update_docs.ENTRIES if entry.mark == "compared")
+    lines = update_docs.content(entry, {}).splitlines()[2:]
+    assert lines == [f"| {METHODS[name].label} | {METHODS[name].about} |" for name in DEFAULT_METHODS]

@@ -12,10 +12,8 @@ machine hits all of them. A point that does not fit into memory is recorded as s
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import math
-import platform
 import textwrap
 import warnings
 from contextlib import nullcontext
@@ -34,12 +32,13 @@ from palkernels.bench.clip import bundled_clip
 from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.experiments.measure import SERVING, Bench, measure_point, measure_serving
 from palkernels.bench.experiments.optimizer import LEARNING_RATE
-from palkernels.bench.experiments.settings import Options, Settings, fit_time, reductions, settle
+from palkernels.bench.experiments.settings import Options, Settings, fit_time, reductions, run_conditions, settle
 from palkernels.bench.instruments import estimate
 from palkernels.bench.instruments.rates import Rates, measure_rates
 from palkernels.bench.methods import METHODS, MODES
 from palkernels.bench.report import document as results
 from palkernels.bench.report import files
+from palkernels.bench.report.conditions import depth
 from palkernels.bench.report.terminal import print_points
 from palkernels.model.audio.files import load_audio
 from palkernels.model.connectors.mlp import MlpConnector
@@ -78,7 +77,7 @@ def run(options: Options, console: Console) -> Path:
             document: dict[str, Any] = {"meta": _meta(options, settings, bench, audio_file), "rows": [], "serving": []}
             if before is not None:
                 settings = bench.settings = _resume(document, before, settings)
-            _introduce(options, bench, rates, console)
+            _introduce(document["meta"], bench, rates, console)
             try:
                 _sweep(bench, rates, console, document, options.out)
                 document["meta"]["complete"] = True
@@ -156,15 +155,13 @@ def _build(options: Options, settings: Settings, waveform: Tensor) -> Bench:
     return bench
 
 
-def _introduce(options: Options, bench: Bench, rates: Rates, console: Console) -> None:
+def _introduce(meta: dict[str, Any], bench: Bench, rates: Rates, console: Console) -> None:
     """Say what is measured, what was reduced to suit a CPU, and how long it will take."""
-    settings, seconds = bench.settings, sum(_expected_seconds(bench, rates).values())
     lines = (
-        f"{settings.llm.name}, {settings.llm.layers} of {settings.llm.full_layers} layers, {settings.dtype_name}, "
-        f"on {settings.device}; LLM weights {bench.llm_weights}",
-        f"Whisper {bench.encoder_size}, encoder weights {bench.encoder_weights}",
-        reductions(options, settings),
-        f"Estimated time: {_duration(seconds)}",
+        f"{meta['model']}, {depth(meta)}, {meta['dtype']}, on {meta['device']}; LLM weights {meta['llm_weights']}",
+        f"Whisper {bench.encoder_size}, encoder weights {meta['encoder_weights']}",
+        meta["reductions"],
+        f"Estimated time: {_duration(sum(_expected_seconds(bench, rates).values()))}",
     )
     for line in filter(None, lines):
         _say(console, line)
@@ -244,19 +241,13 @@ def _digest(content: str | bytes) -> str:
 def _meta(options: Options, settings: Settings, bench: Bench, audio_file: str) -> dict[str, Any]:
     cuda = settings.device.type == "cuda"
     gpu = torch.cuda.get_device_name(settings.device) if cuda else None
-    packages = ("palkernels", "torch", "triton", "transformers", "liger-kernel")
-    versions = {name: machine.package_version(name) for name in packages}
     return {
         "device": str(settings.device),
         "device_name": gpu or machine.cpu_name(),
         "processor": machine.cpu_name(),
         "gpu": gpu,
         "threads": torch.get_num_threads(),
-        "versions": {**versions, "python": platform.python_version()},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": settings.llm.name,
-        "layers": settings.llm.layers,
-        "full_layers": settings.llm.full_layers,
+        **run_conditions(settings.llm),
         "llm_weights": bench.llm_weights,
         "encoder": f"whisper-{bench.encoder_size}",
         "encoder_weights": bench.encoder_weights,

@@ -21,12 +21,13 @@ from palkernels.bench.instruments.memory import AllocationTracker, MemoryReport
 from palkernels.bench.instruments.timing import wall_seconds
 from palkernels.bench.methods import Batch, Method
 from palkernels.bench.report import document as results
-from palkernels.bench.report.rows import serving_row
+from palkernels.bench.report.roles import BASELINE, OURS
+from palkernels.bench.report.serving import serving_row
 from palkernels.op_costs import plain_function, scratch_bytes
 
 __all__ = ["COMPARED", "SERVING", "Bench", "measure_point", "measure_serving"]
 
-COMPARED = ("plits", "lal")  # in serving, and against length
+COMPARED = (BASELINE, OURS)  # in serving, and against length
 SERVING = ((1, 1), (1, 8), (1, 32), (12, 12))  # clips, and questions about them
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,8 +15,13 @@ from palkernels.bench.errors import UserError
 from palkernels.bench.methods import METHODS, Method
 from palkernels.bench.options import check_counts, check_text_tokens, dtype_name, parse_device, parse_dtype
 from palkernels.bench.presets import LlmPlan, plan_llm
+from palkernels.bench.report.roles import BASELINE, OURS
 
-__all__ = ["Options", "Settings", "check_length", "check_methods", "fit_time", "reductions", "settle"]
+__all__ = [
+    "Options", "Settings", "check_length", "check_methods", "fit_time", "reductions", "run_conditions", "settle",
+]  # fmt: skip
+
+PACKAGES = ("palkernels", "torch", "triton", "transformers", "liger-kernel")
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ GPU_DEFAULTS = Defaults(
 # training batch is 2: at 1 the gradients of the tied embedding, which every method has, can weigh more than all that
 # PLITS adds, and the total peaks are equal.
 CPU_DEFAULTS = Defaults(
-    "smollm2-135m", (128, 256, 512), {"train": 2, "infer": 2}, 8, {"train": 2, "infer": 5}, ("plits", "lal")
+    "smollm2-135m", (128, 256, 512), {"train": 2, "infer": 2}, 8, {"train": 2, "infer": 5}, (BASELINE, OURS)
 )
 CPU_LAYERS = 2  # of any other model
 # The repeats shrink too if the run would take more seconds than this, as it does on two cores.
@@ -157,6 +165,18 @@ def reductions(options: Options, settings: Settings) -> str:
     return f"On a CPU the defaults are reduced: {', '.join(cut)}. Widths and vocabulary are the model's own."
 
 
+def run_conditions(llm: LlmPlan) -> dict[str, Any]:
+    """Return the conditions that measured and simulated results name alike: versions, date and model."""
+    versions = {name: machine.package_version(name) for name in PACKAGES}
+    return {
+        "versions": {**versions, "python": platform.python_version()},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": llm.name,
+        "layers": llm.layers,
+        "full_layers": llm.full_layers,
+    }
+
+
 def _check(options: Options) -> None:
     for name in ("layers", "text_tokens", "train_batch", "infer_batch", "new_tokens", "repeats"):
         count = getattr(options, name)
@@ -183,9 +203,9 @@ def check_methods(names: tuple[str, ...]) -> None:
         raise UserError(f"--methods must be distinct names out of {', '.join(METHODS)}, got {', '.join(names)!r}")
 
 
-def check_length(llm: LlmPlan, longest: int, asked_by: str = "") -> None:
-    """Check the number of audio, text and new tokens of a sample together. `asked_by` begins the message where the user
-    did not give these numbers.
+def check_length(llm: LlmPlan, longest: int, sweep: str = "") -> None:
+    """Check the number of audio, text and new tokens of a sample together. `sweep` names the option whose own numbers
+    they are; the message says how to leave it out.
 
     Raises:
         UserError: the model has fewer positions.
@@ -193,4 +213,5 @@ def check_length(llm: LlmPlan, longest: int, asked_by: str = "") -> None:
     most = getattr(llm.config, "max_position_embeddings", None)
     if most is not None and longest > most:
         tokens = "audio, text and new tokens together"
-        raise UserError(f"{asked_by}{tokens} must be at most {most} for {llm.name}, got {longest}")
+        source = f" for --{sweep}. --no-{sweep} leaves them out" if sweep else ""
+        raise UserError(f"{tokens} must be at most {most} for {llm.name}, got {longest}{source}")

@@ -1,14 +1,12 @@
 """`palkernels simulate`: what Figure 1 costs at full size on a GPU, predicted without one.
 
-Each point is one run in a model without values (`world`). All LLM weights train; the encoder is left out. This
+Each point is one run in a model without values (`valueless`). All LLM weights train; the encoder is left out. This
 library's functions take their Triton path. The host, which in eager generation is often the slower one, is left out
 too.
 """
 
 from __future__ import annotations
 
-import datetime
-import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,18 +19,18 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from palkernels.bench import machine
 from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.experiments.measure import COMPARED, SERVING
-from palkernels.bench.experiments.settings import check_length, check_methods
-from palkernels.bench.experiments.world import ENCODER_WIDTH, World
+from palkernels.bench.experiments.settings import check_length, check_methods, run_conditions
+from palkernels.bench.experiments.valueless import ENCODER_WIDTH, ValuelessModel
 from palkernels.bench.instruments.rates import GPUS
 from palkernels.bench.methods import METHODS, MODES, Method
 from palkernels.bench.options import check_counts, check_text_tokens, dtype_name
 from palkernels.bench.presets import LlmPlan, plan_llm
 from palkernels.bench.report import document as results
 from palkernels.bench.report import files, fits
-from palkernels.bench.report.rows import serving_row
+from palkernels.bench.report.points import add_errors
+from palkernels.bench.report.serving import serving_row
 from palkernels.bench.report.terminal import print_points
 
 __all__ = ["FILES", "LENGTHS", "OPTIMIZERS", "Options", "run", "simulate"]
@@ -80,7 +78,7 @@ def run(options: Options, console: Console) -> Path:
     with results.writable_folder(options.out, FILES), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers renames what both of its versions have
         document = simulate(options, llm, console)
-        if measured is not None and not results.add_errors(document["rows"], measured):
+        if measured is not None and not add_errors(document["rows"], measured):
             wanted = f"a run of {llm.name} on {' or '.join(gpu.name for gpu in GPUS.values())} at one of these points"
             got = f"{measured['meta'].get('model')} on {measured['meta'].get('device_name')}"
             raise UserError(f"--measured must hold {wanted}, got {got}")
@@ -108,26 +106,26 @@ def _check(options: Options) -> LlmPlan:
             sum((FIXED | {varies: max(counts)})[name] for name in ("audio_tokens", "text_tokens"))
             for varies, counts in LENGTHS.items()
         ]
-        check_length(llm, max(longest) + 1, "--lengths needs (--no-lengths leaves it out): ")
+        check_length(llm, max(longest) + 1, "lengths")
     if options.serving:
         needed = FIXED["audio_tokens"] + FIXED["text_tokens"] + options.new_tokens
-        check_length(llm, needed, "--serving needs (--no-serving leaves it out): ")
+        check_length(llm, needed, "serving")
     return llm
 
 
 def simulate(options: Options, llm: LlmPlan, console: Console) -> dict[str, Any]:
     """Return the document that simulate.json holds."""
     try:
-        worlds = {mode: World(llm, dtype) for mode, dtype in DTYPES.items()}
+        models = {mode: ValuelessModel(llm, dtype) for mode, dtype in DTYPES.items()}
         for name in options.methods:
-            with worlds["train"].ready(METHODS[name]):  # a model that a method cannot take is known before the sweep
+            with models["train"].ready(METHODS[name]):  # a model that a method cannot take is known before the sweep
                 pass
     except (TypeError, ValueError) as error:
         raise UserError(one_line(error)) from error
     sections: dict[str, list[Callable[[], list[results.Row]]]] = {
-        "rows": _points(options, worlds),
-        "lengths": _lengths(options, worlds) if options.lengths else [],
-        "serving": _serving(options, worlds["infer"], llm) if options.serving else [],
+        "rows": _points(options, models),
+        "lengths": _lengths(options, models) if options.lengths else [],
+        "serving": _serving(options, models["infer"], llm) if options.serving else [],
     }
     rows: dict[str, list[results.Row]] = {name: [] for name in sections}
     bar = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -141,10 +139,10 @@ def simulate(options: Options, llm: LlmPlan, console: Console) -> dict[str, Any]
     return {"meta": _meta(options, llm), **rows, "exponents": exponents}
 
 
-def _points(options: Options, worlds: dict[str, World]) -> list[Callable[[], list[results.Row]]]:
+def _points(options: Options, models: dict[str, ValuelessModel]) -> list[Callable[[], list[results.Row]]]:
     """Return a call for each point of Figure 1, which returns its rows."""
     return [
-        partial(_rows, options, worlds[mode], METHODS[name], mode, audio, text, batch_size)
+        partial(_rows, options, models[mode], METHODS[name], mode, audio, text, batch_size)
         for mode, batch_size in (("train", options.train_batch), ("infer", options.infer_batch))
         for text in options.text_tokens
         for audio in options.audio_tokens
@@ -153,14 +151,14 @@ def _points(options: Options, worlds: dict[str, World]) -> list[Callable[[], lis
     ]
 
 
-def _lengths(options: Options, worlds: dict[str, World]) -> list[Callable[[], list[results.Row]]]:
+def _lengths(options: Options, models: dict[str, ValuelessModel]) -> list[Callable[[], list[results.Row]]]:
     """Return a call for each training step as one size varies, and for each prefill as the audio does."""
 
     def simulate_point(mode: str, name: str, varies: str, count: int) -> list[results.Row]:
         sizes = FIXED | {varies: count}
         prefill = replace(options, new_tokens=1)
         numbers = (sizes["audio_tokens"], sizes["text_tokens"], sizes["batch_size"])
-        rows = _rows(prefill, worlds[mode], METHODS[name], mode, *numbers)
+        rows = _rows(prefill, models[mode], METHODS[name], mode, *numbers)
         return [{**row, "mode": "train" if mode == "train" else "prefill", "varies": varies} for row in rows]
 
     return [
@@ -174,13 +172,13 @@ def _lengths(options: Options, worlds: dict[str, World]) -> list[Callable[[], li
 
 
 def _rows(
-    options: Options, world: World, method: Method, mode: str, audio: int, text: int, batch_size: int
+    options: Options, model: ValuelessModel, method: Method, mode: str, audio: int, text: int, batch_size: int
 ) -> list[results.Row]:
     """Simulate one method at one point and return a row for each GPU."""
     if mode == "train":
-        simulated = world.train(method, audio, text, batch_size, options.optimizer)
+        simulated = model.train(method, audio, text, batch_size, options.optimizer)
     else:
-        simulated = world.infer(method, audio, text, batch_size, options.new_tokens)
+        simulated = model.infer(method, audio, text, batch_size, options.new_tokens)
     rows = []
     for key, gpu in GPUS.items():
         rate = batch_size / simulated.costs[key]
@@ -191,7 +189,7 @@ def _rows(
                 "audio_tokens": audio,
                 "text_tokens": text,
                 "batch_size": batch_size,
-                "dtype": dtype_name(world.dtype),
+                "dtype": dtype_name(model.dtype),
                 "impl": simulated.impl,
                 "samples_per_second": {"p50": rate, "samples": [rate]},
                 "peak_memory_bytes": simulated.peak_bytes,
@@ -210,17 +208,17 @@ def _rows(
     return rows
 
 
-def _serving(options: Options, world: World, llm: LlmPlan) -> list[Callable[[], list[results.Row]]]:
+def _serving(options: Options, model: ValuelessModel, llm: LlmPlan) -> list[Callable[[], list[results.Row]]]:
     """Return a call for each number of clips with questions about them, answered in one batch."""
 
     def simulate_point(name: str, clips: int, questions: int) -> list[results.Row]:
         method, new = METHODS[name], options.new_tokens
-        simulated = world.infer(method, FIXED["audio_tokens"], FIXED["text_tokens"], questions, new, clips)
+        simulated = model.infer(method, FIXED["audio_tokens"], FIXED["text_tokens"], questions, new, clips)
         assert simulated.first_token is not None
         rows = []
         for key, gpu in GPUS.items():
             first, rest = simulated.first_token[key], simulated.costs[key] - simulated.first_token[key]
-            row = serving_row(method, llm.config, world.dtype, clips, questions, FIXED, new, first, rest)
+            row = serving_row(method, llm.config, model.dtype, clips, questions, FIXED, new, first, rest)
             rows.append({**row, "peak_memory_bytes": simulated.peak_bytes, "source": "simulated", "device": gpu.name})
         return rows
 
@@ -228,7 +226,6 @@ def _serving(options: Options, world: World, llm: LlmPlan) -> list[Callable[[], 
 
 
 def _meta(options: Options, llm: LlmPlan) -> dict[str, Any]:
-    packages = ("palkernels", "torch", "triton", "transformers", "liger-kernel")
     names = {mode: dtype_name(dtype) for mode, dtype in DTYPES.items()}
     return {
         "source": "simulated",
@@ -240,11 +237,7 @@ def _meta(options: Options, llm: LlmPlan) -> dict[str, Any]:
             }
             for gpu in GPUS.values()
         },
-        "versions": {**{name: machine.package_version(name) for name in packages}, "python": platform.python_version()},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": llm.name,
-        "layers": llm.layers,
-        "full_layers": llm.full_layers,
+        **run_conditions(llm),
         "text_tokens": options.text_tokens[0],
         "new_tokens": options.new_tokens,
         "train_batch": options.train_batch,

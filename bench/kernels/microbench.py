@@ -17,11 +17,12 @@ from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.instruments import rates
 from palkernels.bench.kernels import output
 from palkernels.bench.kernels.cases import OPS, Case, model_cases, shape_case
+from palkernels.bench.kernels.measurement import BROKEN, SEED, WRONG, Measurement, call_on, measure, our_peer
 from palkernels.bench.kernels.peers import PEERS, peers_of
-from palkernels.bench.kernels.rows import BROKEN, SEED, WRONG, Row, call_on, measure, our_peer
 from palkernels.bench.options import parse_device, parse_dtype
 from palkernels.bench.presets import PRESETS
 from palkernels.bench.report import document as results
+from palkernels.bench.report.terminal import print_table
 
 __all__ = ["Options", "run"]
 
@@ -73,8 +74,8 @@ def run(options: Options, console: Console) -> bool:
         ceilings = rates.measure_rates(dtype, device)
         machine_info = output.about(device, ceilings)
         rows = _measure_all(cases, options)
-        console.print(output.table(rows, ceilings, machine_info))
-        for line in output.notes(rows):
+        print_table(output.table(rows, ceilings, machine_info), console)
+        for line in (output.CAPTION, *output.notes(rows)):
             console.print(line, markup=False, highlight=False)
         if options.json is not None:
             asked = {"tiles": list(options.tiles), "seconds": options.seconds or SECONDS}
@@ -158,7 +159,7 @@ def _run_once(case: Case, console: Console) -> None:
     console.print(f"{case.op} ran once, after once to warm up", markup=False)
 
 
-def _measure_all(cases: list[Case], options: Options) -> list[Row]:
+def _measure_all(cases: list[Case], options: Options) -> list[Measurement]:
     rows = []
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -171,7 +172,7 @@ def _measure_all(cases: list[Case], options: Options) -> list[Row]:
             for peer in (our_peer(), *peers_of(case, options.peers)):
                 progress.update(task, description=f"{case.op} {case.model} {case.audio}, {peer.name}")
                 if broken:
-                    rows.append(Row(case, peer.name, f"not run: {broken} broke the device"))
+                    rows.append(Measurement(case, peer.name, f"not run: {broken} broke the device"))
                 else:
                     rows.append(measure(case, checked, truth, peer, options.seconds or SECONDS))
                     broken = peer.name if rows[-1].status.startswith(BROKEN) else ""

@@ -1,5 +1,5 @@
-"""A microbenchmark's rows as a table, and as a file in pytest-benchmark's format, so that `pytest-benchmark compare`
-reads it."""
+"""A microbenchmark's measurements as a table, and as a file in pytest-benchmark's format, which `pytest-benchmark
+compare` reads."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from palkernels.bench import machine
 from palkernels.bench.instruments.rates import Rates
-from palkernels.bench.kernels.rows import Row, times_ours
+from palkernels.bench.kernels.cases import Case
+from palkernels.bench.kernels.measurement import Measurement, times_ours
 from palkernels.bench.options import dtype_name
+from palkernels.bench.report.table import Column, Table
 
-__all__ = ["about", "document", "notes", "table"]
+__all__ = ["CAPTION", "about", "document", "notes", "table"]
+
+CAPTION = "'slower' is the time over palkernels'. 'limit': the least time at the ceilings, over the time."
 
 
 def about(device: torch.device, ceilings: Rates) -> dict[str, Any]:
@@ -35,56 +38,49 @@ def about(device: torch.device, ceilings: Rates) -> dict[str, Any]:
     }
 
 
-def table(rows: list[Row], ceilings: Rates, machine_info: dict[str, Any]) -> Table:
-    """Return the table that is printed: a section for each case."""
+def table(rows: list[Measurement], ceilings: Rates, machine_info: dict[str, Any]) -> Table:
+    """Return the table that is printed: the implementations of each case under each other. CAPTION explains it."""
     device = machine_info["gpu"] or machine_info["cpu"]["brand_raw"]
     rates = f"{ceilings.flops_per_second / 1e12:.3g} TFLOP/s, {ceilings.bytes_per_second / 1e12:.3g} TB/s"
-    shown = Table(
-        title=f"{device}, {dtype_name(rows[0].case.dtype)}; measured ceilings {rates}",
-        caption="'slower' is the time over palkernels'. 'limit': the least time at the ceilings, over the time.",
-    )
-    for heading in ("op", "model", "audio\ntokens", "implementation", "median us", "p10 to p90", "rate", "limit"):
-        shown.add_column(heading, justify="left" if heading in ("op", "model", "implementation") else "right")
-    shown.add_column("slower", justify="right")
-    previous = None
+    columns = [Column("operation", text=True), Column("implementation", text=True)]
+    columns += [Column(heading, "median us and its spread") for heading in ("median", "p10", "p90")]
+    columns += [Column(heading) for heading in ("rate", "limit", "slower")]
+    shown = Table(f"{device}, {dtype_name(rows[0].case.dtype)}; measured ceilings {rates}", columns)
     for row in rows:
         case = row.case
-        if previous not in (None, case):
-            shown.add_section()
-        start = [case.op, case.model, str(case.audio)] if case != previous else ["", "", ""]
-        previous = case
+        cells = [_case_name(case), row.name]
+        shown.rows.append(cells)
         if not row.samples:
-            shown.add_row(*start, row.name, "-")
+            cells.append("-")
             continue
         p10, p50, p90 = (row.percentile(x) for x in (10, 50, 90))
         rate = f"{case.bytes / p50 / 1e12:.3g} TB/s" if case.counts_bytes else f"{case.flops / p50 / 1e12:.3g} TFLOP/s"
         slower = times_ours(row, rows)
-        shown.add_row(
-            *start,
-            row.name,
-            f"{p50 * 1e6:.1f}",
-            f"{p10 * 1e6:.1f} to {p90 * 1e6:.1f}",
-            rate,
-            f"{row.share_of_limit(ceilings):.0%}",
-            "" if slower is None else f"{slower:.2f}x",
-        )
+        cells += [f"{1e6 * seconds:.1f}" for seconds in (p50, p10, p90)]
+        cells += [rate, f"{row.share_of_limit(ceilings):.0%}", "" if slower is None else f"{slower:.2f}x"]
     return shown
 
 
-def notes(rows: list[Row]) -> list[str]:
+def _case_name(case: Case) -> str:
+    """Return the operation, the model if it is one's shape, and the number of audio tokens."""
+    return " ".join(filter(None, (case.op, case.model, str(case.audio))))
+
+
+def notes(rows: list[Measurement]) -> list[str]:
     """Say why rows have no time; what holds for every case of an implementation is said once."""
     cases: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if not row.samples:
-            case = f"{row.case.op} {row.case.model} {row.case.audio}".replace("  ", " ")
-            cases.setdefault((row.name, row.status), []).append(case)
+            cases.setdefault((row.name, row.status), []).append(_case_name(row.case))
     return [
         f"{name}: {status}" + ("" if status.startswith("not installed") else f" ({', '.join(where)})")
         for (name, status), where in cases.items()
     ]
 
 
-def document(rows: list[Row], ceilings: Rates, machine_info: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def document(
+    rows: list[Measurement], ceilings: Rates, machine_info: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
     """Return pytest-benchmark's file; what it has no place for is in each entry's `extra_info`. `options` are what the
     user asked for."""
     from pytest_benchmark.stats import Stats

@@ -15,11 +15,12 @@ from typing import IO, Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from palkernels.bench import machine
 from palkernels.bench.errors import UserError
 from palkernels.bench.report import document as results
+from palkernels.bench.report.table import Column, Table
+from palkernels.bench.report.terminal import print_table
 from palkernels.kernels import aot, tiles
 
 __all__ = ["Selection", "report", "select"]
@@ -70,12 +71,12 @@ def report(selection: Selection, path: Path | None, console: Console) -> None:
         UserError: the file cannot be written, or a tile does not compile.
     """
     if path is None:
-        console.print(_table(selection, _compile(selection)))
+        _print(selection, _compile(selection), console)
         return
     path = path.absolute()
     with results.writable_folder(path.parent, (path.name,), "--json's folder"):
         compiled = _compile(selection)
-        console.print(_table(selection, compiled))
+        _print(selection, compiled, console)
         versions = {name: machine.package_version(name) for name in ("palkernels", "torch", "triton")}
         meta = {"versions": versions, **asdict(selection), "shared_memory_limit": aot.SHARED_MEMORY[selection.arch]}
         text = json.dumps({"meta": meta, "rows": [asdict(row) for row in compiled]}, indent=2) + "\n"
@@ -143,35 +144,33 @@ def _reason(errors: IO[bytes], code: int) -> str:
     return lines[-1] if lines else f"exit code {code}"
 
 
-def _table(selection: Selection, compiled: list[aot.Compiled]) -> Table:
-    table = Table(
-        title=f"sm_{selection.arch}, {selection.dtype}",
-        caption="registers and stack are per thread; the stack holds what did not fit the registers (spills)",
-    )
-    left = ("kernel", "gradients", "features")
-    sizes = ("head\ndim", "block_m x\nblock_n", "warps", "stages", "register\nlimit")
-    limit = f"shared bytes\n(of {aot.SHARED_MEMORY[selection.arch]:,})"
-    used = ("registers", limit, "stack\nbytes", "wgmma")
-    for heading in (*left, *sizes, *used):
-        table.add_column(heading, justify="left" if heading in left else "right")
-    previous = None
+def _print(selection: Selection, compiled: list[aot.Compiled], console: Console) -> None:
+    columns = [Column(heading, text=True) for heading in ("kernel", "gradients", "features")]
+    columns += [Column(heading, "tile") for heading in ("head dim", "block_m x block_n", "warps", "stages")]
+    columns += [Column(heading, "registers") for heading in ("limit", "used")]
+    columns += [Column(heading) for heading in ("shared bytes", "stack bytes", "wgmma")]
+    table = Table(f"sm_{selection.arch}, {selection.dtype}", columns)
     for row in compiled:
-        if previous not in (None, (row.kernel, row.features)):
-            table.add_section()
-        previous = (row.kernel, row.features)
         tile = row.tile
-        table.add_row(
-            row.kernel,
-            row.gradients,
-            row.features,
-            str(row.head_dim),
-            f"{tile.block_m} x {tile.block_n}",
-            str(tile.num_warps),
-            str(tile.num_stages),
-            "" if tile.max_registers is None else str(tile.max_registers),
-            str(row.registers),
-            f"{row.shared_bytes:,}",
-            str(row.stack_bytes),
-            str(row.wgmma),
+        table.rows.append(
+            [
+                row.kernel,
+                row.gradients,
+                row.features,
+                str(row.head_dim),
+                f"{tile.block_m} x {tile.block_n}",
+                str(tile.num_warps),
+                str(tile.num_stages),
+                "" if tile.max_registers is None else str(tile.max_registers),
+                str(row.registers),
+                f"{row.shared_bytes:,}",
+                str(row.stack_bytes),
+                str(row.wgmma),
+            ]
         )
-    return table
+    print_table(table, console)
+    console.print(
+        f"shared bytes: of {aot.SHARED_MEMORY[selection.arch]:,}. Registers and stack: per thread; the stack holds "
+        "what did not fit the registers (spills).",
+        highlight=False,
+    )

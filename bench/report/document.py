@@ -16,11 +16,15 @@ from typing import Any
 from palkernels.bench.errors import UserError, one_line
 
 __all__ = [
-    "GIB", "POINT", "Row", "add_errors", "csv_text", "json_text", "read", "recorded", "writable_folder", "write_all",
+    "ERRORS", "GIB", "PARTS", "POINT", "Row", "csv_text", "json_text", "read", "recorded", "writable_folder",
+    "write_all",
 ]  # fmt: skip
 
 Row = dict[str, Any]  # one method at one point
 GIB = 2**30
+ERRORS = "error_against_measured"  # of a simulated row that was measured, too: its relative errors by figure
+# The parts of memory_breakdown, in the order of tables and pictures.
+PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "K/V cache", "temporaries")
 POINT = ("method", "mode", "audio_tokens", "text_tokens", "batch_size", "dtype")  # by which documents are matched
 # What a row must have, and the type of each; figures are None where the method did not run.
 COLUMNS: dict[str, Any] = {
@@ -67,25 +71,6 @@ def _check_row(row: Row) -> None:
         raise ValueError("a row that is ok and lacks a figure")
 
 
-def add_errors(rows: list[Row], measured: dict[str, Any]) -> int:
-    """Add the prediction's error to each simulated row whose point was measured on the same device.
-
-    An error of 0.05 is a prediction that is 5 % too high. A simulated time is a lower bound, so throughput is predicted
-    too high. Returns how many rows got an error.
-    """
-    device = measured["meta"].get("device_name")
-    references = {tuple(row[key] for key in POINT): row for row in measured["rows"] if row["status"] == "ok"}
-    count = 0
-    for row in rows:
-        reference = references.get(tuple(row[key] for key in POINT))
-        if row["device"] == device and reference is not None:
-            memory = row["peak_memory_bytes"] / reference["peak_memory_bytes"] - 1
-            rate = row["samples_per_second"]["p50"] / reference["samples_per_second"]["p50"] - 1
-            row["error_against_measured"] = {"peak_memory_bytes": memory, "samples_per_second": rate}
-            count += 1
-    return count
-
-
 def json_text(document: dict[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
 
@@ -105,7 +90,7 @@ def csv_text(rows: list[Row], encoder_weights: str | None = None) -> str:
         line["samples_per_second_samples"] = " ".join(map(repr, row["samples_per_second"]["samples"]))
         for part, size in row.get("memory_breakdown", {}).items():
             line[f"memory_{part.lower().replace('/', '').replace(' ', '_')}_bytes"] = size
-        line |= {f"error_{figure}": error for figure, error in row.get("error_against_measured", {}).items()}
+        line |= {f"error_{figure}": error for figure, error in row.get(ERRORS, {}).items()}
         lines.append(line)
     columns = dict.fromkeys(column for line in lines for column in line)  # not every row has every column
     out = io.StringIO()

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
-from palkernels.bench.report.document import GIB, Row
+from palkernels.bench.report.document import ERRORS, GIB, POINT, Row
 from palkernels.bench.report.roles import BASELINE, OURS, chain, in_order
 
 __all__ = [
-    "ABOVE_STATIC", "MEMORY", "PUBLISHED", "RATE", "SECONDS", "Points", "Published", "Step", "relative", "value",
-    "waterfall",
+    "ABOVE_STATIC", "MEMORY", "PUBLISHED", "RATE", "SECONDS", "Points", "Published", "Step", "add_errors", "relative",
+    "value", "waterfall",
 ]  # fmt: skip
 
 MEMORY, ABOVE_STATIC, RATE = "peak_memory_bytes", "peak_above_static_bytes", "samples_per_second"
@@ -98,6 +99,23 @@ def value(row: Row, key: str) -> float | None:
 def relative(figure: float | None, base: float | None) -> float | None:
     """Return figure / base - 1, or None if one is missing or the base is 0."""
     return None if figure is None or not base else figure / base - 1
+
+
+def add_errors(rows: Iterable[Row], measured: dict[str, Any]) -> int:
+    """Add the prediction's error to each simulated row whose point was measured on the same device.
+
+    An error of 0.05 is a prediction that is 5 % too high. A simulated time is a lower bound, so throughput is predicted
+    too high. Returns how many rows got an error.
+    """
+    device = measured["meta"].get("device_name")
+    references = {tuple(row[key] for key in POINT): row for row in measured["rows"] if row["status"] == "ok"}
+    count = 0
+    for row in rows:
+        reference = references.get(tuple(row[key] for key in POINT))
+        if row["device"] == device and reference is not None:
+            row[ERRORS] = {key: relative(value(row, key), value(reference, key)) for key in (MEMORY, RATE)}
+            count += 1
+    return count
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def label(method: str) -> str:
 
 
 def against(base: str) -> str:
-    """Return the heading of gains over a baseline, with the last part of its label: vs PLITS, vs tuned."""
+    """Return the heading of gains over a method, with the last part of its label: vs PLITS, vs tuned."""
     return f"vs {label(base).rpartition(', ')[2]}"
 
 

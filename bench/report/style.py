@@ -12,19 +12,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from palkernels.bench.report.conditions import caption, title
+from palkernels.bench.report.document import PARTS
 
 __all__ = ["PART_COLORS", "frame", "grid", "plain", "svg"]
 
 # Grey for what every method has, in colour what methods differ in.
-PART_COLORS = {
-    "parameters": "#d3d7dd",
-    "gradients": "#a9b2bf",
-    "optimizer": "#7f8a99",
-    "activations": "#1f5fae",
-    "logits": "#e08e2b",
-    "K/V cache": "#3a9d5d",
-    "temporaries": "#b07aa1",
-}
+PART_COLORS = dict(
+    zip(PARTS, ("#d3d7dd", "#a9b2bf", "#7f8a99", "#1f5fae", "#e08e2b", "#3a9d5d", "#b07aa1"), strict=True)
+)
 TEXT_COLOR, GRID_COLOR = "#444444", "#e6e6e6"
 
 

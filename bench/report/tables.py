@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from palkernels.bench.report.conditions import mode_title, short
-from palkernels.bench.report.document import GIB, Row
+from palkernels.bench.report.document import ERRORS, GIB, PARTS, Row
 from palkernels.bench.report.points import (
     ABOVE_STATIC,
     MEMORY,
@@ -23,9 +23,7 @@ __all__ = [
     "breakdown", "every_point", "exponents", "gains", "levers", "paper", "serving", "steps", "summary",
 ]  # fmt: skip
 
-PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "K/V cache", "temporaries")
 MEMORY_GROUPS = {MEMORY: "peak memory", ABOVE_STATIC: "above static"}
-ERRORS = "error_against_measured"
 
 
 def every_point(points: Points, mode: str) -> Table:
@@ -191,10 +189,10 @@ def levers(points: Points) -> Table | None:
         return None
     columns = [Column("audio tokens"), Column("method", text=True)]
     for group in MEMORY_GROUPS.values():
-        columns += [Column("GiB", group), Column("vs LAL", group)]
+        columns += [Column("GiB", group), Column(against(OURS), group)]
     for device in points.devices:
         group = " ".join(filter(None, ("step", short(device))))
-        columns += [Column("ms", group), Column("vs LAL", group)]
+        columns += [Column("ms", group), Column(against(OURS), group)]
     table = Table(_title(points, mode), columns)
     for count in points.counts(mode):
         for method in (OURS, *tried):
@@ -222,9 +220,9 @@ def serving(rows: list[Row]) -> Table | None:
         return None
     devices = list(dict.fromkeys(row.get("device") for row in rows))
     columns = [Column("clips"), Column("questions"), Column("method", text=True)]
-    columns += [Column("MiB per clip", "K/V"), Column("vs PLITS", "K/V")]
+    columns += [Column("MiB per clip", "K/V"), Column(against(BASELINE), "K/V")]
     for device in devices:
-        headings = ("first token, ms", "vs PLITS", "tokens/s", "vs PLITS")
+        headings = ("first token, ms", against(BASELINE), "tokens/s", against(BASELINE))
         columns += [Column(heading, short(device)) for heading in headings]
     first = rows[0]
     sizes = f"{first['audio_tokens']:,} audio, {first['text_tokens']} text and {first['new_tokens']} new tokens"

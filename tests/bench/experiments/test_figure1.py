@@ -111,7 +111,7 @@ def test_the_defaults_fit_eighty_columns(tmp_path: Path, monkeypatch: pytest.Mon
     figure1.run(Options(device="cpu", out=tmp_path / "out"), Console(width=80, file=text))
     lines = text.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0] == "smollm2-135m, 3 of 3 layers, bfloat16, on cpu; LLM weights random (seed 0)"
+    assert lines[0] == "smollm2-135m, all 3 layers, bfloat16, on cpu; LLM weights random (seed 0)"
     rows = json.loads((tmp_path / "out" / "figure1.json").read_text())["rows"]
     for plits, lal in zip(rows[::2], rows[1::2], strict=True):
         rates = (f"{row['samples_per_second']['p50']:.3g} samples/s" for row in (plits, lal))
@@ -169,7 +169,20 @@ def test_one_method_and_own_audio(tiny: Path, tmp_path: Path) -> None:
     clip = tmp_path / "clip.wav"
     soundfile.write(clip, np.zeros(4000, dtype=np.float32), 8000)
     out = tmp_path / "out"
-    arguments = ["--methods", "lal", "--audio", clip, "--audio-tokens", 16, "--layers", 1, "--train-batch", 3]
+    arguments = [
+        "--methods",
+        "lal",
+        "--audio",
+        clip,
+        "--audio-tokens",
+        16,
+        "--layers",
+        1,
+        "--train-batch",
+        3,
+        "--repeats",
+        1,
+    ]
     assert run(*small(tiny, out), *arguments) == 0
     document = json.loads((out / "figure1.json").read_text())
     assert [(row["method"], row["mode"], row["batch_size"]) for row in document["rows"]] == [

@@ -51,7 +51,7 @@ def test_other_errors_are_not_taken_for_it(tiny: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Lal, "loss", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        main([str(x) for x in small(tiny, tmp_path / "out")])
+        main([str(x) for x in (*small(tiny, tmp_path / "out"), "--repeats", 1)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -161,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     """No speed figure comes from a run that computes nonsense."""
     real = Lal.loss
     monkeypatch.setattr(Lal, "loss", lambda self, *arguments: real(self, *arguments) * float("nan"))
-    assert run(*small(tiny, tmp_path / "out")) == 2
+    assert run(*small(tiny, tmp_path / "out"), "--repeats", 1) == 2
     assert "LAL's training loss must be finite, got nan" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -177,7 +177,7 @@ def test_a_batch_that_does_not_fit(tiny: Path, tmp_path: Path, monkeypatch: pyte
         return make(clip, *rest)
 
     monkeypatch.setattr(Batch, "make", fail)
-    assert run(*small(tiny, tmp_path / "out")) == 0
+    assert run(*small(tiny, tmp_path / "out"), "--repeats", 1) == 0
     rows = json.loads((tmp_path / "out" / "figure1.json").read_text())["rows"]
     assert {row["audio_tokens"] for row in rows if row["status"] == "out of memory"} == {256}
     assert {row["audio_tokens"] for row in rows if row["status"] == "ok"} == {16}

@@ -36,7 +36,7 @@ def test_a_signal_leaves_nothing(number: signal.Signals, code: int, message: str
 def test_an_interrupted_run_is_valid_and_goes_on(number: signal.Signals, code: int, tiny: Path, tmp_path: Path) -> None:
     """What was measured before the signal is written, and `--resume` measures the rest alone."""
     out = tmp_path / "out"
-    arguments = [*map(str, small(tiny, out)), "--audio-tokens", "16,32,64,128"]
+    arguments = [*map(str, small(tiny, out)), "--audio-tokens", "16,32,64,128", "--repeats", "1"]
     command = [sys.executable, "-c", f"from palkernels.bench.cli import main; main({arguments!r})"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -72,20 +72,20 @@ def test_resume_needs_the_same_conditions(
 
 
 def test_resume_sees_another_model_and_measures_points_that_lack_a_method(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    measured: tuple[dict[str, Any], Path, str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A directory may hold another model than it did; a file may have been cut."""
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(tiny, model)
-    arguments = [*small(model, out), "--audio-tokens", 16, "--repeats", 1]
-    assert run(*arguments) == 0
-    document = json.loads((out / "figure1.json").read_text())
+    shutil.copytree(measured[1], out)
+    arguments = small(model, out)
+    document = json.loads((out / "figure1.json").read_text().replace(str(tiny), str(model)))  # as if measured on it
     cut = {"meta": document["meta"], "rows": document["rows"][1:]}
     (out / "figure1.json").write_text(json.dumps(cut))
     assert run(*arguments, "--resume") == 0
     rows = json.loads((out / "figure1.json").read_text())["rows"]
-    assert sorted((row["mode"], row["method"]) for row in rows) == sorted(
-        (mode, method) for mode in ("train", "infer") for method in ("plits", "lal")
+    assert sorted((row["mode"], row["method"], row["audio_tokens"]) for row in rows) == sorted(
+        (mode, method, count) for mode in ("train", "infer") for method in ("plits", "lal") for count in (16, 256)
     )
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))

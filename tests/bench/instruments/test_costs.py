@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, embedding, scaled_dot_product_att
 from torch.profiler import ProfilerActivity, profile
 
 from palkernels import audio_kv
-from palkernels.bench.experiments.world import World
+from palkernels.bench.experiments.valueless import ValuelessModel
 from palkernels.bench.instruments.costs import CostCounter, Costs
 from palkernels.bench.instruments.memory import AllocationTracker
 from palkernels.bench.instruments.rates import GPUS
@@ -130,13 +130,15 @@ class Sizes:
     encoder: int
 
 
-def sizes_of(world: World) -> Sizes:
-    config = world.model.config
+def sizes_of(valueless: ValuelessModel) -> Sizes:
+    config = valueless.model.config
     head_dim = config.head_dim
     queries, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     others = 2 * config.hidden_size * queries + 3 * config.hidden_size * config.intermediate_size
     keys = 2 * config.hidden_size * kv
-    return Sizes(config.num_hidden_layers, config.hidden_size, others, keys, config.vocab_size, queries, world.width)
+    return Sizes(
+        config.num_hidden_layers, config.hidden_size, others, keys, config.vocab_size, queries, valueless.width
+    )
 
 
 ROWS, TEXT, AUDIO, NEW = 3, 16, 50, 6
@@ -184,28 +186,28 @@ def flamingo_formula(mode: str, size: Sizes) -> tuple[float, float]:
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return World(plan_llm("llama-3.2-1b", 2), torch.bfloat16)
+def valueless() -> ValuelessModel:
+    return ValuelessModel(plan_llm("llama-3.2-1b", 2), torch.bfloat16)
 
 
 @pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in DEFAULT_METHODS for mode in ("train", "infer")])
-def test_flops_by_closed_formulas(name: str, mode: str, world: World) -> None:
+def test_flops_by_closed_formulas(name: str, mode: str, valueless: ValuelessModel) -> None:
     method = METHODS[name]
     if mode == "train":
-        costs = world.train(method, AUDIO, TEXT, ROWS).costs
+        costs = valueless.train(method, AUDIO, TEXT, ROWS).costs
     else:
-        costs = world.infer(method, AUDIO, TEXT, ROWS, NEW).costs
-    attention, other = formula(name, mode, sizes_of(world))
+        costs = valueless.infer(method, AUDIO, TEXT, ROWS, NEW).costs
+    attention, other = formula(name, mode, sizes_of(valueless))
     assert costs["attention_flops"] == attention
     assert costs["other_flops"] == pytest.approx(other, rel=1e-5)  # and the angles of RoPE
 
 
 @pytest.mark.parametrize(("name", "more"), [("lal-recompute", "keys"), ("lal-checkpoint", "layers")])
-def test_levers_compute_again_what_they_do_not_keep(name: str, more: str, world: World) -> None:
-    plain, lever = (world.train(METHODS[x], AUDIO, TEXT, ROWS).costs for x in ("lal", name))
-    size = sizes_of(world)
+def test_levers_compute_again_what_they_do_not_keep(name: str, more: str, valueless: ValuelessModel) -> None:
+    plain, lever = (valueless.train(METHODS[x], AUDIO, TEXT, ROWS).costs for x in ("lal", name))
+    size = sizes_of(valueless)
     again = 2 * ROWS * size.layers * AUDIO * size.keys
     if more == "layers":
-        last = size.width * world.model.config.intermediate_size  # a layer's output is not needed again
+        last = size.width * valueless.model.config.intermediate_size  # a layer's output is not needed again
         again += 2 * ROWS * size.layers * TEXT * (size.others + size.keys - last)
     assert lever["other_flops"] - plain["other_flops"] == pytest.approx(again, rel=1e-3)

@@ -7,9 +7,9 @@ import torch
 
 from palkernels.bench.instruments import timing
 from palkernels.bench.instruments.rates import Rates
-from palkernels.bench.kernels import peers, rows
+from palkernels.bench.kernels import measurement, peers
 from palkernels.bench.kernels.cases import OPS, Case, model_cases, shape_case
-from palkernels.bench.kernels.rows import relative_error
+from palkernels.bench.kernels.measurement import relative_error
 
 CPU = torch.device("cpu")
 SHAPE = "1,4,2,9,20,16"
@@ -69,7 +69,7 @@ def test_inputs_alone_exceed_the_cache(monkeypatch, op):
     sets = []
     make = Case.inputs
     monkeypatch.setattr(Case, "inputs", lambda self, seed: sets.append(make(self, seed)) or sets[-1])
-    rows.calls_on_sets(case, lambda inputs: [])
+    measurement.calls_on_sets(case, lambda inputs: [])
     tensors = [tensor for inputs in sets for tensor in torch.utils._pytree.tree_leaves(inputs)]
     assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
     assert wanted < sum(tensor.nbytes for tensor in tensors) <= 2 * wanted

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,17 @@ def run(*arguments: object) -> int:
 
 
 def cells(table: str) -> list[list[str]]:
-    """The body of a table."""
-    return [[cell.strip() for cell in line[1:-1].split("│")] for line in table.splitlines() if line.startswith("│")]
+    """The body of a table, whose last line is its caption. A kernel stands only where another one's rows end."""
+    lines = [f"{line:140}" for line in table.splitlines()]
+    rule = next(number for number, line in enumerate(lines) if line.startswith("---"))
+    headings, body = lines[2:rule], lines[rule + 1 : -1]  # below the title and the groups' names
+    blank = [all(line[place] == " " for line in (*headings, *body)) for place in range(140)]
+    starts = [place for place in range(139) if not blank[place] and (place == 0 or blank[place - 1])]
+    found: list[list[str]] = []
+    for line in body:
+        row = [line[start:end].strip() for start, end in pairwise([*starts, 140])]
+        found.append([row[0] or found[-1][0], *row[1:]])
+    return found
 
 
 def printed(row: dict[str, Any]) -> list[str]:

@@ -101,16 +101,7 @@ def test_trains_everything(method: Method) -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
-IMPLS = {
-    "plits": "sdpa",
-    "plits-tuned": "sdpa (flash)",
-    "plits-pooled": "sdpa",
-    "lal-eager": "cat + sdpa",
-    "lal": "sdpa",
-    "pal-multi": "sdpa",
-    "pal-unified": "sdpa",
-    "flamingo": "sdpa",
-}
+IMPLS = {"plits-tuned": "sdpa (flash)", "lal-eager": "cat + sdpa"}  # of the others: sdpa
 
 
 @pytest.mark.parametrize("name", DEFAULT_METHODS)
@@ -119,7 +110,7 @@ def test_generates_exactly_what_is_asked_for(name: str) -> None:
     method = METHODS[name]
     with method.ready(model) as impl, torch.no_grad():
         tokens = method.generate(model, connector, batch, new_tokens=5)
-        assert impl == IMPLS[name]
+        assert impl == IMPLS.get(name, "sdpa")
     assert tokens.shape == (ROWS, 5)
     assert ((tokens >= 0) & (tokens < VOCAB)).all()
 

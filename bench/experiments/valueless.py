@@ -27,7 +27,7 @@ from palkernels.bench.presets import LlmPlan
 from palkernels.model.connectors.mlp import MlpConnector
 from palkernels.op_costs import arguments_by_name, plain_function, scratch_bytes
 
-__all__ = ["ENCODER_WIDTH", "Simulation", "World"]
+__all__ = ["ENCODER_WIDTH", "Simulation", "ValuelessModel"]
 
 ENCODER_WIDTH = 1280  # Whisper large's, on which published audio LLMs build
 KV_CACHE, LOGITS = "K/V cache", "logits"
@@ -45,7 +45,7 @@ class Simulation:
     first_token: Costs | None = None  # up to the first token; None in training
 
 
-class World:
+class ValuelessModel:
     """A model and a connector without values, in one dtype. `impl` is this library's implementation that runs."""
 
     def __init__(self, llm: LlmPlan, dtype: torch.dtype, width: int = ENCODER_WIDTH, impl: str = "triton") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from palkernels.bench.options import dtype_name
 from palkernels.bench.report.document import Row
 from palkernels.model.causal_lm.layers import head_dim_of
 
@@ -35,7 +36,7 @@ def serving_row(
         "audio_tokens": audio,
         "text_tokens": text,
         "new_tokens": new_tokens,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "first_token_seconds": first_token_seconds,
         "tokens_per_second": decoded / seconds if decoded and seconds > 0 else None,
         "kv_bytes_per_clip": cached // clips,

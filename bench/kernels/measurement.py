@@ -21,7 +21,7 @@ __all__ = [
     "BROKEN",
     "SEED",
     "WRONG",
-    "Row",
+    "Measurement",
     "call_on",
     "calls_on_sets",
     "measure",
@@ -37,7 +37,7 @@ WRONG, BROKEN = "wrong", "broke the device"  # how the status of such a row begi
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One implementation on one case. Where it has no samples, `status` says why."""
 
     case: Case
@@ -69,18 +69,18 @@ def our_peer() -> Peer:
     return Peer(OURS, OURS, prepare)
 
 
-def measure(case: Case, checked: Case, truth: list[Tensor], peer: Peer, seconds: float) -> Row:
+def measure(case: Case, checked: Case, truth: list[Tensor], peer: Peer, seconds: float) -> Measurement:
     """Measure one implementation on a case for about `seconds`, if its results on the smaller case `checked` are near
     the truth."""
     if not peer.is_installed:
-        return Row(case, peer.name, f"not installed: {peer.module}")
+        return Measurement(case, peer.name, f"not installed: {peer.module}")
     if case.with_gradients and not peer.has_gradients:
-        return Row(case, peer.name, "computes no gradients")
+        return Measurement(case, peer.name, "computes no gradients")
     try:
         with timing.beside(case.device):
             error = relative_error(checked.with_its_gradients(checked.inputs(SEED), peer.prepare(checked)), truth)
             if not error <= BOUNDS[case.dtype]:  # a NaN is no less wrong
-                return Row(case, peer.name, f"{WRONG}: error {error:.1g}", error)
+                return Measurement(case, peer.name, f"{WRONG}: error {error:.1g}", error)
             calls = calls_on_sets(case, peer.prepare(case))
             samples = timing.samples(calls, seconds, case.device)
             host = timing.host_seconds(calls[0], case.device)
@@ -88,9 +88,9 @@ def measure(case: Case, checked: Case, truth: list[Tensor], peer: Peer, seconds:
         if peer.key == OURS:
             raise
         if not _works(case.device):
-            return Row(case, peer.name, f"{BROKEN}: {one_line(problem)[:80]}")
-        return Row(case, peer.name, f"failed: {one_line(problem)[:80]}")
-    return Row(case, peer.name, "ok", error, tuple(samples), host)
+            return Measurement(case, peer.name, f"{BROKEN}: {one_line(problem)[:80]}")
+        return Measurement(case, peer.name, f"failed: {one_line(problem)[:80]}")
+    return Measurement(case, peer.name, "ok", error, tuple(samples), host)
 
 
 def _works(device: torch.device) -> bool:
@@ -126,7 +126,7 @@ def call_on(case: Case, inputs: dict[str, Any], run: Run) -> Callable[[], object
     return lambda: case.gradients(outputs, inputs)
 
 
-def times_ours(row: Row, rows: list[Row]) -> float | None:
+def times_ours(row: Measurement, rows: list[Measurement]) -> float | None:
     """Return a row's median over that of this library on the same case; None for this library itself, and without two
     times."""
     ours = next((x for x in rows if x.name == OURS and x.case == row.case), None)
