@@ -245,6 +245,7 @@ ENTRIES = (
     Entry("README.md", "headline", headline, (SIMULATED[0], "microbench-h200")),
     Entry("docs/results.md", "compared", compared, ()),
     Entry("docs/results.md", "figure1-cpu", measured, ("figure1-cpu",)),
+    Entry("docs/results.md", "figure1-cpu-llama", measured, ("figure1-cpu-llama-3.2-1b",)),
     Entry("docs/results.md", "simulated", simulated, SIMULATED, picture=SIMULATED[0]),
     Entry("docs/results.md", "methods", every_method, SIMULATED[:1]),
     Entry("docs/results.md", "paper", paper, SIMULATED[:1]),
