@@ -70,3 +70,12 @@ def test_the_wheel_holds_the_modules_and_their_data_and_nothing_else():
     files = [path for path in installed.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert {path.relative_to(installed.parent) for path in files} == expected
     assert Path("palkernels/bench/report/report.html") in expected
+
+
+def test_every_file_fits_a_sitting():
+    """350 lines at most; a longer one says why in its docstring, and here."""
+    root = Path(__file__).parents[1]
+    folders = ("palkernels", "model", "bench", "scripts", "examples", "tests")
+    files = [path for folder in folders for path in (root / folder).rglob("*.py")]
+    assert len(files) > 200
+    assert [str(path) for path in files if len(path.read_text().splitlines()) > 350] == []

@@ -99,3 +99,11 @@ except ModuleNotFoundError as error:
     print(error.name, error)
 """)
     assert message == "transformers palkernels.model needs transformers: pip install 'palkernels[model]'\n"
+
+
+def test_connectors_are_in_their_room_too() -> None:
+    from palkernels.model import connectors
+
+    for name in connectors.__all__:
+        assert getattr(connectors, name) is getattr(palkernels.model, name)
+        assert name in dir(connectors)
