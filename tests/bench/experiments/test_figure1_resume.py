@@ -13,13 +13,19 @@ import pytest
 from support.figure1 import FILES, run, small
 
 
+def command_of(arguments: list[str]) -> list[str]:
+    """The command in a process that Ctrl-C ends even where the tests run in the background, and so ignore it."""
+    program = f"from palkernels.bench.cli import main; main({arguments!r})"
+    return [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {program}"]
+
+
 @pytest.mark.parametrize(
     ("number", "code", "message"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_a_signal_leaves_nothing(number: signal.Signals, code: int, message: str, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = [*map(str, small(tiny, out)), "--repeats", "100000"]
-    command = [sys.executable, "-c", f"from palkernels.bench.cli import main; main({arguments!r})"]
+    command = command_of(arguments)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     while not (line := process.stdout.readline()).startswith("Estimated"):
@@ -37,7 +43,7 @@ def test_an_interrupted_run_is_valid_and_goes_on(number: signal.Signals, code: i
     """What was measured before the signal is written, and `--resume` measures the rest alone."""
     out = tmp_path / "out"
     arguments = [*map(str, small(tiny, out)), "--audio-tokens", "16,32,64,128", "--repeats", "1"]
-    command = [sys.executable, "-c", f"from palkernels.bench.cli import main; main({arguments!r})"]
+    command = command_of(arguments)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     while not (line := process.stdout.readline()).startswith("train, 32 audio tokens"):
