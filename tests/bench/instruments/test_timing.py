@@ -8,7 +8,7 @@ import torch
 
 from palkernels.bench import machine
 from palkernels.bench.instruments import timing
-from palkernels.bench.kernels import rows
+from palkernels.bench.kernels import measurement
 from palkernels.bench.kernels.cases import shape_case
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_buffers_rotate(monkeypatch):
     assert timing.num_buffers(1, torch.device("cuda")) == 32
     case = shape_case("forward", SHAPE, torch.float32, CPU)
     seen = []
-    calls = rows.calls_on_sets(case, lambda inputs: seen.append(inputs["key"].data_ptr()) or [])
+    calls = measurement.calls_on_sets(case, lambda inputs: seen.append(inputs["key"].data_ptr()) or [])
     assert len(calls) == 32
     for call in calls:
         call()
