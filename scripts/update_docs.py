@@ -21,6 +21,7 @@ from palkernels.bench.kernels.peers import OURS as OUR_KERNELS
 from palkernels.bench.methods import DEFAULT_METHODS
 from palkernels.bench.report import plot, tables
 from palkernels.bench.report.conditions import command, depth, rates, short, title
+from palkernels.bench.report.document import GIB
 from palkernels.bench.report.markdown import to_markdown
 from palkernels.bench.report.points import MEMORY, RATE, Points
 from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OURS, about, against, label
@@ -34,20 +35,23 @@ GPU = "NVIDIA H200"  # where a table has one GPU
 Document = dict[str, Any]
 
 
-def headline(simulation: Document, kernels: Document) -> str:
-    """What LAL saves in training and inference, and the attention kernel alone: a row for each."""
-    points, model = Points(simulation["rows"]), simulation["meta"]["model"]
-    assert model == kernels["benchmarks"][0]["params"]["model"]
+def headline(measurement: Document, simulation: Document, kernels: Document) -> str:
+    """What LAL saves in training and inference, measured and simulated, and the attention kernel alone."""
+    model = simulation["meta"]["model"]
+    assert model == measurement["meta"]["model"] == kernels["benchmarks"][0]["params"]["model"]
+    assert measurement["meta"]["device_name"] == GPU
     columns = [Column(f"{model}, {LENGTH:,} audio tokens", text=True), Column("on", text=True)]
     table = Table("", columns + [Column(heading, text=True) for heading in ("instead of", "LAL", "gain")])
+    sources = (("measured", Points(measurement["rows"]), ()), ("simulated", Points(simulation["rows"]), (GPU,)))
     for mode, name in zip(MODES, ("training step", "inference"), strict=True):
-        figures = []
-        for method in (BASELINE, OURS):
-            memory, rate = (points.value(key, mode, method, LENGTH, GPU) for key in (MEMORY, RATE))
-            figures.append(f"{gib(memory)} GiB, {number(rate)} samples/s")
-        less, more = (points.change(key, mode, OURS, BASELINE, LENGTH, GPU) for key in (MEMORY, RATE))
-        gain = f"**{change(less)}** memory, **{factor(more)}** throughput"
-        table.rows.append([name, f"{short(GPU)}, simulated", f"{label(BASELINE)}: {figures[0]}", figures[1], gain])
+        for how, points, gpu in sources:
+            figures = []
+            for method in (BASELINE, OURS):
+                memory, rate = (points.value(key, mode, method, LENGTH, *gpu) for key in (MEMORY, RATE))
+                figures.append(f"{gib(memory)} GiB, {number(rate)} samples/s")
+            less, more = (points.change(key, mode, OURS, BASELINE, LENGTH, *gpu) for key in (MEMORY, RATE))
+            gain = f"**{change(less)}** memory, **{factor(more)}** throughput"
+            table.rows.append([name, f"{short(GPU)}, {how}", f"{label(BASELINE)}: {figures[0]}", figures[1], gain])
     peer = "cat + SDPA (flash)"
     timed = _timed(kernels)
     ours, theirs = (timed["forward", model, name] for name in (OUR_KERNELS, peer))
@@ -78,14 +82,58 @@ def measured(document: Document) -> str:
                 rate = number(points.value(RATE, mode, method, count)) or (row["status"] if row else "")
                 cells.append(rate if less is None else f"{rate}, {change(less)}")
             table.rows.append(cells)
+    where = meta["gpu"] or f"{meta['device_name']} with {meta['threads']} threads"
     conditions = (
         f"{meta['model']}, {depth(meta)}, {meta['dtype']}, training batch {meta['train_batch']}, inference batch "
         f"{meta['infer_batch']}, {meta['text_tokens']} text tokens, {meta['new_tokens']} new tokens, on "
-        f"{meta['device_name']} with {meta['threads']} threads, {meta['date'][:10]}; medians of "
+        f"{where}, {meta['date'][:10]}; medians of "
         f"{meta['repeats']['train']} training steps and {meta['repeats']['infer']} inferences. Samples per second, and "
         "peak memory against PLITS:"
     )
     return f"{conditions}\n\n{to_markdown(table)}\nMade by `{command(meta)}`.\n"
+
+
+def predicted(measurement: Document, simulation: Document) -> str:
+    """A row for each method and mode at one number of audio tokens: the simulated peak of memory beside the measured
+    one, and the share of the simulated throughput that was measured."""
+    real, least = Points(measurement["rows"]), Points(simulation["rows"])
+    columns = [Column("", text=True)]
+    for group in ("training", "inference"):
+        columns += [Column(heading, group) for heading in ("GiB simulated", "GiB measured", "off by", "of the rate")]
+    table = Table("", columns)
+    for method in _compared(real):
+        cells = [label(method)]
+        for mode in MODES:
+            size = least.value(MEMORY, mode, method, LENGTH, GPU)
+            # The simulation has no optimizer: AdamW keeps two moments for each parameter.
+            if size is not None and mode == "train":
+                size += 2 * least.row(mode, method, LENGTH, GPU)["memory_breakdown"]["parameters"] / GIB
+            peak = real.value(MEMORY, mode, method, LENGTH)
+            rates = real.value(RATE, mode, method, LENGTH), least.value(RATE, mode, method, LENGTH, GPU)
+            both = size is not None and peak is not None
+            cells += [gib(size), gib(peak), change(peak / size - 1) if both else ""]
+            cells.append(f"{rates[0] / rates[1]:.0%}" if None not in rates else "")
+        table.rows.append(cells)
+    return to_markdown(table)
+
+
+def again(before: Document, now: Document) -> str:
+    """A row for each model and operation that was timed twice: our time and flash's multiple then and now, and the
+    host's time of both now."""
+    peer, first, second = "cat + SDPA (flash)", _timed(before), _timed(now)
+    columns = [Column("", text=True), Column("", text=True)]
+    columns += [Column(date, "us") for date in ("2026-11-24", "again")]
+    columns += [Column(date, peer) for date in ("2026-11-24", "again")]
+    columns += [Column("host us"), Column("host us", peer)]
+    table = Table("", columns)
+    for (operation, model, name), ours in second.items():
+        if name == OUR_KERNELS:
+            old, theirs = first[operation, model, name], [x[operation, model, peer] for x in (first, second)]
+            cells = [f"{1e6 * row['p50_seconds']:.1f}" for row in (old, ours)]
+            cells += [f"{row['slower_than_ours']:.2f}x" for row in theirs]
+            cells += [f"{1e6 * row['host_seconds']:.0f}" for row in (ours, theirs[1])]
+            table.rows.append([model, operation, *cells])
+    return to_markdown(table)
 
 
 def simulated(*documents: Document) -> str:
@@ -242,8 +290,10 @@ class Entry:
 
 SIMULATED = ("simulate-llama-3.2-1b", "simulate-llama-3.2-3b", "simulate-qwen2.5-1.5b")
 ENTRIES = (
-    Entry("README.md", "headline", headline, (SIMULATED[0], "microbench-h200")),
+    Entry("README.md", "headline", headline, ("figure1-h200", SIMULATED[0], "microbench-h200")),
     Entry("docs/results.md", "compared", compared, ()),
+    Entry("docs/results.md", "figure1-h200", measured, ("figure1-h200",)),
+    Entry("docs/results.md", "predicted", predicted, ("figure1-h200", SIMULATED[0])),
     Entry("docs/results.md", "figure1-cpu", measured, ("figure1-cpu",)),
     Entry("docs/results.md", "figure1-cpu-llama", measured, ("figure1-cpu-llama-3.2-1b",)),
     Entry("docs/results.md", "simulated", simulated, SIMULATED, picture=SIMULATED[0]),
@@ -252,9 +302,10 @@ ENTRIES = (
     Entry("docs/results.md", "levers", levers, SIMULATED[:1]),
     Entry("docs/results.md", "serving", serving, SIMULATED[:1]),
     Entry("docs/kernels.md", "microbench-h200", microbench, ("microbench-h200",)),
+    Entry("docs/kernels.md", "microbench-h200-again", again, ("microbench-h200", "microbench-h200-again")),
     Entry("bench/LOG.md", "goals-h200", goals, ("microbench-h200",)),
 )
-PICTURES = ("figure1-cpu", *SIMULATED)
+PICTURES = ("figure1-cpu", "figure1-h200", *SIMULATED)
 
 
 def content(entry: Entry, documents: dict[str, Document]) -> str:

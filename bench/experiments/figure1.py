@@ -141,8 +141,9 @@ def _build(options: Options, settings: Settings, waveform: Tensor) -> Bench:
             connector = MlpConnector(encoder.hidden_size, settings.llm.config.hidden_size)
         connector = connector.to(settings.device, settings.dtype)
         for method in settings.methods:
-            with method.ready(llm.model):  # a model that a method cannot take is known before the sweep
-                pass
+            if method.why_not(settings.device) is None:
+                with method.ready(llm.model):  # a model that a method cannot take is known before the sweep
+                    pass
     except (RuntimeError, MemoryError) as error:
         if not machine.is_out_of_memory(error):
             raise
@@ -204,7 +205,7 @@ def _sweep(bench: Bench, rates: Rates, console: Console, document: dict[str, Any
 def _expected_seconds(bench: Bench, rates: Rates) -> dict[tuple[str, int], float]:
     """Return the seconds of all passes of all methods, by mode and number of audio tokens in the order of the sweep."""
     settings = bench.settings
-    config, text = settings.llm.config, settings.text_tokens
+    config, text, on_gpu = settings.llm.config, settings.text_tokens, settings.device.type == "cuda"
     size = sum(p.nbytes for p in bench.parameters)
     expected = {}
     for mode in MODES:
@@ -215,10 +216,14 @@ def _expected_seconds(bench: Bench, rates: Rates) -> dict[tuple[str, int], float
                     continue
                 sample = estimate.Sample(method.in_sequence(count), method.as_keys(count), text, settings.batch[mode])
                 if mode == "train":
-                    total += estimate.train_seconds(config, rates, sample, method.with_logits(count, text), size)
+                    seconds = estimate.train_seconds(config, rates, sample, method.with_logits(count, text), size)
                 else:
-                    total += estimate.infer_seconds(config, rates, sample, settings.new_tokens, size)
-            expected[mode, count] = total * (settings.repeats[mode] + 1)  # and the memory pass
+                    seconds = estimate.infer_seconds(config, rates, sample, settings.new_tokens, size)
+                if on_gpu:  # eager
+                    seconds = max(seconds, estimate.host_seconds(config, mode, settings.new_tokens))
+                total += seconds
+            # And the memory pass. On a GPU it is two, one of them under the tracker, and kernels are compiled in it.
+            expected[mode, count] = total * (settings.repeats[mode] + (5 if on_gpu else 1))
     return expected
 
 

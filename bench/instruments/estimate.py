@@ -12,11 +12,14 @@ from typing import Any
 from palkernels.bench.instruments.rates import Rates
 from palkernels.model.causal_lm.layers import head_dim_of
 
-__all__ = ["Sample", "infer_seconds", "train_seconds"]
+__all__ = ["Sample", "host_seconds", "infer_seconds", "train_seconds"]
 
 # The share of the machine's rates that whole steps reach on CPU cores: about half with smollm2-135m, 0.57 to 0.69 with
 # two layers of llama-3.2-1b.
 EFFICIENCY = 0.5
+# What Python takes for one layer in eager mode on a GPU's host, in seconds: a decoding step and a training step of
+# llama-3.2-1b beside an H200 (bench/LOG.md).
+HOST_SECONDS = {"infer": 0.9e-3, "train": 5e-3}
 # How often the logits are read or written, in float32: cast, softmax, loss and their gradients.
 LOGITS_PASSES = 8
 # How often AdamW passes over the weights: it reads weight, gradient and moments, and writes weight and moments.
@@ -47,6 +50,13 @@ def infer_seconds(config: Any, rates: Rates, sample: Sample, new_tokens: int, pa
     weights."""
     flops = sample.batch * _layers_flops(config, sample)
     return _seconds(flops, new_tokens * parameter_bytes, rates)
+
+
+def host_seconds(config: Any, mode: str, new_tokens: int) -> float:
+    """Return the least seconds of one pass on a GPU's host, which launches every operation by itself: a training step
+    ("train"), or `new_tokens` steps of a generation ("infer")."""
+    steps = new_tokens if mode == "infer" else 1
+    return float(config.num_hidden_layers * steps * HOST_SECONDS[mode])
 
 
 def _seconds(flops: float, traffic: float, rates: Rates) -> float:

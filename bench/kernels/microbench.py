@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,14 +74,16 @@ def run(options: Options, console: Console) -> bool:
             stack.enter_context(results.writable_folder(path.parent, (path.name,), "--json's folder"))
         ceilings = rates.measure_rates(dtype, device)
         machine_info = output.about(device, ceilings)
-        rows = _measure_all(cases, options)
+        asked = {"tiles": list(options.tiles), "seconds": options.seconds or SECONDS}
+        rows: list[Measurement] = []
+        for done, measured in enumerate(_measure_all(cases, options), 1):
+            rows += measured
+            if options.json is not None:  # after every case: an interrupted run keeps what it has
+                document = output.document(rows, ceilings, machine_info, asked, complete=done == len(cases))
+                results.write_all(path.parent, {path.name: (json.dumps(document, indent=1) + "\n").encode()})
         print_table(output.table(rows, ceilings, machine_info), console)
         for line in (output.CAPTION, *output.notes(rows)):
             console.print(line, markup=False, highlight=False)
-        if options.json is not None:
-            asked = {"tiles": list(options.tiles), "seconds": options.seconds or SECONDS}
-            text = json.dumps(output.document(rows, ceilings, machine_info, asked), indent=1) + "\n"
-            results.write_all(path.parent, {path.name: text.encode()})
     return not any(row.status.startswith((WRONG, BROKEN)) for row in rows)
 
 
@@ -159,14 +162,15 @@ def _run_once(case: Case, console: Console) -> None:
     console.print(f"{case.op} ran once, after once to warm up", markup=False)
 
 
-def _measure_all(cases: list[Case], options: Options) -> list[Measurement]:
-    rows = []
+def _measure_all(cases: list[Case], options: Options) -> Iterator[list[Measurement]]:
+    """Yield the measurements of one case after the other."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=sum(1 + len(peers_of(case, options.peers)) for case in cases))
         broken = ""
         for case in cases:
+            rows = []
             checked = case if case.device.type == "cuda" else case.smaller()
             truth = [] if broken else checked.truth(checked.inputs(SEED))
             for peer in (our_peer(), *peers_of(case, options.peers)):
@@ -179,4 +183,4 @@ def _measure_all(cases: list[Case], options: Options) -> list[Measurement]:
                 progress.advance(task)
             if not broken:
                 machine.release_memory(case.device)
-    return rows
+            yield rows

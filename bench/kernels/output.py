@@ -79,10 +79,10 @@ def notes(rows: list[Measurement]) -> list[str]:
 
 
 def document(
-    rows: list[Measurement], ceilings: Rates, machine_info: dict[str, Any], options: dict[str, Any]
+    rows: list[Measurement], ceilings: Rates, machine_info: dict[str, Any], options: dict[str, Any], complete: bool
 ) -> dict[str, Any]:
     """Return pytest-benchmark's file; what it has no place for is in each entry's `extra_info`. `options` are what the
-    user asked for."""
+    user asked for; `complete` says whether every case is there."""
     from pytest_benchmark.stats import Stats
 
     benchmarks = []
@@ -114,6 +114,7 @@ def document(
         "machine_info": machine_info,
         "commit_info": {},
         "benchmarks": benchmarks,
+        "complete": complete,
         "datetime": datetime.now(UTC).isoformat(),
         "version": machine_info["versions"]["pytest-benchmark"],
     }

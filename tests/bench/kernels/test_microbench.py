@@ -43,6 +43,7 @@ def document(tmp_path_factory):
 
 
 def test_the_file(document):
+    assert document[0]["complete"] is True
     rows = document[0]["benchmarks"]
     ceilings = document[0]["machine_info"]["ceilings"]
     ours_by_op = {row["params"]["op"]: row for row in rows if row["name"] == peers.OURS}
@@ -142,6 +143,21 @@ def test_a_peer_that_breaks_the_device_leaves_what_was_measured(monkeypatch, tmp
     assert status[3] == "broke the device: an illegal memory access was encountered"
     assert status[4:] == ["not run: culprit broke the device"] * 2
     assert "not run: culprit broke the device (both 20)" in text
+
+
+def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path):
+    def prepare(case):
+        if case.op == "decode":
+            raise KeyboardInterrupt
+        return SDPA.prepare(case)
+
+    monkeypatch.setattr(peers, "PEERS", (dataclasses.replace(SDPA, prepare=prepare),))
+    path = tmp_path / "rows.json"
+    with pytest.raises(KeyboardInterrupt):
+        run(ops=("forward", "decode"), json=path)
+    document = json.loads(path.read_text())
+    assert [row["params"]["op"] for row in document["benchmarks"]] == ["forward", "forward"]
+    assert document["complete"] is False
 
 
 def test_a_peer_without_gradients_says_so(monkeypatch):

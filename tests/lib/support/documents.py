@@ -35,6 +35,7 @@ def measured() -> dict[str, Any]:
     meta = {
         "device": "cpu",
         "device_name": "Some Processor",
+        "gpu": None,
         "threads": 2,
         "versions": VERSIONS,
         "date": "2026-01-02T03:04:05+00:00",
