@@ -3,7 +3,7 @@
 # make simulate     predict Figure 1 at full size for two GPUs, without a GPU, into simulate-out/
 # make lint         format, types and the direction of imports, on the installed wheel
 # make test         lint, then every test, on the installed wheel
-# make aot          compile every tile in every dtype for sm_80, sm_90 and sm_100 (make test: bfloat16, the first two)
+# make aot          compile every tile in every dtype for sm_80, sm_90 and sm_100 (make test: bfloat16, some of them)
 # make mutants      run seeded faults in the kernels, which the tests must catch, into tests/mutants/outcome.json
 # make compat       the model layer's tests with the oldest transformers that is supported
 # make clean        remove everything that these made

@@ -96,14 +96,15 @@ def shipped_variants(
     dtypes: tuple[torch.dtype, ...],
     kernels: tuple[str, ...] = tiles.KERNELS,
     head_dims: tuple[int, ...] = HEAD_DIMS,
+    features: tuple[str, ...] = FEATURES,
 ) -> list[tuple[str, int, torch.dtype, int, tiles.Tile, str]]:
     """Arguments of :func:`compile_kernel` for every tile that :mod:`palkernels.kernels.tiles` can choose there."""
     return [
-        (kernel, capability, dtype, head_dim, tile, features)
+        (kernel, capability, dtype, head_dim, tile, option)
         for kernel in kernels
         for dtype in dtypes
-        for features in FEATURES
-        for element_size, head_dim, tile in tiles.shipped(kernel, tiles.architecture(capability), features == "all")
+        for option in features
+        for element_size, head_dim, tile in tiles.shipped(kernel, tiles.architecture(capability), option == "all")
         if element_size == dtype.itemsize and head_dim in head_dims
     ]
 
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--kernels", nargs="+", choices=tiles.KERNELS, default=tiles.KERNELS)
     parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
+    parser.add_argument("--features", nargs="+", choices=FEATURES, default=FEATURES)
     parser.add_argument("--projection", action="store_true", help="the kernels of audio_kv instead")
     arguments = parser.parse_args()
     for capability in arguments.capabilities:
@@ -233,7 +235,8 @@ def main() -> None:
                 for report in compile_projection(capability, dtype):
                     print(json.dumps(report), flush=True)
             continue
-        for variant in shipped_variants(capability, dtypes, tuple(arguments.kernels), tuple(arguments.head_dims)):
+        chosen = (tuple(x) for x in (arguments.kernels, arguments.head_dims, arguments.features))
+        for variant in shipped_variants(capability, dtypes, *chosen):
             with contextlib.redirect_stdout(sys.stderr):  # Triton prints the code that it cannot compile
                 variants = compile_kernel(*variant)
             for compiled in variants:
