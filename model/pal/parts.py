@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from palkernels.model.connectors.base import Connector
+from palkernels.model.connectors.base import Connector, States, cut_paddings
 from palkernels.model.connectors.registry import CONNECTORS
 from palkernels.model.encoders.base import Tower
 from palkernels.model.encoders.registry import TOWERS
@@ -19,7 +19,7 @@ from palkernels.model.pal.configuration_pal import PalConfig
 
 __all__ = [
     "build_connectors", "build_towers", "by_entry", "connect", "entries_with_tower_configs", "keep_weights",
-    "outline_connectors", "tower_settings",
+    "outline_connectors", "tower_settings", "without_padding",
 ]  # fmt: skip
 
 Item = TypeVar("Item")
@@ -117,6 +117,21 @@ def _build_connector(entry: dict[str, Any], input_sizes: list[int], hidden_size:
     widths: dict[str, Any] = {"input_sizes": input_sizes} if len(input_sizes) > 1 else {"input_size": input_sizes[0]}
     settings = entry["connector"]["config"]
     return CONNECTORS[entry["connector"]["type"]](**{**widths, "hidden_size": hidden_size, **settings})
+
+
+def without_padding(
+    encoders: Sequence[dict[str, Any]], encoded: Sequence[Tensor], lengths: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Return every tower's states for the connectors, cut to the longest clip by ``cut_paddings``.
+
+    Args:
+        encoders: The entries of a config.
+        encoded: (C, N, width) of every tower.
+        lengths: (C,) valid states of every tower; None: all.
+    """
+    entry_states: list[States] = [tuple(states) for _, states in by_entry(encoders, encoded)]
+    entry_lengths = [valid[0] for _, valid in by_entry(encoders, lengths)]
+    return [states for entry in cut_paddings(entry_states, entry_lengths) for states in entry]
 
 
 def connect(connector: Connector, states: Sequence[Tensor], lengths: Tensor | None) -> Clips:
