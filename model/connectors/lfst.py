@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from palkernels.model.connectors.audio_grid import CLAP_GRID, SSLAM_GRID, AudioGrid, cell_windows
 from palkernels.model.connectors.base import (
@@ -78,11 +79,17 @@ class LfstConnector(Connector):
             nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width))
             for size in input_sizes
         )
-        self.query = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.query = nn.Parameter(torch.empty(width))
+        self.newline = nn.Parameter(torch.empty(hidden_size))
+        self.reset_parameters()
         slots = [index.shape[1] for index, _ in self.windows]
         self.layers = nn.ModuleList(AggregatorLayer(width, num_heads, slots) for _ in range(depth))
         self.projection = MlpConnector(width, hidden_size)
-        self.newline = nn.Parameter(torch.randn(hidden_size) * hidden_size**-0.5)
+
+    def reset_parameters(self) -> None:
+        """Draw the cells' first state and the newline token."""
+        for token in (self.query, self.newline):
+            init.normal_(token, std=token.numel() ** -0.5)
 
     def forward(self, states: tuple[Tensor, ...], lengths: Tensor | None = None) -> Tensor:
         """Return the states of :meth:`connect`, in the weights' dtype.
@@ -173,7 +180,7 @@ class AggregatorLayer(nn.Module):
         self.to_query = nn.Sequential(nn.LayerNorm(width), linear(width))
         self.to_key = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), linear(width)) for _ in slots)
         self.to_value = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), linear(width)) for _ in slots)
-        self.places = nn.ParameterDict({str(i): torch.randn(n, width) for i, n in enumerate(slots) if n > 1})
+        self.places = Places({str(i): torch.empty(n, width) for i, n in enumerate(slots) if n > 1})
         self.attended = linear(width)
         self.norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(linear(width), nn.GELU(), linear(width))
@@ -210,6 +217,18 @@ class AggregatorLayer(nn.Module):
     def _heads(self, projected: Tensor) -> Tensor:
         """(..., width) to (..., heads, width / heads)."""
         return projected.view(*projected.shape[:-1], self.num_heads, -1)
+
+
+class Places(nn.ParameterDict):
+    """What is added to the tokens of a window, (slots, width) by the encoder's number."""
+
+    def __init__(self, places: Mapping[str, Tensor]) -> None:
+        super().__init__(places)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for place in self.parameters():
+            init.normal_(place)
 
 
 def _shapes(shapes: Sequence[tuple[object, ...]]) -> str:

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from palkernels.errors import one_line
 from palkernels.model.audio.features import SslamFeatures
@@ -76,22 +77,45 @@ class SslamEncoder(nn.Module):
             raise ValueError(f"hidden_size must be a multiple of 4 and of num_heads {num_heads}, got {hidden_size}")
         self.sizes = sizes
         self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(1, hidden_size, PATCH, stride=PATCH)})
-        # Saved with the weights: a buffer that is not would be lost when a model is built without memory and filled.
-        self.fixed_positional_encoder = nn.Module()
-        self.fixed_positional_encoder.register_buffer("positions", _positions(hidden_size))
-        self.extra_tokens = nn.Parameter(torch.randn(1, 1, hidden_size) * 0.02)
+        self.fixed_positional_encoder = Positions(hidden_size)
+        self.extra_tokens = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.reset_parameters()
         self.pre_norm = nn.LayerNorm(hidden_size, EPS)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_layers))
+
+    def reset_parameters(self) -> None:
+        """Draw the CLS token."""
+        init.normal_(self.extra_tokens, std=0.02)
 
     def forward(self, input_features: Tensor) -> Tensor:
         """(B, 1024 frames, 128 mel bins) to (B, 1 + 512, hidden_size): CLS, then the tokens, time-major."""
         x: Tensor = self.local_encoder["proj"](input_features[:, None])  # (B, hidden_size, 64, 8)
-        positions = self.fixed_positional_encoder.get_buffer("positions")
-        x = x.flatten(2).transpose(1, 2) + positions.to(x.dtype)  # from_pretrained(dtype=...) leaves buffers as saved
+        x = self.fixed_positional_encoder(x.flatten(2).transpose(1, 2))
         x = self.pre_norm(torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], dim=1))
         for block in self.blocks:
             x = block(x)
         return x
+
+
+class Positions(nn.Module):
+    """Fixed sines and cosines, (1, 512, width), which are added to the tokens (B, 512, width).
+
+    They are saved with the weights: a buffer that is not would be lost when a model is built without memory and filled.
+    """
+
+    positions: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.empty(1, TIME * FREQUENCY, width, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Compute the sines and cosines."""
+        init.copy_(self.positions, _positions(self.positions.shape[-1]))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.positions.to(tokens.dtype)  # from_pretrained(dtype=...) leaves buffers as saved
 
 
 class Block(nn.Module):
@@ -130,10 +154,11 @@ class Attention(nn.Module):
 
 def _positions(width: int) -> Tensor:
     """Return (1, 512, width): sines and cosines of the frequency index, then of the time index, a quarter each."""
-    rates = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    time, frequency = torch.meshgrid(torch.arange(TIME), torch.arange(FREQUENCY), indexing="ij")
-    angles = [index.reshape(-1, 1) * rates for index in (frequency, time)]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()[None]
+    with torch.device("cpu"):  # whatever the default is: on the meta device there would be no values
+        rates = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+        time, frequency = torch.meshgrid(torch.arange(TIME), torch.arange(FREQUENCY), indexing="ij")
+        angles = [index.reshape(-1, 1) * rates for index in (frequency, time)]
+        return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()[None]
 
 
 def load_sslam(path: Path) -> SslamEncoder:

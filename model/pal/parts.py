@@ -19,7 +19,7 @@ from palkernels.model.pal.configuration_pal import PalConfig
 
 __all__ = [
     "build_connectors", "build_towers", "by_entry", "connect", "entries_with_tower_configs", "keep_weights",
-    "outline_connectors", "tower_settings", "without_padding",
+    "outline_connectors", "reset_weights", "tower_settings", "without_padding",
 ]  # fmt: skip
 
 Item = TypeVar("Item")
@@ -151,8 +151,24 @@ def connect(connector: Connector, states: Sequence[Tensor], lengths: Tensor | No
 
 
 def keep_weights(part: nn.Module) -> None:
-    """Mark what a constructor has drawn, so that transformers' ``post_init`` does not draw it again."""
+    """Mark a part's weights as they are, so that transformers' ``post_init`` does not draw them anew."""
     for module in part.modules():
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         if tensors and not any(tensor.is_meta for tensor in tensors):
             module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def reset_weights(module: nn.Module) -> bool:
+    """Let a module draw its own weights as its constructor does, but for those of a checkpoint.
+
+    Returns:
+        Whether it can: False where it has weights to draw and no ``reset_parameters``.
+    """
+    whole = isinstance(module, Tower)  # a tower's weights come from its seed together
+    own = [*module.parameters(recurse=whole), *module.buffers(recurse=whole)]
+    if all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
+        return True
+    reset = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
+    return reset is not None
