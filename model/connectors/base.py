@@ -30,6 +30,18 @@ class Connector(nn.Module):
     tower_types: ClassVar[tuple[str, ...] | None] = None
     config: dict[str, Any]
 
+    @property
+    def attn_implementation(self) -> str | None:
+        """How it attends, by transformers' name; None where there is one way, or nothing to attend to."""
+        return None
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Attend by "eager", "sdpa" or what else there is of transformers' implementations, where there are several.
+
+        Raises:
+            ValueError, ImportError: There is no such implementation.
+        """
+
     def connect(self, states: States, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return states for the language model, and how many of each clip's are valid.
 

@@ -83,6 +83,19 @@ class QFormerConnector(Connector):
         self.qformer = Blip2QFormerModel(config)
         self.projection = nn.Linear(width, hidden_size)
 
+    @property
+    def attn_implementation(self) -> str | None:
+        """How the Q-Former attends, by transformers' name."""
+        return self.qformer.config._attn_implementation  # type: ignore[no-any-return]
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Let the Q-Former attend as transformers names it.
+
+        Raises:
+            ValueError, ImportError: It has no such implementation.
+        """
+        self.qformer.set_attn_implementation(attn_implementation)
+
     def reset_parameters(self) -> None:
         """Draw the queries: equal ones would stay equal for ever."""
         init.normal_(self.queries, std=self.initializer_range)

@@ -79,6 +79,21 @@ class Tower(nn.Module):
         """Return what turns waveforms into `input_features` for a tower of this config; needs no weights."""
         raise NotImplementedError
 
+    @property
+    def attn_implementation(self) -> str:
+        """How the encoder attends, by transformers' name."""
+        config: Any = self.encoder.config
+        name: str = config._attn_implementation
+        return name
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Let the encoder attend by "eager", "sdpa" or what else it has of transformers' implementations.
+
+        Raises:
+            ValueError, ImportError: The encoder has no such implementation.
+        """
+        self.encoder.set_attn_implementation(attn_implementation)  # type: ignore[operator]
+
     def reset_parameters(self) -> None:
         """Give the weights the values that the constructor draws from the seed, but for those of a checkpoint, which
         transformers marks."""

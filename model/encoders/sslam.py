@@ -35,6 +35,7 @@ FRAMES, MEL_BINS, PATCH = 1_024, 128, 16
 TIME, FREQUENCY = FRAMES // PATCH, MEL_BINS // PATCH  # the grid of patches
 EPS = 1e-6
 HEAD_WIDTH = 64  # of every published size
+ATTENTION = ("sdpa", "eager")
 DESCRIPTION = "an SSLAM encoder"
 
 # Settings of a published config.json that change what the weights mean, and the one value that this network has.
@@ -136,18 +137,27 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens, without a mask."""
+    """Self-attention over all tokens, without a mask.
+
+    Attributes:
+        attn_implementation: By transformers' name, one of `ATTENTION`.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.attn_implementation = "sdpa"
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, head width)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        x = nn.functional.scaled_dot_product_attention(query, key, value)
+        if self.attn_implementation == "eager":
+            scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+            x = scores.softmax(-1) @ value
+        else:
+            x = nn.functional.scaled_dot_product_attention(query, key, value)
         output: Tensor = self.proj(x.transpose(1, 2).flatten(2))
         return output
 
@@ -304,6 +314,25 @@ class SslamTower(Tower):
     def make_features(cls, config: dict[str, Any]) -> SslamFeatures:
         """Return the filter-bank features, the CLS token counted if the tower has it."""
         return SslamFeatures(config.get("with_cls", False))
+
+    @property
+    def attn_implementation(self) -> str:
+        """How the blocks attend, "sdpa" or "eager"."""
+        return self._attention()[0].attn_implementation
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Let the blocks attend by "sdpa" or "eager".
+
+        Raises:
+            ValueError: Another one is asked for.
+        """
+        if attn_implementation not in ATTENTION:
+            raise ValueError('SSLAM has "sdpa" and "eager"')
+        for attention in self._attention():
+            attention.attn_implementation = attn_implementation
+
+    def _attention(self) -> list[Attention]:
+        return [module for module in self.encoder.modules() if isinstance(module, Attention)]
 
     def _encode(self, input_features: Tensor) -> Tensor:
         states: Tensor = self.encoder(input_features)

@@ -23,6 +23,7 @@ from palkernels.model.pal.parts import (
     build_connectors,
     build_towers,
     by_entry,
+    choose_attention,
     connect,
     entries_with_tower_configs,
     keep_weights,
@@ -153,6 +154,11 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
             self.audio_tower.requires_grad_(False)
         if self.config.freeze_ffn:
             freeze_ffn(self.language_model)
+
+    def set_attn_implementation(self, attn_implementation: Any, allow_all_kernels: bool = False) -> None:
+        """Choose how the parts attend, as ``attn_implementation`` of :class:`PalConfig` does; all of them or none."""
+        parts: Any = [*self.audio_tower, *self.multi_modal_projector]
+        choose_attention(self, base_model(self.language_model), parts, attn_implementation, allow_all_kernels)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # As custom code transformers would pass over a module without tensors of its own; a tower draws its encoder's.
