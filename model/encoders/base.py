@@ -25,6 +25,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from palkernels.errors import one_line
 from palkernels.model.audio.features import Features
@@ -77,6 +78,29 @@ class Tower(nn.Module):
     def make_features(cls, config: dict[str, Any]) -> Features:
         """Return what turns waveforms into `input_features` for a tower of this config; needs no weights."""
         raise NotImplementedError
+
+    @property
+    def attn_implementation(self) -> str:
+        """How the encoder attends, by transformers' name."""
+        config: Any = self.encoder.config
+        name: str = config._attn_implementation
+        return name
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Let the encoder attend by "eager", "sdpa" or what else it has of transformers' implementations.
+
+        Raises:
+            ValueError, ImportError: The encoder has no such implementation.
+        """
+        self.encoder.set_attn_implementation(attn_implementation)  # type: ignore[operator]
+
+    def reset_parameters(self) -> None:
+        """Give the weights the values that the constructor draws from the seed, but for those of a checkpoint, which
+        transformers marks."""
+        drawn = type(self)(**self.config)
+        for mine, its in ((self.parameters(), drawn.parameters()), (self.buffers(), drawn.buffers())):
+            for tensor, value in zip(mine, its, strict=True):
+                init.copy_(tensor, value)
 
     def _encode(self, input_features: Tensor) -> Tensor:
         """Return the states of features that have been checked."""

@@ -92,6 +92,15 @@ class ClapTower(Tower):
         """Return LAION's features; no setting of the tower changes them."""
         return ClapFeatures()
 
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Leave the encoder as it is: transformers has one way for windows with relative positions, "eager".
+
+        Raises:
+            ValueError: Another one is asked for.
+        """
+        if attn_implementation != "eager":
+            raise ValueError('CLAP has "eager" alone')
+
     def _encode(self, input_features: Tensor) -> Tensor:
         grid: Tensor = self.encoder(input_features).last_hidden_state  # (B, width, 2 bands, 32 steps)
         return grid.permute(0, 3, 2, 1).flatten(1, 2)

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from palkernels.errors import one_line
 from palkernels.model.audio.features import SslamFeatures
@@ -34,6 +35,7 @@ FRAMES, MEL_BINS, PATCH = 1_024, 128, 16
 TIME, FREQUENCY = FRAMES // PATCH, MEL_BINS // PATCH  # the grid of patches
 EPS = 1e-6
 HEAD_WIDTH = 64  # of every published size
+ATTENTION = ("sdpa", "eager")
 DESCRIPTION = "an SSLAM encoder"
 
 # Settings of a published config.json that change what the weights mean, and the one value that this network has.
@@ -76,22 +78,45 @@ class SslamEncoder(nn.Module):
             raise ValueError(f"hidden_size must be a multiple of 4 and of num_heads {num_heads}, got {hidden_size}")
         self.sizes = sizes
         self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(1, hidden_size, PATCH, stride=PATCH)})
-        # Saved with the weights: a buffer that is not would be lost when a model is built without memory and filled.
-        self.fixed_positional_encoder = nn.Module()
-        self.fixed_positional_encoder.register_buffer("positions", _positions(hidden_size))
-        self.extra_tokens = nn.Parameter(torch.randn(1, 1, hidden_size) * 0.02)
+        self.fixed_positional_encoder = Positions(hidden_size)
+        self.extra_tokens = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.reset_parameters()
         self.pre_norm = nn.LayerNorm(hidden_size, EPS)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_layers))
+
+    def reset_parameters(self) -> None:
+        """Draw the CLS token."""
+        init.normal_(self.extra_tokens, std=0.02)
 
     def forward(self, input_features: Tensor) -> Tensor:
         """(B, 1024 frames, 128 mel bins) to (B, 1 + 512, hidden_size): CLS, then the tokens, time-major."""
         x: Tensor = self.local_encoder["proj"](input_features[:, None])  # (B, hidden_size, 64, 8)
-        positions = self.fixed_positional_encoder.get_buffer("positions")
-        x = x.flatten(2).transpose(1, 2) + positions.to(x.dtype)  # from_pretrained(dtype=...) leaves buffers as saved
+        x = self.fixed_positional_encoder(x.flatten(2).transpose(1, 2))
         x = self.pre_norm(torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], dim=1))
         for block in self.blocks:
             x = block(x)
         return x
+
+
+class Positions(nn.Module):
+    """Fixed sines and cosines, (1, 512, width), which are added to the tokens (B, 512, width).
+
+    They are saved with the weights: a buffer that is not would be lost when a model is built without memory and filled.
+    """
+
+    positions: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.empty(1, TIME * FREQUENCY, width, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Compute the sines and cosines."""
+        init.copy_(self.positions, _positions(self.positions.shape[-1]))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.positions.to(tokens.dtype)  # from_pretrained(dtype=...) leaves buffers as saved
 
 
 class Block(nn.Module):
@@ -112,28 +137,38 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens, without a mask."""
+    """Self-attention over all tokens, without a mask.
+
+    Attributes:
+        attn_implementation: By transformers' name, one of `ATTENTION`.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.attn_implementation = "sdpa"
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, head width)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        x = nn.functional.scaled_dot_product_attention(query, key, value)
+        if self.attn_implementation == "eager":
+            scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+            x = scores.softmax(-1) @ value
+        else:
+            x = nn.functional.scaled_dot_product_attention(query, key, value)
         output: Tensor = self.proj(x.transpose(1, 2).flatten(2))
         return output
 
 
 def _positions(width: int) -> Tensor:
     """Return (1, 512, width): sines and cosines of the frequency index, then of the time index, a quarter each."""
-    rates = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    time, frequency = torch.meshgrid(torch.arange(TIME), torch.arange(FREQUENCY), indexing="ij")
-    angles = [index.reshape(-1, 1) * rates for index in (frequency, time)]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()[None]
+    with torch.device("cpu"):  # whatever the default is: on the meta device there would be no values
+        rates = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+        time, frequency = torch.meshgrid(torch.arange(TIME), torch.arange(FREQUENCY), indexing="ij")
+        angles = [index.reshape(-1, 1) * rates for index in (frequency, time)]
+        return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()[None]
 
 
 def load_sslam(path: Path) -> SslamEncoder:
@@ -279,6 +314,25 @@ class SslamTower(Tower):
     def make_features(cls, config: dict[str, Any]) -> SslamFeatures:
         """Return the filter-bank features, the CLS token counted if the tower has it."""
         return SslamFeatures(config.get("with_cls", False))
+
+    @property
+    def attn_implementation(self) -> str:
+        """How the blocks attend, "sdpa" or "eager"."""
+        return self._attention()[0].attn_implementation
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Let the blocks attend by "sdpa" or "eager".
+
+        Raises:
+            ValueError: Another one is asked for.
+        """
+        if attn_implementation not in ATTENTION:
+            raise ValueError('SSLAM has "sdpa" and "eager"')
+        for attention in self._attention():
+            attention.attn_implementation = attn_implementation
+
+    def _attention(self) -> list[Attention]:
+        return [module for module in self.encoder.modules() if isinstance(module, Attention)]
 
     def _encode(self, input_features: Tensor) -> Tensor:
         states: Tensor = self.encoder(input_features)

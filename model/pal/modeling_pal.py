@@ -7,13 +7,11 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 
 from palkernels.model.causal_lm.attach import attach
 from palkernels.model.causal_lm.attached import HANDLE
 from palkernels.model.causal_lm.flamingo import FlamingoHandle, attach_flamingo
 from palkernels.model.causal_lm.freezing import freeze_ffn
-from palkernels.model.causal_lm.gated_layer import GatedLayer
 from palkernels.model.causal_lm.handle import LalHandle
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.causal_lm.support import base_model
@@ -25,9 +23,12 @@ from palkernels.model.pal.parts import (
     build_connectors,
     build_towers,
     by_entry,
+    choose_attention,
     connect,
     entries_with_tower_configs,
     keep_weights,
+    reset_weights,
+    without_padding,
 )
 
 __all__ = ["PalForConditionalGeneration"]
@@ -81,6 +82,8 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         super().__init__(config)
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
+        else:
+            keep_weights(language_model)
         self.language_model = language_model
         built_towers = build_towers(config, towers)
         self.audio_tower = nn.ModuleList(built_towers)
@@ -92,8 +95,6 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         handle = self._attached()  # refuses a language model that cannot be attached
         if isinstance(handle, FlamingoHandle):
             self.gated_layer = handle.layers
-        for part in (self.multi_modal_projector, self.layer_projector, self.gated_layer):
-            keep_weights(part)
         self._freeze()
         self.post_init()
 
@@ -154,15 +155,19 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         if self.config.freeze_ffn:
             freeze_ffn(self.language_model)
 
+    def set_attn_implementation(self, attn_implementation: Any, allow_all_kernels: bool = False) -> None:
+        """Choose how the parts attend, as ``attn_implementation`` of :class:`PalConfig` does; all of them or none."""
+        parts: Any = [*self.audio_tower, *self.multi_modal_projector]
+        choose_attention(self, base_model(self.language_model), parts, attn_implementation, allow_all_kernels)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # As custom code transformers would pass over a module without tensors of its own; a tower draws its encoder's.
+        super()._initialize_weights(module)
+
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw the weights that a checkpoint lacks."""
-        super()._init_weights(module)
-        if isinstance(module, Connector):  # its queries and the like, which are parameters of no submodule
-            for parameter in module.parameters(recurse=False):
-                init.normal_(parameter, std=0.02)
-        elif isinstance(module, GatedLayer):
-            init.zeros_(module.attention_gate)
-            init.zeros_(module.ffn_gate)
+        """Draw the weights that a checkpoint lacks, as the module's constructor does."""
+        if not reset_weights(module):
+            super()._init_weights(module)
 
     def _attached(self) -> LalHandle | FlamingoHandle | None:
         """Attach the language model if it is not, and return its handle; None if none of its layers takes audio."""
@@ -209,6 +214,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
             raise ValueError(f"input_features must hold a tensor for each of {count} towers, got {len(features)}")
         encoded = [tower(clips) for tower, clips in zip(self.audio_tower, features, strict=True)]
         lengths = lengths_by_tower(audio_lengths, encoded)
+        encoded = without_padding(self.config.encoders, encoded, lengths)
         entries = by_entry(self.config.encoders, list(zip(encoded, lengths, strict=True)))
         by_integration: dict[str, list[Clips]] = {}
         for connector, (entry, of_towers) in zip(self.multi_modal_projector, entries, strict=True):
