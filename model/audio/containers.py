@@ -1,72 +1,52 @@
-"""What the bytes of an audio file show that libsndfile does not report: a missing end, an MP3 without a length."""
+"""What the bytes of an audio file show that libsndfile does not report: a missing end, a length that is not all."""
 
 from __future__ import annotations
 
-import struct
 from typing import BinaryIO
 
-__all__ = ["states_mp3_length", "what_is_missing"]
+from palkernels.model.audio.flac import inspect_flac
+from palkernels.model.audio.inspection import Inspection, convert_with
+from palkernels.model.audio.limits import AudioError
+from palkernels.model.audio.mpeg import id3_size, inspect_mpeg
+from palkernels.model.audio.ogg import inspect_ogg
+from palkernels.model.audio.riff import inspect_riff, is_riff
 
-# A WAV size from here on is what programs write that stream and cannot go back to fill it in.
-RIFF_UNKNOWN_SIZE = 0x7FFF_0000
-RIFF_MAX_CHUNKS = 1_000  # Chunks looked through for the samples. Real files have a handful.
-OGG_MAX_PAGE = 65_307  # bytes, by the format's definition
+__all__ = ["inspect_file"]
+
+# What people have and libsndfile does not read: where in the file, which bytes, what it is, how such files are named.
+FOREIGN = (
+    (4, b"ftyp", "MP4 or M4A (AAC)", "m4a"),
+    (0, b"\x1a\x45\xdf\xa3", "WebM or Matroska", "webm"),
+    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "WMA or ASF", "wma"),
+    (0, b"#!AMR", "AMR", "amr"),
+    (0, b"\xff\xf1", "AAC", "aac"),
+    (0, b"\xff\xf9", "AAC", "aac"),
+)
+
+OTHERS = (b"FORM", b"caff", b"riff", b".snd", b"NIST", b"Creative Voice"[:12])  # libsndfile knows these by name
 
 
-def what_is_missing(file: BinaryIO, size: int) -> str | None:
-    """Return what shows that a WAV or OGG file of `size` bytes was cut short, or None if nothing does.
+def inspect_file(file: BinaryIO, size: int, name: str) -> Inspection:
+    """Return what is imperfect about a file of `size` bytes.
 
-    These are the two formats whose missing end libsndfile takes for the end: it trims a WAV file's length to the bytes
-    that are there, and an OGG file's to its last whole page. Of other formats it reports a fault, or it delivers fewer
-    frames than it announced.
+    Of the faults in question libsndfile says nothing: it trims a WAV file's length to the bytes that are there, takes
+    an OGG file's last whole page for the end, guesses an MP3's length, and reads the first of several streams.
+
+    Raises:
+        AudioError: The file is cut short, holds several streams, or is of a format that has to be converted.
     """
     magic = file.read(12)
+    for at, mark, format, ending in FOREIGN:
+        if magic[at:].startswith(mark):
+            raise AudioError(f"{name} must be WAV, FLAC, OGG or MP3, got {format}: {convert_with(ending)}")
     if magic[:4] == b"OggS":
-        return _what_is_missing_from_ogg(file, size)
-    if magic[:4] in (b"RIFF", b"RIFX") and magic[8:] == b"WAVE":
-        return _what_is_missing_from_wav(file, size, "<" if magic[:4] == b"RIFF" else ">")
-    return None
-
-
-def _what_is_missing_from_ogg(file: BinaryIO, size: int) -> str | None:
-    """The last page must be there to its last byte, and be marked as the end of its stream."""
-    file.seek(max(0, size - 2 * OGG_MAX_PAGE))
-    tail = file.read(2 * OGG_MAX_PAGE)
-    at = tail.rfind(b"OggS")
-    if at < 0:  # 64 KiB of something else behind the stream
-        return None
-    page = tail[at:]
-    if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
-        return "its last page is incomplete"
-    return None if page[5] & 4 else "its last page is not marked as the end of the stream"
-
-
-def _what_is_missing_from_wav(file: BinaryIO, size: int, byte_order: str) -> str | None:
-    """The chunk of samples must be as long as its header says."""
-    at = 12
-    for _ in range(RIFF_MAX_CHUNKS):
-        file.seek(at)
-        head = file.read(8)
-        if len(head) < 8:
-            return None
-        (length,) = struct.unpack(byte_order + "I", head[4:])
-        at += 8
-        if head[:4] == b"data":
-            if at + length <= size or length >= RIFF_UNKNOWN_SIZE:
-                return None
-            return f"{length} bytes of samples are announced and {size - at} are there"
-        at += length + length % 2
-    return None
-
-
-def states_mp3_length(file: BinaryIO) -> bool:
-    """Return whether an MP3's first frame holds its length (Xing, Info, VBRI). If not, libsndfile estimates it."""
-    file.seek(0)
-    head = file.read(10)
-    start = 0
-    if head[:3] == b"ID3" and len(head) == 10:
-        # A tag stands before the audio. Its size has four digits of seven bits.
-        start = 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+        return inspect_ogg(file, size, name)
+    if is_riff(magic):
+        return inspect_riff(file, size, name)
+    if magic.startswith(OTHERS):
+        return Inspection()
+    start = id3_size(magic)
     file.seek(start)
-    frame = file.read(4096)
-    return any(mark in frame for mark in (b"Xing", b"Info", b"VBRI"))
+    if file.read(4) == b"fLaC":
+        return inspect_flac(file, start, name)
+    return inspect_mpeg(file, start, name) or Inspection()

@@ -3,14 +3,17 @@
 A file may come from anywhere, so nothing it says about itself is believed. Its size is checked before it is opened. It
 is decoded in blocks, each block is mixed down and resampled before the next one is read, and decoding stops at the
 length limit: memory follows the length of the result, never a number in a header. A file that is damaged, cut short or
-out of bounds is refused in one line and never repaired, padded or shortened.
+out of bounds is refused in one line and never padded or shortened. A whole one whose header or end mark a recorder could
+not write is read with a warning.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import stat
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from palkernels.errors import one_line
-from palkernels.model.audio.containers import states_mp3_length, what_is_missing
+from palkernels.model.audio.containers import inspect_file
 from palkernels.model.audio.dependencies import import_audio_package
 from palkernels.model.audio.limits import (
     MAX_BYTES,
@@ -46,6 +49,7 @@ def load_audio(
     *,
     max_bytes: int = MAX_BYTES,
     max_seconds: float = 600.0,
+    strict: bool = False,
 ) -> Tensor:
     """Read a WAV, FLAC, OGG (Vorbis, Opus) or MP3 file as one mono waveform.
 
@@ -58,6 +62,12 @@ def load_audio(
         sampling_rate: Samples per second of the result, in Hz.
         max_bytes: The largest file that is opened.
         max_seconds: The longest audio that is accepted. Decoding stops there, whatever the header says.
+        strict: Refuse the files that are read with a warning.
+
+    Warns:
+        UserWarning: The file seems whole but for what a recorder writes last: a WAV or RF64 file states no length, or
+            has chunks of odd length that are not padded; an MP3 has no Xing, Info or VBRI tag, or one that states less
+            than its frames hold; an OGG stream's last page is not marked as its end. All that is there is read.
 
     Returns:
         float32 tensor (samples,) on the CPU, samples = ceil(frames * sampling_rate / the file's rate).
@@ -70,11 +80,11 @@ def load_audio(
         ValueError: `sampling_rate`, `max_bytes` or `max_seconds` is itself out of range.
         ModuleNotFoundError: soundfile or torchaudio cannot be imported.
 
-    Damage is found where the format allows it: a checksum (FLAC, OGG), a stated length (WAV, FLAC, MP3 with a
-    Xing, Info or VBRI header) or an end mark (OGG) that does not fit. An MP3 without such a header states no
-    length: that it was cut short cannot be seen, and with a variable bit rate libsndfile may stop early, at
-    the length that it estimates from the first frame. Of several OGG streams chained in one file libsndfile
-    reads the first.
+    Damage is found where the format allows it: a checksum (FLAC, OGG), a stated length (WAV, FLAC, MP3 with a tag), a
+    frame that is not all there (MP3), an end mark (OGG). Without an end mark an OGG stream counts as cut short where
+    its last page is as full as the others and ends with a packet. A FLAC file whose header leaves the length open,
+    several streams in one OGG or FLAC file, and bytes behind a WAV file's samples that are in no chunk and may be
+    samples (4 KiB or more) are refused too.
     """
     soundfile = import_audio_package("soundfile", "load_audio")
     import_audio_package("torchaudio", "load_audio")  # the same for every file, whether it is resampled or not
@@ -90,26 +100,29 @@ def load_audio(
     name = f"audio file {os.fspath(path)!r}"  # repr: a line break in a file name stays inside the line
     size = _checked_size(path, name, max_bytes)
     try:
-        # One unbuffered descriptor for our checks and for libsndfile, so that both see the same file. By
-        # name, soundfile would also take a ".raw" ending for an order to read headerless samples.
-        with open(path, "rb", buffering=0) as handle:
-            missing = what_is_missing(handle, size)
-            if missing:
-                raise AudioError(f"{name} must be whole, got one cut short: {missing}")
-            mp3_length_stated = states_mp3_length(handle)
-            handle.seek(0)
-            with soundfile.SoundFile(handle.fileno(), closefd=False) as file:
-                announced = file.frames if file.format != "MP3" or mp3_length_stated else None
-                _check_header(file, name, announced, sampling_rate, max_seconds)
-                blocks = _mono_blocks(file, name, announced, max_seconds)
+        # One descriptor for our checks and for libsndfile, so that both see the same file. By name, soundfile would
+        # also take a ".raw" ending for an order to read headerless samples.
+        with open(path, "rb") as handle:
+            found = inspect_file(handle, size, name)
+            if found.fault and strict:
+                raise AudioError(f"{name} must be free of faults with strict=True, got {found.fault}")
+            os.lseek(handle.fileno(), 0, os.SEEK_SET)
+            source = handle.fileno() if found.image is None else io.BytesIO(found.image)
+            with soundfile.SoundFile(source, closefd=False) as file:
+                _check_header(file, name, None if found.frames else file.frames, sampling_rate, max_seconds)
+                blocks = _mono_blocks(file, name, found.frames or file.frames, max_seconds)
                 if file.samplerate != sampling_rate:
                     blocks = resample_blocks(blocks, file.samplerate, sampling_rate)
-                return _joined(blocks, name, sampling_rate)
+                audio = _joined(blocks, name, sampling_rate)
     except OSError as error:
         raise AudioError(f"{name} must be readable, got {one_line(error.strerror or error)}") from error
     except soundfile.SoundFileError as error:
         reason = one_line(getattr(error, "error_string", error))
         raise AudioError(f"{name} must hold intact WAV, FLAC, OGG or MP3 audio, got {reason!r}") from error
+    if found.fault:
+        seconds = audio.numel() / sampling_rate
+        warnings.warn(f"{name} should be free of faults, got {found.fault}: {seconds:.2f} s are read", stacklevel=2)
+    return audio
 
 
 def _checked_size(path: str | os.PathLike[str], name: str, max_bytes: int) -> int:
@@ -150,7 +163,7 @@ def _check_header(file: Any, name: str, announced: int | None, sampling_rate: in
         raise AudioError(f"{name} must be at most {max_seconds:g} s long, got {seconds:.2f} s by its header")
 
 
-def _mono_blocks(file: Any, name: str, announced: int | None, max_seconds: float) -> Iterator[Tensor]:
+def _mono_blocks(file: Any, name: str, announced: int, max_seconds: float) -> Iterator[Tensor]:
     """Decode block by block: float32 tensors (frames,), the mean of the channels, at the file's own rate."""
     limit = math.floor(max_seconds * file.samplerate)
     buffer = numpy.empty((BLOCK_FRAMES, file.channels), dtype=numpy.float32)
@@ -173,7 +186,7 @@ def _mono_blocks(file: Any, name: str, announced: int | None, max_seconds: float
     if decoded == 0:
         raise AudioError(f"{name} must hold at least one sample, got none when decoded")
     slack = MP3_FRAME if file.format == "MP3" else 0
-    if announced is not None and decoded < announced - slack:
+    if decoded < announced - slack:
         raise AudioError(f"{name} must be whole, got one cut short: {decoded} of {announced} frames")
 
 

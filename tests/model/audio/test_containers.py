@@ -73,3 +73,36 @@ def test_refuses_damage_in_the_middle(tmp_path: Path, format: str) -> None:
     path.write_bytes(data)
     message = refusal(path)
     assert "must be whole, got one cut short: " in message or "must hold intact " in message
+
+
+@pytest.mark.parametrize(
+    ("start", "format", "ending"),
+    [
+        (b"\0\0\0\x20ftypM4A \0\0\0\0", "MP4 or M4A (AAC)", "m4a"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0", "MP4 or M4A (AAC)", "m4a"),
+        (b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81", "WebM or Matroska", "webm"),
+        (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9", "WMA or ASF", "wma"),
+        (b"\xff\xf1\x50\x80\x2e\x7f\xfc", "AAC", "aac"),
+        (b"#!AMR\n", "AMR", "amr"),
+    ],
+)
+def test_formats_that_have_to_be_converted(tmp_path: Path, start: bytes, format: str, ending: str) -> None:
+    path = tmp_path / "voice.mp3"  # the content decides
+    path.write_bytes(start + bytes(range(256)) * 20)
+    message = f"must be WAV, FLAC, OGG or MP3, got {format}: ffmpeg -i in.{ending} out.wav converts it"
+    assert refusal(path).endswith(message)
+
+
+@pytest.mark.parametrize("format", ["W64", "AIFF", "AU"])
+@pytest.mark.parametrize("kept", [0.5, 1.0])
+def test_formats_of_libsndfile_that_are_not_checked(tmp_path: Path, format: str, kept: float) -> None:
+    """They are refused, cut short or not, since what is missing would not show."""
+    path = write(tmp_path / "a", noise(), format=format)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    assert refusal(path).endswith(f"must be WAV, FLAC, OGG or MP3, got {format}")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("format", ["WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"])
+def test_strict_takes_whole_files(tmp_path: Path, format: str) -> None:
+    assert load_audio(write(tmp_path / "a", noise(), format=format), strict=True).shape == (RATE,)

@@ -1,0 +1,81 @@
+"""FLAC: whether the header states as many samples as the frames hold."""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+from palkernels.model.audio.inspection import Inspection, convert_with
+from palkernels.model.audio.limits import AudioError
+
+__all__ = ["inspect_flac"]
+
+STREAM = b"fLaC\0\0\0\x22"  # how a stream begins, with the header of its first block; or with the bit of the last block
+LONE_STREAM = b"fLaC\x80\0\0\x22"
+LONGEST_FRAME = 2**20  # bytes searched for the last frame
+
+
+def inspect_flac(file: BinaryIO, start: int, name: str) -> Inspection:
+    """Check that nothing follows the samples that a FLAC stream from `start` on states: libsndfile would not read it.
+
+    Raises:
+        AudioError: There are more samples than stated, or several streams.
+    """
+    file.seek(start)
+    data = file.read()
+    size = len(data)
+    for mark in (STREAM, LONE_STREAM):
+        if data.find(mark, len(STREAM)) >= 0:
+            raise AudioError(
+                f"{name} must hold one stream, got several FLAC streams in one file: {convert_with('flac')}"
+            )
+    if not data.startswith((STREAM, LONE_STREAM)) or size < 42:
+        return Inspection()
+    fixed_block = int.from_bytes(data[8:10], "big")
+    stated = int.from_bytes(data[21:26], "big") & (2**36 - 1)
+    if not stated:
+        return Inspection()  # load_audio refuses a length that is left open
+    first, end = max(42, size - LONGEST_FRAME), size
+    while (at := data.rfind(b"\xff", first, end)) >= 0:
+        last_sample = _end_of_frame(data[at : at + 16].ljust(16, b"\0"), fixed_block)
+        if last_sample is not None:
+            if last_sample > stated:
+                way = convert_with("flac")
+                raise AudioError(f"{name} must state its length, got {stated} samples for {last_sample}: {way}")
+            break
+        end = at
+    return Inspection()
+
+
+def _end_of_frame(head: bytes, fixed_block: int) -> int | None:
+    """Return the number of the sample behind the frame whose header these 16 bytes hold, or None if they hold none."""
+    if head[1] & 0xFE != 0xF8 or head[3] & 1:
+        return None
+    block, rate, channels, depth = head[2] >> 4, head[2] & 15, head[3] >> 4, head[3] >> 1 & 7
+    if block == 0 or rate == 15 or channels > 10 or depth == 3:
+        return None
+    extra = next((count for count in range(8) if not head[4] << count & 0x80), 8)  # UTF-8's number of bytes, extended
+    if extra in (1, 8):
+        return None
+    at, number = 5, head[4] & (0xFF >> (extra + 1) if extra else 0x7F)
+    for byte in head[5 : 4 + max(extra, 1)]:
+        if byte & 0xC0 != 0x80:
+            return None
+        number, at = number << 6 | byte & 0x3F, at + 1
+    if block in (6, 7):
+        width = block - 5
+        samples, at = int.from_bytes(head[at : at + width], "big") + 1, at + width
+    else:
+        samples = 192 if block == 1 else 576 << (block - 2) if block < 6 else 256 << (block - 8)
+    at += {12: 1, 13: 2, 14: 2}.get(rate, 0)
+    if _crc8(head[:at]) != head[at]:
+        return None
+    return number + samples if head[1] & 1 else number * fixed_block + samples
+
+
+def _crc8(data: bytes) -> int:
+    value = 0
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = (value << 1 ^ 0x07 if value & 0x80 else value << 1) & 0xFF
+    return value
