@@ -36,7 +36,8 @@ def attach(
 
     Args:
         config: the settings, or a directory that :meth:`LalHandle.save` wrote.
-        connector: kept as ``handle.connector``. It turns an encoder's states (A, N, input size) into the model's
+        connector: kept as ``handle.connector``, and by the model as a submodule, ``palkernels_audio``, so that it is
+            trained, moved, sharded and saved with it. It turns an encoder's states (A, N, input size) into the model's
             (A, N, d). From a directory, those in :mod:`palkernels.model.connectors` and Linear are built; another class
             must be given here, and takes the saved weights.
         projectors: kept as ``handle.projectors``. By layer, each turns the connector's output into that layer's states.

@@ -1,13 +1,19 @@
 """What every attached model has, whichever way its layers take audio."""
 
 import functools
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from palkernels.model.causal_lm.audio_parts import NAME, AudioParts, tied, unwrapped
+from palkernels.model.causal_lm.encoded import EncodedAudio
 from palkernels.model.causal_lm.layers import Rotary
 from palkernels.model.causal_lm.request import REQUEST_KEYWORD, Request
 from palkernels.model.causal_lm.state import AudioState
@@ -35,6 +41,61 @@ class Attached(ABC):
         self.selected = selected
         # By name, the methods that the instance itself had before it was attached (accelerate's hooks put some there).
         self.replaced: dict[str, Callable[..., Any] | None] = {}
+        self.guard: RemovableHandle | None = None  # the hook that sees whether forward is still ours
+        self._parts: AudioParts | None = None  # while attached, a submodule of the model too
+
+    def add_parts(self, parts: AudioParts) -> None:
+        """Make the connector and the projectors a submodule of the model.
+
+        Raises:
+            ValueError: the model holds one of them already, which would be in its parameters twice.
+        """
+        held = {id(module) for module in self.model.modules()}
+        if any(id(module) in held for module in parts.modules()):
+            raise ValueError("connector and projectors must not be parts of the model already, got one that is")
+        self._parts = parts
+        self.model.add_module(NAME, parts)
+
+    def remove_parts(self) -> None:
+        """Take connector and projectors out of the model; the handle keeps them."""
+        if self._parts is not None:
+            self._parts = unwrapped(self.parts)
+            delattr(self.model, NAME)
+
+    @property
+    def parts(self) -> nn.Module | None:
+        """The submodule that holds connector and projectors, as the model has it: peft may have wrapped it."""
+        return None if self._parts is None else self.model._modules.get(NAME, self._parts)
+
+    def without_gradients(self, audio: AudioState | None, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return a forward's arguments, such that parts which its audio does not pass get a gradient of zeros.
+
+        DDP and FSDP2 wait for the gradient of every parameter that trains, also where a batch is without audio.
+        """
+        parts = self.parts
+        if parts is None or not (self.model.training and torch.is_grad_enabled()):
+            return arguments
+        if audio is not None and audio.requires_grad:
+            return arguments
+        if not any(parameter.requires_grad for parameter in parts.parameters()):
+            return arguments
+        anchor, embeddings = parts(None), arguments.get("inputs_embeds")
+        if embeddings is None and isinstance(arguments.get("input_ids"), Tensor):
+            embeddings = self.model.get_input_embeddings()(arguments["input_ids"])
+            arguments = {name: value for name, value in arguments.items() if name != "input_ids"}
+        if embeddings is None:
+            return arguments
+        return arguments | {"inputs_embeds": tied(embeddings, anchor)}
+
+    def save_parts(self, directory: "str | os.PathLike[str]", state_dict: Mapping[str, Tensor] | None) -> Path:
+        """Write what :func:`attach` loads again: settings, connector and projectors."""
+        raise NotImplementedError
+
+    def connected(self, audio: object) -> Any:
+        """Return audio that has passed the connector."""
+        if isinstance(audio, EncodedAudio):
+            raise TypeError("audio must be an AudioState where attach was given no connector, got an EncodedAudio")
+        return audio
 
     @abstractmethod
     def request(self, state: AudioState, texts: Texts, *, keep: bool) -> Request:

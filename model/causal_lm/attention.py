@@ -46,7 +46,11 @@ def lal_attention_forward(
     """
     if lal_request is None:
         if kwargs.get("audio") is not None:
-            raise ValueError("audio must be given to the attached causal LM itself, got it in a call of another module")
+            raise ValueError(
+                "audio must be given to the attached causal LM itself, got it in a call of another module, or of a "
+                "forward that another library put in its place: that library first, Liger for instance, then attach "
+                "again"
+            )
         settings = {"sliding_window": sliding_window, "softcap": softcap}
         kwargs |= {name: setting for name, setting in settings.items() if setting is not None}
         stock = _stock_attention(module)

@@ -2,9 +2,10 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.attached import Attached
 from palkernels.model.causal_lm.attention import ATTENTION_NAME, STOCK_CONFIG
+from palkernels.model.causal_lm.audio_parts import CONNECTOR, NAME, AudioParts, unwrapped
 from palkernels.model.causal_lm.config import LalConfig
+from palkernels.model.causal_lm.encoded import EncodedAudio
 from palkernels.model.causal_lm.fast_path import FastPath
 from palkernels.model.causal_lm.layers import Rotation
 from palkernels.model.causal_lm.patching import patch, unpatch
@@ -42,7 +45,12 @@ class LalHandle(Attached):
         selected: the indices of the layers that take audio.
         connector: turns an encoder's states into the model's; or None.
         projectors: by layer, turn the connector's output into the layer's states; or None.
+        owner: the class of the model that holds this one together with its connectors; None: this one stands alone.
+
+    Connector and projectors are the model's submodule ``palkernels_audio`` until ``detach``.
     """
+
+    owner: str | None = None
 
     def __init__(
         self,
@@ -55,15 +63,14 @@ class LalHandle(Attached):
         layers = list(decoder.layers)
         super().__init__(model, layers, find_rotary(model, decoder), config.selected(len(layers)))
         self.config = config
-        self.connector = connector
-        self.projectors = None if projectors is None else dict(projectors)
-        if self.projectors is not None and set(self.projectors) != set(self.selected):
-            raise ValueError(
-                f"projectors must be given for layers {list(self.selected)}, got {sorted(self.projectors)}"
-            )
+        if projectors is not None and set(projectors) != set(self.selected):
+            raise ValueError(f"projectors must be given for layers {list(self.selected)}, got {sorted(projectors)}")
         check_order(model, layers)
         self._fast_path = FastPath(layers, {i: check_layer(model, layers[i], i, self.rotary) for i in self.selected})
 
+        if connector is not None or projectors is not None:
+            self.add_parts(AudioParts(connector, projectors))
+        self._trains = self._parts is not None and any(x.requires_grad for x in self._parts.parameters())
         self._stock_configs: dict[int, Any] = {}
         for index in self.selected:
             attention: Any = layers[index].self_attn
@@ -80,7 +87,18 @@ class LalHandle(Attached):
         for index, stock in self._stock_configs.items():
             attention: Any = self.decoder_layers[index].self_attn
             attention.config = stock
+        self.remove_parts()
         unpatch(self)
+
+    @property
+    def connector(self) -> nn.Module | None:
+        module: nn.Module | None = unwrapped(getattr(unwrapped(self.parts), CONNECTOR, None))
+        return module
+
+    @property
+    def projectors(self) -> dict[int, nn.Module] | None:
+        projectors = getattr(unwrapped(self.parts), "projectors", None)
+        return {int(layer): unwrapped(module) for layer, module in projectors.items()} if projectors else None
 
     def state(
         self,
@@ -97,28 +115,65 @@ class LalHandle(Attached):
                 into the valid tokens of its output.
             index, insert_at: as in AudioState.
         """
-        from palkernels.model.connectors.base import Connector  # attach alone needs no connector
-
-        states: Any = encoded
-        if isinstance(self.connector, Connector):
-            states, lengths = self.connector.connect(encoded, lengths)
-        elif self.connector is not None:
-            states = self.connector(encoded)
-        if self.projectors is not None:
-            projectors = (self.projectors.get(layer) for layer in range(len(self.decoder_layers)))
-            states = [None if projector is None else projector(states) for projector in projectors]
+        parts, states = self.parts, cast(Any, encoded)
+        if parts is not None:
+            states, lengths = parts(encoded, lengths)
+        if isinstance(states, dict):
+            states = [states.get(layer) for layer in range(len(self.decoder_layers))]
         return AudioState(states, lengths, index, insert_at)
 
     def save(self, directory: "str | os.PathLike[str]") -> Path:
         """Write settings, connector and projectors to ``directory/lal.safetensors``, for ``attach(model, directory)``.
 
-        The language model is not in it: ``model.save_pretrained`` saves that, as a stock model.
+        The language model is not in it: ``model.save_pretrained`` saves that, and writes this file too where there is
+        a connector or projectors. Under FSDP2 all processes must call it.
+
+        Raises:
+            ValueError: the model belongs to an audio LLM, whose connectors this handle does not hold; or a connector
+                holds peft's adapters.
         """
-        return save(directory, self.model, self.config, self.connector, self.projectors)
+        return self.save_parts(directory, None)
+
+    def save_parts(self, directory: "str | os.PathLike[str]", state_dict: Mapping[str, Tensor] | None) -> Path:
+        """Write the file of :meth:`save`, the weights from the model's state dict if that is given."""
+        if self.owner is not None:
+            raise ValueError(
+                f"handle.save must be called on a model that stands alone: save_pretrained of the {self.owner} saves "
+                "the language model, the connectors and all settings"
+            )
+        return save(directory, self.model, self.config, self.connector, self.projectors, state_dict)
 
     def report(self) -> LalReport:
         """Say per layer whether it sees audio, what attends and why not Triton, what projects and why not audio_kv."""
         return make_report(self.model, self.decoder_layers, self.selected, self.config, self._fast_path.why_not())
+
+    def connected(self, audio: object) -> Any:
+        if not isinstance(audio, EncodedAudio) or self._parts is None:
+            return super().connected(audio)
+        return self.state(audio.encoded, audio.lengths, audio.index, audio.insert_at)
+
+    def check_training(self) -> None:
+        """Warn, once, of a connector that something has left out of training or of what is saved."""
+        if not self._trains or self._parts is None:
+            return
+        self._trains = False
+        parts = cast(nn.Module, self.parts)
+        if not any(parameter.requires_grad for parameter in parts.parameters()):
+            warnings.warn(
+                f"the connector is not trained: its weights were frozen after attach (peft's get_peft_model does so, "
+                f'unless it is given modules_to_save=["{NAME}"])',
+                stacklevel=2,
+            )
+        elif getattr(self.model, "peft_config", None) and not any(
+            parameter.requires_grad and ("modules_to_save" in name or "lora_" in name)
+            for name, parameter in self.model.named_parameters()
+            if name.startswith(NAME)
+        ):
+            warnings.warn(
+                f"peft does not save the connector: attach before get_peft_model, which then is given "
+                f'modules_to_save=["{NAME}"], or save it by handle.save',
+                stacklevel=2,
+            )
 
     def forward(self, audio: AudioState, arguments: dict[str, Any]) -> Any:
         request = self.request(audio, Texts.of(arguments), keep=False)
