@@ -2,6 +2,7 @@
 
 import functools
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,17 +44,22 @@ class Attached(ABC):
         self.replaced: dict[str, Callable[..., Any] | None] = {}
         self.guard: RemovableHandle | None = None  # the hook that sees whether forward is still ours
         self._parts: AudioParts | None = None  # while attached, a submodule of the model too
+        self._trains = False  # whether the parts are meant to train, until a training step has seen whether they do
 
     def add_parts(self, parts: AudioParts) -> None:
         """Make the connector and the projectors a submodule of the model.
 
         Raises:
-            ValueError: the model holds one of them already, which would be in its parameters twice.
+            ValueError: the model holds one of them already, which would be in its parameters twice; or peft's adapters
+                hold weights for them and would not load them.
         """
+        if any(NAME in (getattr(x, "modules_to_save", None) or ()) for x in peft_configs(self.model)):
+            raise ValueError(f"attach must come before peft's adapters, which hold {NAME} among their modules_to_save")
         held = {id(module) for module in self.model.modules()}
         if any(id(module) in held for module in parts.modules()):
             raise ValueError("connector and projectors must not be parts of the model already, got one that is")
         self._parts = parts
+        self._trains = any(parameter.requires_grad for parameter in parts.parameters())
         self.model.add_module(NAME, parts)
 
     def remove_parts(self) -> None:
@@ -67,6 +73,26 @@ class Attached(ABC):
         """The submodule that holds connector and projectors, as the model has it: peft may have wrapped it."""
         return None if self._parts is None else self.model._modules.get(NAME, self._parts)
 
+    def check_training(self) -> None:
+        """Warn, once, of connectors that something has left out of training, or out of what is saved."""
+        if not self._trains or torch.compiler.is_compiling():
+            return
+        self._trains = False
+        parts = ((name, part) for name, part in self.model.named_parameters() if name.startswith(f"{NAME}."))
+        trained = [name for name, part in parts if part.requires_grad]
+        if not trained:
+            warnings.warn(
+                "the connector is not trained: its weights were frozen after attach (peft's get_peft_model does so, "
+                f'unless it is given modules_to_save=["{NAME}"])',
+                stacklevel=2,
+            )
+        elif peft_configs(self.model) and not any(x in name for name in trained for x in ("modules_to_save.", "lora_")):
+            warnings.warn(
+                "peft does not save the connector: attach first, and give get_peft_model "
+                f'modules_to_save=["{NAME}"]; or save it by handle.save',
+                stacklevel=2,
+            )
+
     def without_gradients(self, audio: AudioState | None, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return a forward's arguments, such that parts which its audio does not pass get a gradient of zeros.
 
@@ -75,6 +101,7 @@ class Attached(ABC):
         parts = self.parts
         if parts is None or not (self.model.training and torch.is_grad_enabled()):
             return arguments
+        self.check_training()
         if audio is not None and audio.requires_grad:
             return arguments
         if not any(parameter.requires_grad for parameter in parts.parameters()):
@@ -109,25 +136,27 @@ class Attached(ABC):
         """
 
     @abstractmethod
-    def forward(self, audio: AudioState, arguments: dict[str, Any]) -> Any:
-        """Run one forward with audio; ``arguments`` by name."""
+    def begin(self, audio: AudioState, arguments: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
+        """Return the request of a forward with audio, and the forward's arguments, by name."""
 
     @abstractmethod
     def detach(self) -> None:
         """Make the model a stock one again; a second call does nothing."""
 
-    def run(self, request: Request, arguments: dict[str, Any]) -> Any:
-        """Run the stock forward, its layers given the request.
+    def prepared(self, request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments with which the stock forward hands its layers the request."""
+        request.consumed, request.ran = set(), True
+        return {**arguments, REQUEST_KEYWORD: request}
+
+    def check_consumed(self, request: Request) -> None:
+        """Check, after a forward, that all its layers have taken the audio.
 
         Raises:
             RuntimeError: a layer that should take the audio did not.
         """
-        request.consumed, request.ran = set(), True
-        outputs = self.stock("forward")(**arguments, **{REQUEST_KEYWORD: request})
         if request.consumed != set(self.selected):
             missed = sorted(set(self.selected) - request.consumed)
             raise RuntimeError(f"every selected layer must take the audio, but layers {missed} did not")
-        return outputs
 
     def stock(self, name: str) -> Callable[..., Any]:
         """Return one of the model's methods as it was before."""
@@ -143,3 +172,9 @@ def handle_of(model: PreTrainedModel) -> Attached | None:
     """Return an attached model's handle, or None where it is a stock model."""
     handle: Attached | None = getattr(model, HANDLE, None)
     return handle
+
+
+def peft_configs(model: PreTrainedModel) -> list[Any]:
+    """Return the configs of the adapters that peft has put into a model."""
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    return list(configs.values())

@@ -66,7 +66,7 @@ def unwrapped(module: Any) -> Any:
 def keep_where_there_is_nothing(module: nn.Module, incompatible: Any) -> None:
     """Let a stock model's state dict be loaded, which says nothing of these parts: they keep their weights, with a
     warning."""
-    ours = {key for key in incompatible.missing_keys if f"{NAME}." in key}
+    ours = {key for key in incompatible.missing_keys if f"{NAME}." in key and ".original_module." not in key}  # peft's
     if ours and len(ours) == len(module.state_dict()):
         warnings.warn(
             f"the state dict holds no {NAME}: connector and projectors keep the weights that they have", stacklevel=2

@@ -182,8 +182,8 @@ class FlamingoHandle(Attached):
         request.consumed.add(index)
         return (hidden, *rest), kwargs
 
-    def forward(self, audio: AudioState, arguments: dict[str, Any]) -> Any:
-        return self.run(self.request(audio, Texts.of(arguments), keep=False), arguments)
+    def begin(self, audio: AudioState, arguments: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
+        return self.request(audio, Texts.of(arguments), keep=False), arguments
 
     def request(self, state: AudioState, texts: Texts, *, keep: bool) -> FlamingoRequest:
         check_state(state, self.model, len(self.decoder_layers), self.selected)

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.attached import Attached
 from palkernels.model.causal_lm.attention import ATTENTION_NAME, STOCK_CONFIG
-from palkernels.model.causal_lm.audio_parts import CONNECTOR, NAME, AudioParts, unwrapped
+from palkernels.model.causal_lm.audio_parts import CONNECTOR, AudioParts, unwrapped
 from palkernels.model.causal_lm.config import LalConfig
 from palkernels.model.causal_lm.encoded import EncodedAudio
 from palkernels.model.causal_lm.fast_path import FastPath
@@ -70,7 +69,7 @@ class LalHandle(Attached):
 
         if connector is not None or projectors is not None:
             self.add_parts(AudioParts(connector, projectors))
-        self._trains = self._parts is not None and any(x.requires_grad for x in self._parts.parameters())
+        self._forwards = {index: forwards_of(layers[index]) for index in self.selected}
         self._stock_configs: dict[int, Any] = {}
         for index in self.selected:
             attention: Any = layers[index].self_attn
@@ -152,39 +151,16 @@ class LalHandle(Attached):
             return super().connected(audio)
         return self.state(audio.encoded, audio.lengths, audio.index, audio.insert_at)
 
-    def check_training(self) -> None:
-        """Warn, once, of a connector that something has left out of training or of what is saved."""
-        if not self._trains or self._parts is None:
-            return
-        self._trains = False
-        parts = cast(nn.Module, self.parts)
-        if not any(parameter.requires_grad for parameter in parts.parameters()):
-            warnings.warn(
-                f"the connector is not trained: its weights were frozen after attach (peft's get_peft_model does so, "
-                f'unless it is given modules_to_save=["{NAME}"])',
-                stacklevel=2,
-            )
-        elif getattr(self.model, "peft_config", None) and not any(
-            parameter.requires_grad and ("modules_to_save" in name or "lora_" in name)
-            for name, parameter in self.model.named_parameters()
-            if name.startswith(NAME)
-        ):
-            warnings.warn(
-                f"peft does not save the connector: attach before get_peft_model, which then is given "
-                f'modules_to_save=["{NAME}"], or save it by handle.save',
-                stacklevel=2,
-            )
-
-    def forward(self, audio: AudioState, arguments: dict[str, Any]) -> Any:
+    def begin(self, audio: AudioState, arguments: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
         request = self.request(audio, Texts.of(arguments), keep=False)
-        return self.run(request, arguments | {"position_ids": request.positions()})
+        return request, arguments | {"position_ids": request.positions()}
 
-    def run(self, request: Request, arguments: dict[str, Any]) -> Any:
-        self._check_new_values()
+    def prepared(self, request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
+        self._check_layers()
         if arguments.get("attention_mask") is None and arguments.get("past_key_values") is None:
             # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
-            arguments["attention_mask"] = torch.ones_like(arguments["position_ids"])
-        return super().run(request, arguments)
+            arguments = arguments | {"attention_mask": torch.ones_like(arguments["position_ids"])}
+        return super().prepared(request, arguments)
 
     def request(self, state: AudioState, texts: Texts, *, keep: bool) -> LalRequest:
         self._check(state, texts)
@@ -233,11 +209,35 @@ class LalHandle(Attached):
         assert like is not None  # the state was checked
         return self.rotary.of_layers(self.selected, like, plan.layout.positions, longest)
 
-    def _check_new_values(self) -> None:
-        """Compare the layers that attach could not, now that their weights may have values."""
+    def _check_layers(self) -> None:
+        """Compare the layers that attach could not, now that their weights may have values, and those whose forward
+        somebody has replaced.
+
+        Raises:
+            ValueError: a layer computes something else than at attach.
+        """
         checks = self._fast_path.checks
         unchecked = [index for index, check in checks.items() if check is None]
-        if unchecked and torch.compiler.is_compiling():
-            raise RuntimeError("a model that was attached without values must run with audio before it is compiled")
-        for index in unchecked:
-            checks[index] = check_layer(self.model, self.decoder_layers[index], index, self.rotary)
+        if torch.compiler.is_compiling():
+            if unchecked:
+                raise RuntimeError("a model that was attached without values must run with audio before it is compiled")
+            return
+        forwards = {index: forwards_of(self.decoder_layers[index]) for index in self.selected}
+        replaced = [index for index in self.selected if forwards[index] != self._forwards[index]]
+        for index in sorted({*unchecked, *replaced}):
+            try:
+                checks[index] = check_layer(self.model, self.decoder_layers[index], index, self.rotary)
+            except ValueError as error:
+                if index not in replaced:
+                    raise
+                raise ValueError(
+                    f"layer {index} must compute what it did at attach, but its forward was replaced: apply what "
+                    f"replaces it first, then attach again ({error})"
+                ) from error
+        self._forwards = forwards
+
+
+def forwards_of(layer: Any) -> tuple[Any, ...]:
+    """Return the functions that a layer and its attention run, to be compared with those of another time."""
+    modules = (layer, layer.self_attn)
+    return tuple(part for x in modules for part in (type(x).forward, vars(x).get("forward"))) + (id(layer.self_attn),)

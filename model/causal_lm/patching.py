@@ -56,9 +56,11 @@ class Guard:
         self.handle = handle
         self.seen: Callable[..., Any] | None = None  # the last one that was found to wrap ours
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if torch.compiler.is_compiling():
-            return
+            return None
         if module is not self.handle.model:
             raise RuntimeError(
                 f"an attached model must run itself, got a replica of {type(module).__name__}, as DataParallel makes "
@@ -66,12 +68,25 @@ class Guard:
             )
         forward = module.__dict__.get("forward")
         if isinstance(forward, AudioForward) or (forward is not None and forward is self.seen):
-            return
+            return None
         if any(isinstance(x, AudioForward) and x.handle is self.handle for x in within(forward)):
             self.seen = forward
-            return
+            return None
         self.handle.replaced["forward"] = forward
-        object.__setattr__(module, "forward", AudioForward(self.handle))
+        ours = AudioForward(self.handle)
+        object.__setattr__(module, "forward", ours)
+        # PyTorch has looked up theirs for this call already: it gets what ours would give it.
+        request, arguments = ours.prepared(args, **kwargs)
+        if request is None:
+            return (), arguments
+
+        def check_once(module: nn.Module, args: Any, outputs: Any) -> None:
+            hook.remove()
+            if outputs is not None:  # else it has raised
+                self.handle.check_consumed(request)
+
+        hook = module.register_forward_hook(check_once, always_call=True)
+        return (), arguments
 
 
 def within(function: Any, depth: int = DEPTH) -> Iterator[Any]:
@@ -151,24 +166,36 @@ class AudioForward(PatchedMethod):
 
     name = "forward"
 
-    def __call__(
-        self, *args: Any, audio: "AudioState | EncodedAudio | Request | None" = None, **kwargs: Any
-    ) -> Any:
+    def __call__(self, *args: Any, audio: "AudioState | EncodedAudio | Request | None" = None, **kwargs: Any) -> Any:
         handle = self.handle
         if args and args[0] is handle.model:
             args = args[1:]  # accelerate's unwrap_model binds whatever was its forward to the model
         if not handle.is_attached() or REQUEST_KEYWORD in kwargs:  # one that others put in place of ours calls ours
             return self.stock(args, kwargs, audio)
+        if audio is None and handle.parts is None:
+            self.check_keywords(kwargs)
+            return self.stock(args, kwargs)
+        request, arguments = self.prepared(args, audio=audio, **kwargs)
+        outputs = handle.stock(self.name)(**arguments)
+        if request is not None:
+            handle.check_consumed(request)
+        return outputs
+
+    def prepared(
+        self, args: tuple[Any, ...], *, audio: "AudioState | EncodedAudio | Request | None" = None, **kwargs: Any
+    ) -> tuple[Request | None, dict[str, Any]]:
+        """Return what the stock forward is given, by name, and its request if it has audio."""
+        handle, arguments = self.handle, self.by_name(args, kwargs)
         self.check_keywords(kwargs)
         if isinstance(audio, Request):  # a step that generate has prepared
-            arguments = self.by_name(args, kwargs)
             check_unchanged(audio, arguments)
-            return handle.run(audio, arguments)
-        if handle.parts is None and audio is None:
-            return self.stock(args, kwargs)
-        audio = handle.connected(audio)
-        arguments = handle.without_gradients(audio, self.by_name(args, kwargs))
-        return self.stock((), arguments) if audio is None else handle.forward(audio, arguments)
+            return audio, handle.prepared(audio, arguments)
+        state = handle.connected(audio)
+        arguments = handle.without_gradients(state, arguments)
+        if state is None:
+            return None, arguments
+        request, arguments = handle.begin(state, arguments)
+        return request, handle.prepared(request, arguments)
 
 
 class AudioGenerate(PatchedMethod):
@@ -218,6 +245,8 @@ METHODS = (AudioForward, AudioGenerate, AudioPrepare, AudioSave)
 def _with_audio(signature: inspect.Signature) -> inspect.Signature:
     """Return a signature with the keyword ``audio``, which stands before ``**kwargs``."""
     parameters = list(signature.parameters.values())
-    audio = inspect.Parameter("audio", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=AudioState | EncodedAudio | None)
+    audio = inspect.Parameter(
+        "audio", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=AudioState | EncodedAudio | None
+    )
     before = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     return signature.replace(parameters=[*parameters[:before], audio, *parameters[before:]])
