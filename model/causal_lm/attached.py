@@ -158,6 +158,23 @@ class Attached(ABC):
             missed = sorted(set(self.selected) - request.consumed)
             raise RuntimeError(f"every selected layer must take the audio, but layers {missed} did not")
 
+    def check_holes(self, texts: Texts, *, keep: bool) -> None:
+        """Refuse padding within texts where a sliding window would count it.
+
+        Our layers' windows count tokens; caches drop keys by columns, and stock layers' masks count those.
+        """
+        config = self.model.config
+        types = getattr(config, "layer_types", None)
+        windowed = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+        if types is not None:
+            windowed = "sliding_attention" in types
+        uncached = isinstance(texts.num_cached, int) and texts.num_cached == 0 and not keep
+        if windowed and not (uncached and len(self.selected) == len(self.decoder_layers)):
+            raise ValueError(
+                "attention_mask must mark one run of tokens per row where layers have sliding windows and text is "
+                "cached or some layers see no audio, got a mask with holes"
+            )
+
     def stock(self, name: str) -> Callable[..., Any]:
         """Return one of the model's methods as it was before."""
         replaced = self.replaced[name]

@@ -157,7 +157,11 @@ class LalHandle(Attached):
 
     def prepared(self, request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
         self._check_layers()
-        if arguments.get("attention_mask") is None and arguments.get("past_key_values") is None:
+        if request.plan.packing is not None:
+            # A mask of four dimensions is taken as it is, so that transformers makes none; no layer looks at it.
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=request.texts.device)
+            arguments = arguments | {"attention_mask": mask, "use_cache": False}
+        elif arguments.get("attention_mask") is None and arguments.get("past_key_values") is None:
             # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
             arguments = arguments | {"attention_mask": torch.ones_like(arguments["position_ids"])}
         return super().prepared(request, arguments)
@@ -171,7 +175,12 @@ class LalHandle(Attached):
             rotated=rotated,
             training=self.model.training,
             rope_by_length=rotated and self.rotary.depends_on_length,
+            packable=len(self.selected) == len(self.decoder_layers),
         )
+        if plan.holes:
+            self.check_holes(texts, keep=keep)
+        if plan.packing is not None and self.config.recompute_audio_kv:
+            raise ValueError("recompute_audio_kv must be False with packed sequences, got True")
         request = LalRequest(
             state,
             plan,
