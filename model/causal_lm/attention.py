@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from palkernels import lal_attention
+from palkernels import lal_attention, lal_attention_varlen
 from palkernels.model.causal_lm.layers import modeling_file
 from palkernels.model.causal_lm.request import LalRequest
 from palkernels.recompute import recomputed
@@ -46,9 +46,13 @@ def lal_attention_forward(
     """
     if lal_request is None:
         if kwargs.get("audio") is not None:
-            raise ValueError("audio must be given to the attached causal LM itself, got it in a call of another module")
-        settings = {"sliding_window": sliding_window, "softcap": softcap}
-        kwargs |= {name: setting for name, setting in settings.items() if setting is not None}
+            raise ValueError(
+                "audio must be given to the attached causal LM itself, got it in a call of another module, or of a "
+                "forward that another library put in its place: that library first, Liger for instance, then attach "
+                "again"
+            )
+        given = {"sliding_window": sliding_window, "softcap": softcap}
+        kwargs |= {name: setting for name, setting in given.items() if setting is not None}
         stock = _stock_attention(module)
         return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
@@ -57,9 +61,23 @@ def lal_attention_forward(
     for name in UNSUPPORTED_KEYWORDS:
         setting = kwargs.get(name)
         if setting is not None and setting is not True:
-            raise ValueError(f"{name} must not be given with audio: the kernels are causal over whole rows")
+            raise ValueError(
+                f"{name} must not be given with audio: the kernels are causal over whole rows, packed ones are told by "
+                "position_ids"
+            )
     layer: int = module.layer_idx  # type: ignore[assignment]
+    settings = {"scale": scaling, "softcap": softcap, "window": sliding_window, "impl": lal_request.impl}
+    if lal_request.plan.packing is not None:
+        texts = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        audio, packed_span = lal_request.packed_audio_kv(layer), lal_request.packed_span()
+        packed_out = lal_attention_varlen(*texts, *audio, **vars(packed_span), **settings)
+        lal_request.consumed.add(layer)
+        return packed_out.unsqueeze(0), None
+
     layout, span = lal_request.plan.layout, lal_request.key_span(key.shape[2])
+    if span.order is not None:
+        query = span.order.ordered(query, span.order.queries)
+        key, value = (span.order.ordered(x, span.order.keys) for x in (key, value))
 
     # A layer that is checkpointed as a whole keeps nothing anyway.
     checkpointed = getattr(lal_request.modules[layer], "gradient_checkpointing", False) and module.training
@@ -79,11 +97,10 @@ def lal_attention_forward(
         audio_visible_from=span.visible_from,
         text_start=span.text_start,
         text_end=span.text_end,
-        scale=scaling,
-        softcap=softcap,
-        window=sliding_window,
-        impl=lal_request.impl,
+        **settings,
     )
+    if span.order is not None:
+        out = span.order.as_they_were(out)
     lal_request.consumed.add(layer)
     return out.transpose(1, 2), None
 
