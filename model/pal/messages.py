@@ -19,7 +19,7 @@ __all__ = ["AUDIO_KEYS", "ChatTemplate", "Dialogue", "conversations_of", "templa
 
 AUDIO_KEYS = ("audio", "path", "url", "audio_url")  # under which a message's part may hold its clip
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # around what the assistant says
-PROBE = "Hark"
+PROBE, UNREAD = "Hark", "Hush"  # what a template must render, and must not
 # For tokenizers that bring no template of their own.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -244,18 +244,22 @@ def _form(source: str, audio_token: str, special_tokens: tuple[tuple[str, str], 
     Templates that render none, as those that ask for a system's message, take strings.
     """
 
-    def renders(content: Any, *needles: str) -> bool:
+    def render(content: Any) -> str:
         messages = [[{"role": "user", "content": content}]]
         try:
-            texts, _ = render_jinja_template(messages, chat_template=source, **dict(special_tokens))
+            return str(render_jinja_template(messages, chat_template=source, **dict(special_tokens))[0][0])
         except Exception:
-            return False  # a template may raise anything
-        return all(texts[0].count(needle) == 1 for needle in needles)
+            return ""  # a template may raise anything
 
-    text = {"type": "text", "text": PROBE}
-    strings = renders(PROBE, PROBE)
-    if renders([text, {"type": "audio", "audio": "a clip"}], PROBE, audio_token):
+    def goes_through(audio_part: dict[str, str]) -> bool:
+        text = {"type": "text", "text": PROBE, "unread": UNREAD}  # a template that prints the list prints this, too
+        alone, both = render([text]), render([text, audio_part])
+        reads = both.count(PROBE) == 1 and UNREAD not in both
+        return reads and both.count(audio_token) == alone.count(audio_token) + 1
+
+    strings = render(PROBE).count(PROBE) == 1
+    if goes_through({"type": "audio", "audio": "a clip"}):
         return Form(strings, parts=True, audio=True)
-    if not strings and renders([text, {"type": "text", "text": audio_token}], PROBE, audio_token):
+    if not strings and goes_through({"type": "text", "text": audio_token}):
         return Form(strings, parts=True, audio=False)
     return Form(strings=True, parts=False, audio=False)
