@@ -327,7 +327,7 @@ def _with_rate(options: dict[str, Any], sampling_rate: int | None) -> dict[str, 
 
 def _positions(labels_from: int | Sequence[int], texts: Sequence[str]) -> list[int]:
     """Return where the labels of each text begin, in characters."""
-    positions = [labels_from] * len(texts) if isinstance(labels_from, int) else list(labels_from)
+    positions: list[Any] = list(labels_from) if isinstance(labels_from, list | tuple) else [labels_from] * len(texts)
     fits = len(positions) == len(texts) and all(
         isinstance(position, int) and not isinstance(position, bool) and 0 <= position <= len(text)
         for position, text in zip(positions, texts, strict=True)

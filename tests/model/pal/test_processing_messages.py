@@ -129,10 +129,10 @@ def test_templates_by_name(processor):
     tokenizer.chat_template = templates
     hi = [{"role": "user", "content": "hi"}]
     several = PalProcessor(TOKENIZER, processor.encoders, chat_template=templates)
-    for processor in (several, PalProcessor(tokenizer, processor.encoders)):
-        assert processor.apply_chat_template(hi) == "[user]hi"
-        assert processor.apply_chat_template(hi, tools=[{"function": {"name": "f"}}]) == "<f>[user]hi"
-        assert processor.apply_chat_template(CONVERSATION[1:2], "parts") == "[user]Is(<|AUDIO|>)"
+    for named in (several, PalProcessor(tokenizer, processor.encoders)):
+        assert named.apply_chat_template(hi) == "[user]hi"
+        assert named.apply_chat_template(hi, tools=[{"function": {"name": "f"}}]) == "<f>[user]hi"
+        assert named.apply_chat_template(CONVERSATION[1:2], "parts") == "[user]Is(<|AUDIO|>)"
     unnamed = PalProcessor(TOKENIZER, processor.encoders, chat_template={"a": PARTS, "b": STRINGS})
     with pytest.raises(ValueError, match=r"chat_template must be one of \['a', 'b'\], as none is the default"):
         unnamed.apply_chat_template(hi)
@@ -159,7 +159,7 @@ def test_what_no_template_may_do(processor):
     for template, count in (("{{ messages[0].role }}", 0), (STRINGS + "<|AUDIO|>", 2)):
         with pytest.raises(ValueError, match=f"must render each clip's .* once, 1 in all, got {count}"):
             processor.apply_chat_template(CONVERSATION[1:2], template)
-    with pytest.raises(ValueError, match="must render messages without content, such as message 0, got .*content"):
+    with pytest.raises(ValueError, match=r"must render messages without content, such as message 0, got .*content"):
         processor.apply_chat_template([WITHOUT_TEXT["None"]], "{{ messages[0]['content'] + '<end>' }}")
 
 

@@ -135,7 +135,7 @@ REFUSED = [
     (ValueError, "images_kwargs must be empty", {"images_kwargs": {"size": 3}}),
     (ValueError, "images must be None, got Tensor", {"images": torch.zeros(2)}),
     (ValueError, "videos must be None, got 'a.mp4'", {"videos": "a.mp4"}),
-    (ValueError, 'return_tensors must be "pt", got \'np\'', {"return_tensors": "np"}),
+    (ValueError, "return_tensors must be \"pt\", got 'np'", {"return_tensors": "np"}),
     (ValueError, "return_offsets_mapping must be False, got True", {"return_offsets_mapping": True}),
     (ValueError, "return_attention_mask must be True, got False", {"return_attention_mask": False}),
     (ValueError, "padding must be given once", {"padding": True, "text_kwargs": {"padding": True}}),
@@ -148,7 +148,11 @@ REFUSED = [
     (ValueError, 'max_length must come with padding="max_length" or truncation=True, got 9', {"max_length": 9}),
     (ValueError, "max_length must be given with truncation", {"truncation": True}),
     (ValueError, 'max_length must be given with padding="max_length"', {"padding": "max_length"}),
-    (ValueError, "max_length must be at least 8, the tokens of the longest", {"padding": "max_length", "max_length": 7}),
+    (
+        ValueError,
+        "max_length must be at least 8, the tokens of the longest",
+        {"padding": "max_length", "max_length": 7},
+    ),
     (ValueError, "padding must be True for texts of different lengths", {"padding": False}),
 ]
 
