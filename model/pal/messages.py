@@ -241,7 +241,8 @@ def _shaped(message: dict[str, Any], form: Form, audio_token: str) -> dict[str, 
 def _form(source: str, audio_token: str, special_tokens: tuple[tuple[str, str], ...]) -> Form:
     """Return the form in which a template renders a text and a clip, of several the one that leaves it most to do.
 
-    Templates that render none, as those that ask for a system's message, take strings.
+    One that renders texts in parts and no clip takes parts; one that renders nothing, as those that ask for a system's
+    message, strings.
     """
 
     def render(content: Any) -> str:
@@ -251,15 +252,17 @@ def _form(source: str, audio_token: str, special_tokens: tuple[tuple[str, str], 
         except Exception:
             return ""  # a template may raise anything
 
-    def goes_through(audio_part: dict[str, str]) -> bool:
-        text = {"type": "text", "text": PROBE, "unread": UNREAD}  # a template that prints the list prints this, too
-        alone, both = render([text]), render([text, audio_part])
-        reads = both.count(PROBE) == 1 and UNREAD not in both
-        return reads and both.count(audio_token) == alone.count(audio_token) + 1
+    def reads_parts(rendered: str) -> bool:
+        return rendered.count(PROBE) == 1 and UNREAD not in rendered
 
+    def goes_through(audio_part: dict[str, str]) -> bool:
+        alone, both = render([text]), render([text, audio_part])
+        return reads_parts(both) and both.count(audio_token) == alone.count(audio_token) + 1
+
+    text = {"type": "text", "text": PROBE, "unread": UNREAD}  # a template that prints the list prints this, too
     strings = render(PROBE).count(PROBE) == 1
     if goes_through({"type": "audio", "audio": "a clip"}):
         return Form(strings, parts=True, audio=True)
-    if not strings and goes_through({"type": "text", "text": audio_token}):
+    if not strings and (goes_through({"type": "text", "text": audio_token}) or reads_parts(render([text]))):
         return Form(strings, parts=True, audio=False)
     return Form(strings=True, parts=False, audio=False)

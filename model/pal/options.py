@@ -10,7 +10,6 @@ __all__ = ["GROUPS", "Options", "is_option", "read_options"]
 GROUPS = ("text_kwargs", "audio_kwargs", "common_kwargs", "images_kwargs", "videos_kwargs")
 # Options of transformers' processors that have one meaning here, and the values that say it.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "return_tensors": ("pt",),
     "return_attention_mask": (True, None),
     "images": (None,),
     "videos": (None,),
@@ -56,6 +55,7 @@ class Options:
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     add_special_tokens: bool = True
+    return_tensors: str = "pt"
     sampling_rate: int | None = None  # checked where the clips are
 
 
@@ -141,6 +141,10 @@ def _check(options: Options, tokenizer: Any) -> Options:
         raise ValueError(f"padding must be {_listed(PADDINGS)}, got {options.padding!r}")
     if options.padding_side not in ("left", "right"):
         raise ValueError(f'padding_side must be "left" or "right", got {options.padding_side!r}')
+    if options.return_tensors not in ("pt", "np"):
+        raise ValueError(f'return_tensors must be "pt" or "np", got {options.return_tensors!r}')
+    if not isinstance(options.add_special_tokens, bool):
+        raise ValueError(f"add_special_tokens must be True or False, got {options.add_special_tokens!r}")
     if not isinstance(options.truncation, bool | str) or options.truncation not in TRUNCATIONS:
         raise ValueError(f"truncation must be {_listed(TRUNCATIONS)}, got {options.truncation!r}")
     for name in ("max_length", "pad_to_multiple_of"):

@@ -14,7 +14,7 @@ from palkernels.model.pal.configuration_pal import PalConfig, complete_entry
 from palkernels.model.pal.messages import ChatTemplate, conversations_of, template_source, template_variables
 from palkernels.model.pal.options import Options, is_option, read_options
 from palkernels.model.pal.parts import by_entry, outline_connectors, tower_settings
-from palkernels.model.pal.rows import IGNORED, Span, cut, distinct, expand, pad, read_row, table
+from palkernels.model.pal.rows import IGNORED, Span, cut, distinct, ends_of_texts, expand, pad, read_row, table
 from palkernels.model.pal.tokenizer import AUDIO_TOKEN, knows_token
 
 __all__ = ["PalProcessor"]
@@ -121,7 +121,7 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
             options: as transformers' processors take them, flat or in ``text_kwargs``, ``audio_kwargs`` and
                 ``common_kwargs``: padding (True, False or "max_length"), padding_side ("left"), max_length, truncation,
                 which cuts text and never a clip, on the tokenizer's ``truncation_side``; pad_to_multiple_of,
-                add_special_tokens (a text that begins with the BOS token gets no second one); return_tensors is "pt".
+                add_special_tokens (a text that begins with the BOS token gets no second one), return_tensors ("np").
 
         Returns:
             input_ids, attention_mask (B, T), and with audio input_features, audio_lengths (C, towers), audio_index and
@@ -137,10 +137,8 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         texts = [text] if isinstance(text, str) else list(text) if isinstance(text, list | tuple) else []
         if not texts or not all(isinstance(one, str) for one in texts):
             raise ValueError(f"text must be a string or a list of them, got {text!r}")
-        spans: list[list[Span]] = [[] for _ in texts]
-        if output_labels or labels_from is not None:
-            spans = [[(position, None)] for position in _positions(labels_from or 0, texts)]
         labels = output_labels or labels_from is not None
+        spans = ends_of_texts(labels_from or 0, texts) if labels else [[] for _ in texts]
         return self._batch(texts, audio, spans, read, labels=labels)
 
     def _batch(
@@ -153,8 +151,7 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         masks: bool = False,
     ) -> BatchFeature:
         """Return a batch, with ``labels`` or ``assistant_masks`` of the spans of each text."""
-        add = options.add_special_tokens
-        rows = [read_row(self.tokenizer, *one) for one in zip(texts, [add] * len(texts), spans, strict=True)]
+        rows = [read_row(self.tokenizer, text, options, marked) for text, marked in zip(texts, spans, strict=True)]
         clips_of_texts = self._clips_of_texts(audio, [row.ids.count(self.audio_token_id) for row in rows])
         clips, index = distinct(clips_of_texts)
         features, lengths = self.audio_features(clips, options.sampling_rate) if clips else (None, None)
@@ -178,7 +175,7 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
             data["audio_lengths"] = lengths
             data["audio_index"] = table(index, -1)
             data["insert_at"] = table([row.places for row in rows], 0)
-        return BatchFeature(data)
+        return BatchFeature(_arrays(data) if options.return_tensors == "np" else data)
 
     def audio_features(self, clips: Sequence[Any], sampling_rate: int | None = None) -> tuple[list[Tensor], Tensor]:
         """Return the ``input_features`` of C clips, one tensor per tower, and their ``audio_lengths`` (C, towers).
@@ -270,6 +267,9 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
                 raise ValueError(f"{name} must be given once, got it as a keyword and in processor_kwargs")
             else:
                 options[name] = value
+        for name, value in (("tools", tools), ("documents", documents)):
+            if value and name not in variables:
+                raise ValueError(f"{name} must be None for a chat template that does not name them, got {len(value)}")
         read = read_options(_with_rate(options, sampling_rate), self.tokenizer, add_special_tokens=False)
         marked = output_labels or return_assistant_tokens_mask
         if marked and not (tokenize and return_dict):
@@ -316,6 +316,13 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         return [[next(remaining) for _ in range(count)] for count in counts]
 
 
+def _arrays(data: Any) -> Any:
+    """Return tensors as NumPy arrays, in dicts and lists as they are."""
+    if isinstance(data, dict):
+        return {name: _arrays(value) for name, value in data.items()}
+    return [_arrays(value) for value in data] if isinstance(data, list) else data.numpy()
+
+
 def _with_rate(options: dict[str, Any], sampling_rate: int | None) -> dict[str, Any]:
     """Return the options with the rate that a keyword of its own gives."""
     if sampling_rate is None:
@@ -323,17 +330,3 @@ def _with_rate(options: dict[str, Any], sampling_rate: int | None) -> dict[str, 
     if options.get("sampling_rate") is not None:
         raise ValueError("sampling_rate must be given once, got it as a keyword and in processor_kwargs")
     return {**options, "sampling_rate": sampling_rate}
-
-
-def _positions(labels_from: int | Sequence[int], texts: Sequence[str]) -> list[int]:
-    """Return where the labels of each text begin, in characters."""
-    positions: list[Any] = list(labels_from) if isinstance(labels_from, list | tuple) else [labels_from] * len(texts)
-    fits = len(positions) == len(texts) and all(
-        isinstance(position, int) and not isinstance(position, bool) and 0 <= position <= len(text)
-        for position, text in zip(positions, texts, strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            f"labels_from must be a position in each of {len(texts)} texts, in characters, got {labels_from!r}"
-        )
-    return positions

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from palkernels.model.pal.options import Options
 
-__all__ = ["IGNORED", "Row", "Span", "cut", "distinct", "expand", "pad", "read_row", "table"]
+__all__ = ["IGNORED", "Row", "Span", "cut", "distinct", "ends_of_texts", "expand", "pad", "read_row", "table"]
 
 IGNORED = -100  # a label that the loss passes over
 Span = tuple[int, int | None]  # characters of a text, from the first to before the last; None: to its very end
@@ -28,13 +29,13 @@ class Row:
     counts: tuple[int, ...] = ()  # how many placeholders it has there
 
 
-def read_row(tokenizer: Any, text: str, add_special_tokens: bool, spans: Sequence[Span] = ()) -> Row:
+def read_row(tokenizer: Any, text: str, options: Options, spans: Sequence[Span] = ()) -> Row:
     """Return a text's ids; one that begins with the BOS token gets no other.
 
     Args:
         tokenizer: the tokenizer.
         text: the text.
-        add_special_tokens: as the tokenizer takes it.
+        options: whether special tokens are added, and whether it may be cut, for which their number is read.
         spans: what to mark. A token that is partly inside is marked. What the tokenizer puts behind the text belongs to
             a span that reaches the very end.
 
@@ -42,7 +43,7 @@ def read_row(tokenizer: Any, text: str, add_special_tokens: bool, spans: Sequenc
         ValueError: the tokenizer cannot say which characters its tokens come from.
     """
     bos = tokenizer.bos_token
-    add = add_special_tokens and not (bos and text.startswith(bos))
+    add = options.add_special_tokens and not (bos and text.startswith(bos))
     if spans and not tokenizer.is_fast:
         raise ValueError(
             "the tokenizer must know its tokens' characters to mark what is learned, as fast ones do, "
@@ -145,6 +146,22 @@ def table(of_texts: Sequence[Sequence[int]], filler: int) -> Tensor:
     """Return the numbers of each text as (B, K), filled up to the longest list, K at least 1."""
     longest = max(1, *map(len, of_texts))
     return torch.tensor([[*numbers, *[filler] * (longest - len(numbers))] for numbers in of_texts])
+
+
+def ends_of_texts(begins: int | Sequence[int], texts: Sequence[str]) -> list[list[Span]]:
+    """Return a span of each text, from where ``labels_from`` says that its labels begin.
+
+    Raises:
+        ValueError: there are more or fewer positions than texts, or one is not in its text.
+    """
+    positions: list[Any] = list(begins) if isinstance(begins, list | tuple) else [begins] * len(texts)
+    fits = len(positions) == len(texts) and all(
+        isinstance(position, Integral) and not isinstance(position, bool) and int(position) in range(len(text) + 1)
+        for position, text in zip(positions, texts, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"labels_from must be a position in each of {len(texts)} texts, in characters, got {begins!r}")
+    return [[(int(position), None)] for position in positions]
 
 
 def distinct(clips_of_texts: list[list[Any]]) -> tuple[list[Any], list[list[int]]]:

@@ -1,5 +1,6 @@
 """Labels that a processor makes: final, so that whatever counts or smooths them outside the model counts text alone."""
 
+import numpy
 import pytest
 import torch
 from support.audio_llm import AUDIO_TOKEN, TOKENIZER, batch_of, build_pal, entry, processor_of, tone
@@ -130,7 +131,7 @@ def test_labels_from_a_position(kind, side):
     everything = ids.masked_fill((mask == 0) | (ids == processor.audio_token_id), -100)
     everything[range(3), mask.argmax(dim=1)] = -100
     assert torch.equal(processor(texts, audio, 16_000, output_labels=True, padding_side=side)["labels"], everything)
-    one = processor("abcd", labels_from=2)["labels"]
+    one = processor("abcd", labels_from=numpy.int64(2))["labels"]
     assert one.tolist() == [[-100, -100, *TOKENIZER("cd")["input_ids"]]]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 from support.audio_llm import AUDIO_TOKEN, TOKENIZER, entry, tone
+from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
 
 from palkernels.model import PalProcessor, byte_tokenizer
 
@@ -30,6 +31,7 @@ STRINGS_ELSE_NOTHING = (
 )
 OTHER_TOKEN = EITHER.replace("<|AUDIO|>", "<sound>")  # parts of audio are of no use then
 PICKY = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + STRINGS
+FIRST_PART = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'][0]['text'] }}{% endfor %}"
 CONVERSATION = [
     {"role": "system", "content": "Listen."},
     {"role": "user", "content": [{"type": "text", "text": "Is"}, {"type": "audio", "audio": tone()}]},
@@ -61,6 +63,17 @@ def test_templates_of_every_form(processor, name):
     assert TOKENIZER.decode(batch["input_ids"][0]) == want.replace(AUDIO_TOKEN, AUDIO_TOKEN * 5)
     assert CONVERSATION[1]["content"][1]["type"] == "audio"  # the caller's messages stay as they are
     assert "audio" in CONVERSATION[1]["content"][1]
+
+
+def test_a_template_that_reads_one_part(processor):
+    """It renders texts, and a clip in a second part is not lost without a word."""
+    conversation = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+    ]
+    assert processor.apply_chat_template(conversation, FIRST_PART) == "[user]hi[assistant]a"
+    with pytest.raises(ValueError, match=r"must render each clip's .* once, 1 in all, got 0"):
+        processor.apply_chat_template(CONVERSATION, FIRST_PART)
 
 
 CALL = {"type": "function", "function": {"name": "hear", "arguments": {"seconds": 3}}}
@@ -121,6 +134,31 @@ def test_tools_documents_and_other_keys(processor):
     got = processor.apply_chat_template(conversation, TOOLS, **more)
     assert got == "<shout><whisper><T>[user]hi(why)"
     assert got == TOKENIZER.apply_chat_template(conversation, chat_template=TOOLS, tokenize=False, **more)
+    for name, value in more.items():
+        with pytest.raises(ValueError, match=f"{name} must be None for a chat template that does not name them, got"):
+            processor.apply_chat_template(conversation, STRINGS, **{name: value})
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_TEXT, "parts", "system"])
+def test_conversations_are_rendered_as_by_qwen2_audio(processor, name):
+    """With its template: text, and the ids where no clip has placeholders."""
+    own = Qwen2AudioProcessor(WhisperFeatureExtractor(), byte_tokenizer())
+    clip = tone().numpy()
+    content = [{"type": "audio", "audio": clip}, {"type": "text", "text": "What?"}, {"type": "audio", "audio": clip}]
+    last = {"parts": {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}}
+    last |= {"system": {"role": "system", "content": "s"}} | WITHOUT_TEXT
+    conversation = [{"role": "user", "content": content}, {"role": "assistant", "content": "hi"}, last[name]]
+    if name == "text of None":  # it writes "None"
+        conversation[2] = {**last[name], "content": []}
+    lal = PalProcessor(TOKENIZER, [entry("sslam")])
+    for messages in (conversation, [conversation, conversation[:1]], conversation[1:2]):
+        more = {"add_generation_prompt": True}
+        want = own.apply_chat_template(messages, **more)
+        assert processor.apply_chat_template(messages, own.chat_template, **more) == want
+        batch = lal.apply_chat_template(messages, own.chat_template, **more, tokenize=True, sampling_rate=16_000)
+        texts = [want] if isinstance(want, str) else want
+        ids = TOKENIZER([text.replace(AUDIO_TOKEN, "") for text in texts], padding=True, padding_side="left")
+        assert batch["input_ids"].tolist() == ids["input_ids"]
 
 
 def test_templates_by_name(processor):

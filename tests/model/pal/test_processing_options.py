@@ -1,5 +1,6 @@
 """A processor's options: each in every form in which transformers' processors take it, and none passed over."""
 
+import numpy
 import pytest
 import torch
 from support.audio_llm import AUDIO_TOKEN, TOKENIZER, entry, tone
@@ -135,7 +136,8 @@ REFUSED = [
     (ValueError, "images_kwargs must be empty", {"images_kwargs": {"size": 3}}),
     (ValueError, "images must be None, got Tensor", {"images": torch.zeros(2)}),
     (ValueError, "videos must be None, got 'a.mp4'", {"videos": "a.mp4"}),
-    (ValueError, "return_tensors must be \"pt\", got 'np'", {"return_tensors": "np"}),
+    (ValueError, 'return_tensors must be "pt" or "np", got .tf.', {"return_tensors": "tf"}),
+    (ValueError, "add_special_tokens must be True or False, got 'no'", {"add_special_tokens": "no"}),
     (ValueError, "return_offsets_mapping must be False, got True", {"return_offsets_mapping": True}),
     (ValueError, "return_attention_mask must be True, got False", {"return_attention_mask": False}),
     (ValueError, "padding must be given once", {"padding": True, "text_kwargs": {"padding": True}}),
@@ -187,3 +189,15 @@ def test_special_tokens_of_a_template_call(both):
     assert processor.tokenizer.decode(ids[0]) == "hi"
     more = processor.apply_chat_template(SHORT, tokenize=True, processor_kwargs={"add_special_tokens": True})
     assert processor.tokenizer.decode(more["input_ids"][0]) == "<s>hi<|end|>"
+
+
+def test_arrays_instead_of_tensors(both):
+    tensors = both.apply_chat_template(CHAT, **BATCH, sampling_rate=16_000)
+    for more in ({"return_tensors": "np"}, {"processor_kwargs": {"common_kwargs": {"return_tensors": "np"}}}):
+        arrays = both.apply_chat_template(CHAT, **BATCH, sampling_rate=16_000, **more)
+        assert set(arrays) == set(tensors)
+        for name, value in arrays.items():
+            pairs = zip(value, tensors[name], strict=True) if name == "input_features" else [(value, tensors[name])]
+            for array, tensor in pairs:
+                assert isinstance(array, numpy.ndarray), name
+                assert numpy.array_equal(array, tensor.numpy()), name

@@ -17,7 +17,12 @@ def parts(request):
     encoders, settings = INTEGRATIONS[request.param]
     model = build_pal(*encoders, **settings)
     processor = processor_of(model, chat_template=TEMPLATE)
-    return model, processor, pipeline("any-to-any", model=model, processor=processor)
+    try:
+        return model, processor, pipeline("any-to-any", model=model, processor=processor)
+    except ImportError as error:  # transformers up to 5.17 at least makes no such pipeline without librosa
+        if "librosa" not in str(error):
+            raise
+        pytest.skip("this version's pipeline asks for librosa")
 
 
 def answers(model, batch):
