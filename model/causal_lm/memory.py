@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.causal_lm.texts import inputs_of
@@ -115,6 +116,15 @@ def recalled(arguments: Mapping[str, Any]) -> AudioState | None:
     """
     memory = memory_of(arguments.get("past_key_values"))
     return None if memory is None else memory.state_of(inputs_of(arguments).shape[0])
+
+
+def cache_of(cache: Any, outputs: Any) -> Any:
+    """Return the cache of a forward, given the one that it was called with: that, or the one among its outputs."""
+    if cache is not None:
+        return cache
+    if isinstance(outputs, tuple):
+        return next((output for output in outputs if isinstance(output, Cache)), None)
+    return getattr(outputs, "past_key_values", None)
 
 
 def text_rows(batch: int, copies: int, device: torch.device) -> Tensor:

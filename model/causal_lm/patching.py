@@ -5,8 +5,10 @@ from typing import Any
 
 from palkernels.model.causal_lm.attached import HANDLE, Attached
 from palkernels.model.causal_lm.generation import check_unchanged, current, generate
+from palkernels.model.causal_lm.memory import cache_of, recalled, remember, text_rows
 from palkernels.model.causal_lm.request import Request
 from palkernels.model.causal_lm.state import AudioState
+from palkernels.model.causal_lm.texts import inputs_of
 
 
 def patch(handle: Attached) -> None:
@@ -77,13 +79,19 @@ class AudioForward(PatchedMethod):
     def __call__(self, *args: Any, audio: "AudioState | Request | None" = None, **kwargs: Any) -> Any:
         if args and args[0] is self.handle.model:
             args = args[1:]  # accelerate's unwrap_model binds whatever was its forward to the model
+        if audio is None and self.handle.is_attached():
+            audio = recalled(self.by_name(args, kwargs))  # of a conversation that goes on
         if audio is None or not self.handle.is_attached():
             return self.stock(args, kwargs, audio)
         arguments = self.by_name(args, kwargs)
         if isinstance(audio, Request):  # a step that generate has prepared
             check_unchanged(audio, arguments)
             return self.handle.run(audio, arguments)
-        return self.handle.forward(audio, arguments)
+        outputs = self.handle.forward(audio, arguments)
+        inputs = inputs_of(arguments)
+        rows = text_rows(inputs.shape[0], 1, inputs.device)
+        remember(cache_of(arguments.get("past_key_values"), outputs), audio, rows)
+        return outputs
 
 
 class AudioGenerate(PatchedMethod):

@@ -40,9 +40,10 @@ class PalGeneration:
         model: the model.
         hearing: what the prompt's texts hear.
         placeholders: those of the prompt; None where no audio enters by PLITS.
+        start: the columns that are in the cache already.
     """
 
-    def __init__(self, model: Listener, hearing: Hearing, placeholders: Placeholders | None) -> None:
+    def __init__(self, model: Listener, hearing: Hearing, placeholders: Placeholders | None, start: int = 0) -> None:
         self.model = model
         self.hearing = hearing
         self.kept = None if placeholders is None else Kept(hearing.tokens, placeholders)
@@ -54,6 +55,16 @@ class PalGeneration:
             self._numbers = placeholders.numbers().to(hearing.tokens.states.device)
             self._columns = (self._numbers >= 0).any(dim=0).tolist()
         self._complete = False  # whether the prompt has run
+        self.placed = not any(self._columns[start:])  # whether placeholders that run now have been replaced
+        self.whole: int | None = None  # the prompt's columns where a draft continues a cache by the whole conversation
+
+    def new_columns(self, input_ids: Tensor, cache: Any) -> int | None:
+        """Return how many of the last columns must run where transformers does not say: a draft's first forward would
+        run the columns in the cache again."""
+        if self.whole is None or cache is None or input_ids.shape[1] < self.whole:
+            return None
+        cached = int(cache.get_seq_length())
+        return input_ids.shape[1] - cached if cached else None
 
     def prepare(self, arguments: dict[str, Any]) -> None:
         """Add its audio to one forward's arguments, as the language model's own preparation returned them."""
@@ -72,6 +83,7 @@ class PalGeneration:
             self._complete = first + count >= len(self._columns)
             if any(self._columns[first : first + count]):
                 tokens, numbers = self._in_place(first, count, batch)
+                self.placed = True
         arguments[STEP] = Step(tokens, numbers, audio, memory)
 
     def _texts(self, batch: int) -> int:
@@ -123,25 +135,58 @@ def generation_of(model: Listener, audio: AudioInputs, arguments: Mapping[str, A
     outer = _CURRENT.get()
     known = None if outer is None or audio.has_clips else outer.assistants.get(id(model))
     hearing, placeholders = known or _listen(model, audio, arguments)
-    generation = PalGeneration(model, hearing, placeholders)
+    generation = PalGeneration(model, hearing, placeholders, _cached(arguments))
+    generation.whole = _whole_of_draft(model, arguments)
     if hearing.state is not None or hearing.tokens is not None:
         _check_options_with_audio(model, arguments)
         _prepare_assistant(generation, audio, arguments)
     token = _CURRENT.set(generation)
+    inner = None
     try:
         handle = model.attached()
         if handle is None:
             yield
-            return
-        with generating(handle, hearing.state, arguments) as inner:
-            yield
+        else:
+            with generating(handle, hearing.state, arguments) as inner:
+                yield
     finally:
         _CURRENT.reset(token)
-    if inner is not None and (inner.request is None or not inner.request.ran):
+    deaf = inner is not None and (inner.request is None or not inner.request.ran)
+    if deaf or not (generation.placed or known):
         raise RuntimeError(
             "no forward of this generate took the audio: generate must call the model with all that its "
             "prepare_inputs_for_generation returns"
         )
+
+
+def _cached(arguments: Mapping[str, Any]) -> int:
+    """Return the columns in the cache that a generate call continues."""
+    cache = arguments.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _first_column(arguments: Mapping[str, Any]) -> int:
+    """Return the column of a prompt's first token: 0 where it is the whole conversation, more where the mask is longer,
+    and the ids are the new tokens."""
+    mask, prompt = arguments.get("attention_mask"), prompt_of(arguments)
+    new = isinstance(mask, Tensor) and mask.ndim == 2 and arguments.get("inputs_embeds") is None
+    return max(mask.shape[1] - prompt.shape[1], 0) if new else 0
+
+
+def _whole_of_draft(model: Listener, arguments: Mapping[str, Any]) -> int | None:
+    """Return the prompt's columns where a draft continues a cache by the whole conversation, else None.
+
+    Raises:
+        ValueError: it continues the cache by new tokens, and transformers would cut what belongs to the earlier ones.
+    """
+    drafts = ("assistant_model", "prompt_lookup_num_tokens")
+    name = next((name for name in drafts if _option(model, arguments, name)), None)
+    if name is None or not _cached(arguments):
+        return None
+    if _first_column(arguments):
+        raise ValueError(f"input_ids must be the whole conversation where {name} continues a cache, got its new tokens")
+    prompt = prompt_of(arguments)
+    return int(prompt.shape[1])
 
 
 def _listen(model: Listener, audio: AudioInputs, arguments: Mapping[str, Any]) -> tuple[Hearing, Placeholders | None]:
@@ -154,13 +199,9 @@ def _listen(model: Listener, audio: AudioInputs, arguments: Mapping[str, Any]) -
     embeds, cache = arguments.get("inputs_embeds"), arguments.get("past_key_values")
     inputs = arguments.get("inputs")
     ids = arguments.get("input_ids") if inputs is None else inputs
-    batch, width = prompt.shape[:2]
-    start = 0 if cache is None else int(cache.get_seq_length())
+    batch, start, first = prompt.shape[0], _cached(arguments), _first_column(arguments)
     memory = memory_of(cache) if start else None
     hearing, earlier = (Hearing(), None) if memory is None else recall(memory, batch)
-    # Ids are the whole conversation, or where the mask is longer its new tokens.
-    mask = arguments.get("attention_mask")
-    first = mask.shape[1] - width if isinstance(mask, Tensor) and mask.ndim == 2 and embeds is None else 0
     before = earlier if first > 0 else None
     if audio.has_clips:
         so_far = None if before is None else before.up_to(first).counts()
@@ -173,7 +214,7 @@ def _listen(model: Listener, audio: AudioInputs, arguments: Mapping[str, Any]) -
         return hearing, None
     if hearing.tokens is not None:
         places = places.to(hearing.tokens.lengths.device)
-    placeholders = Placeholders.following(before, max(first, 0), places)
+    placeholders = Placeholders.following(before, first, places)
     if hearing.tokens is not None and first > 0 and before is None:
         # Of a cache that remembers nothing, it is known that the texts end with the last clips.
         placeholders = placeholders.completing(hearing.tokens.lengths)

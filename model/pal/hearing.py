@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import Cache
 
 from palkernels.model.causal_lm.facts import DeviceFacts
 from palkernels.model.causal_lm.memory import Memory, remember
@@ -16,7 +15,7 @@ from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.pal.clips import Clips
 from palkernels.model.pal.placeholders import Placeholders, mismatch, put_in_place
 
-__all__ = ["IGNORED", "Hearing", "Kept", "Step", "cache_in", "check_placeholders", "recall", "step_of", "tied"]
+__all__ = ["IGNORED", "Hearing", "Kept", "Step", "check_placeholders", "recall", "step_of", "tied"]
 
 IGNORED = -100  # a label that the loss passes over
 
@@ -176,13 +175,6 @@ def step_of(
     if not new or tokens is None:
         return Step(audio=hearing.state, memory=memory)
     return Step(tokens.states, placeholders.numbers()[:, -places.shape[1] :], hearing.state, memory)
-
-
-def cache_in(outputs: Any) -> Any:
-    """Return the cache among a forward's outputs, None if there is none."""
-    if isinstance(outputs, tuple):
-        return next((output for output in outputs if isinstance(output, Cache)), None)
-    return getattr(outputs, "past_key_values", None)
 
 
 def tied(outputs: Any, parameters: Sequence[nn.Parameter]) -> Any:

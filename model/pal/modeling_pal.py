@@ -17,12 +17,13 @@ from palkernels.model.causal_lm.flamingo import FlamingoHandle, attach_flamingo
 from palkernels.model.causal_lm.freezing import freeze_ffn
 from palkernels.model.causal_lm.gated_layer import GatedLayer
 from palkernels.model.causal_lm.handle import LalHandle
+from palkernels.model.causal_lm.memory import cache_of
 from palkernels.model.causal_lm.support import base_model
 from palkernels.model.connectors.base import Connector
 from palkernels.model.pal.clips import AudioFeatures
 from palkernels.model.pal.configuration_pal import PalConfig
 from palkernels.model.pal.generation import LISTEN, STEP, current, generation_of
-from palkernels.model.pal.hearing import cache_in, tied
+from palkernels.model.pal.hearing import tied
 from palkernels.model.pal.inputs import AudioInputs
 from palkernels.model.pal.listening import Listener
 from palkernels.model.pal.parts import build_connectors, build_towers, entries_with_tower_configs, keep_weights
@@ -241,7 +242,7 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             arguments["logits_to_keep"] = logits_to_keep
         outputs = self.language_model(**arguments, **kwargs)
-        step.keep(past_key_values if past_key_values is not None else cache_in(outputs))
+        step.keep(cache_of(past_key_values, outputs))
         if not self.training:
             return outputs
         parts = (self.audio_tower, self.multi_modal_projector, self.layer_projector, self.gated_layer)
@@ -294,6 +295,11 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the arguments of one forward of ``generate``: the language model's own, and the audio."""
+        generation = current(self)
+        columns = None if generation is None else generation.new_columns(input_ids, past_key_values)
+        if columns is not None:
+            kwargs.setdefault("next_sequence_length", None)
+            kwargs["next_sequence_length"] = kwargs["next_sequence_length"] or columns
         arguments: dict[str, Any] = base_model(self.language_model).prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
@@ -301,7 +307,6 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        generation = current(self)
         if generation is not None:
             generation.prepare(arguments)
         return arguments
