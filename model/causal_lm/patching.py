@@ -79,7 +79,7 @@ class AudioForward(PatchedMethod):
     def __call__(self, *args: Any, audio: "AudioState | Request | None" = None, **kwargs: Any) -> Any:
         if args and args[0] is self.handle.model:
             args = args[1:]  # accelerate's unwrap_model binds whatever was its forward to the model
-        if audio is None and self.handle.is_attached():
+        if audio is None and self.handle.is_attached() and current(self.handle.model) is None:
             audio = recalled(self.by_name(args, kwargs))  # of a conversation that goes on
         if audio is None or not self.handle.is_attached():
             return self.stock(args, kwargs, audio)
