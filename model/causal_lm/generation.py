@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.attached import Attached
+from palkernels.model.causal_lm.caches import cache_of
 from palkernels.model.causal_lm.memory import recalled, remember, text_rows
 from palkernels.model.causal_lm.plan import check_prompt
-from palkernels.model.causal_lm.request import Request
+from palkernels.model.causal_lm.request import Carried, Request
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.causal_lm.texts import Texts, count_cached, inputs_of
 
@@ -61,8 +62,9 @@ class Generation:
         if prompt is not None:
             self.unchecked = None
         arguments["position_ids"] = request.positions()
-        arguments["audio"] = self.request = request
-        remember(arguments.get("past_key_values"), self.state, text_rows(batch, copies, texts.device))
+        self.request = request
+        arguments["audio"] = Carried(request)
+        remember(cache_of(arguments), self.state, text_rows(batch, copies, texts.device))
 
     def _prompt_that_is_whole(self, mask: Tensor | None) -> int | None:
         """Return the prompt's columns if this forward completes it: a prompt may come in chunks.
@@ -89,7 +91,7 @@ def check_unchanged(request: Request, arguments: dict[str, Any]) -> None:
     if not isinstance(prepared, int):
         return  # counted on the device
     inputs = inputs_of(arguments)
-    num_keys = count_cached(arguments.get("past_key_values"), inputs.device) + inputs.shape[1]
+    num_keys = count_cached(cache_of(arguments), inputs.device) + inputs.shape[1]
     if num_keys != prepared:
         raise RuntimeError(
             f"a forward with audio must run the text that was prepared, {prepared} tokens with the cached ones, "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from palkernels.model.causal_lm.caches import CACHE_KEYWORDS, cache_of
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.causal_lm.texts import inputs_of
 
@@ -114,17 +115,17 @@ def recalled(arguments: Mapping[str, Any]) -> AudioState | None:
     Raises:
         ValueError: the cache has other texts.
     """
-    memory = memory_of(arguments.get("past_key_values"))
+    memory = memory_of(cache_of(arguments))
     return None if memory is None else memory.state_of(inputs_of(arguments).shape[0])
 
 
-def cache_of(cache: Any, outputs: Any) -> Any:
+def cache_after(cache: Any, outputs: Any) -> Any:
     """Return the cache of a forward, given the one that it was called with: that, or the one among its outputs."""
     if cache is not None:
         return cache
     if isinstance(outputs, tuple):
         return next((output for output in outputs if isinstance(output, Cache)), None)
-    return getattr(outputs, "past_key_values", None)
+    return next((outputs[keyword] for keyword in CACHE_KEYWORDS if keyword in outputs), None)
 
 
 def text_rows(batch: int, copies: int, device: torch.device) -> Tensor:

@@ -4,9 +4,10 @@ import inspect
 from typing import Any
 
 from palkernels.model.causal_lm.attached import HANDLE, Attached
+from palkernels.model.causal_lm.caches import cache_of
 from palkernels.model.causal_lm.generation import check_unchanged, current, generate
-from palkernels.model.causal_lm.memory import cache_of, recalled, remember, text_rows
-from palkernels.model.causal_lm.request import Request
+from palkernels.model.causal_lm.memory import cache_after, recalled, remember, text_rows
+from palkernels.model.causal_lm.request import Carried
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.causal_lm.texts import inputs_of
 
@@ -76,7 +77,7 @@ class AudioForward(PatchedMethod):
 
     name = "forward"
 
-    def __call__(self, *args: Any, audio: "AudioState | Request | None" = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, audio: AudioState | Carried | None = None, **kwargs: Any) -> Any:
         if args and args[0] is self.handle.model:
             args = args[1:]  # accelerate's unwrap_model binds whatever was its forward to the model
         if audio is None and self.handle.is_attached() and current(self.handle.model) is None:
@@ -84,13 +85,13 @@ class AudioForward(PatchedMethod):
         if audio is None or not self.handle.is_attached():
             return self.stock(args, kwargs, audio)
         arguments = self.by_name(args, kwargs)
-        if isinstance(audio, Request):  # a step that generate has prepared
-            check_unchanged(audio, arguments)
-            return self.handle.run(audio, arguments)
+        if isinstance(audio, Carried):  # a step that generate has prepared
+            check_unchanged(audio.request, arguments)
+            return self.handle.run(audio.request, arguments)
         outputs = self.handle.forward(audio, arguments)
         inputs = inputs_of(arguments)
         rows = text_rows(inputs.shape[0], 1, inputs.device)
-        remember(cache_of(arguments.get("past_key_values"), outputs), audio, rows)
+        remember(cache_after(cache_of(arguments), outputs), audio, rows)
         return outputs
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palkernels.model.causal_lm.caches import cache_of
 from palkernels.model.causal_lm.generation import generating, prompt_of
 from palkernels.model.causal_lm.memory import Memory, memory_of, remember, text_rows
 from palkernels.model.causal_lm.texts import inputs_of
@@ -70,7 +71,7 @@ class PalGeneration:
         """Add its audio to one forward's arguments, as the language model's own preparation returned them."""
         inputs = inputs_of(arguments)
         batch, count = inputs.shape[:2]
-        cache = arguments.get("past_key_values")
+        cache = cache_of(arguments)
         audio = arguments.pop("audio", None)
         memory = None
         if self.hearing.state is not None or self.kept is not None:
@@ -161,7 +162,7 @@ def generation_of(model: Listener, audio: AudioInputs, arguments: Mapping[str, A
 
 def _cached(arguments: Mapping[str, Any]) -> int:
     """Return the columns in the cache that a generate call continues."""
-    cache = arguments.get("past_key_values")
+    cache = cache_of(arguments)
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -196,7 +197,7 @@ def _listen(model: Listener, audio: AudioInputs, arguments: Mapping[str, Any]) -
         if audio.has_clips:
             raise ValueError("generate must be given a prompt with audio: input_ids or inputs_embeds of (B, T, ...)")
         return Hearing(), None  # the stock generate begins with the BOS token, or says what is missing
-    embeds, cache = arguments.get("inputs_embeds"), arguments.get("past_key_values")
+    embeds, cache = arguments.get("inputs_embeds"), cache_of(arguments)
     inputs = arguments.get("inputs")
     ids = arguments.get("input_ids") if inputs is None else inputs
     batch, start, first = prompt.shape[0], _cached(arguments), _first_column(arguments)

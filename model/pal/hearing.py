@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from palkernels.model.causal_lm.facts import DeviceFacts
 from palkernels.model.causal_lm.memory import Memory, remember
-from palkernels.model.causal_lm.request import Request
+from palkernels.model.causal_lm.request import Carried
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.pal.clips import Clips
 from palkernels.model.pal.placeholders import Placeholders, mismatch, put_in_place
@@ -53,14 +53,27 @@ def recall(memory: Memory, batch: int) -> tuple[Hearing, Placeholders | None]:
     return Hearing(tokens, state), None if kept.placeholders is None else kept.placeholders.rows(texts)
 
 
-@dataclass(frozen=True, eq=False)
 class Step:
-    """One forward's audio."""
+    """One forward's audio. It is no dataclass: FSDP2 would look into it and copy it.
 
-    tokens: Tensor | None = None  # (B, N, d), where this forward has placeholders
-    numbers: Tensor | None = None  # (B, T) the token that takes each place, -1 where the text stays
-    audio: AudioState | Request | None = None  # what enters the layers
-    memory: Memory | None = None  # what the cache is to remember
+    Args:
+        tokens: (B, N, d) PLITS tokens, where this forward has placeholders.
+        numbers: (B, T) the token that takes each place, -1 where the text stays.
+        audio: What enters the layers.
+        memory: What the cache is to remember.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor | None = None,
+        numbers: Tensor | None = None,
+        audio: AudioState | Carried | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        self.tokens = tokens
+        self.numbers = numbers
+        self.audio = audio
+        self.memory = memory
 
     def texts(self, embedding: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> dict[str, Any]:
         """Return the language model's arguments: text, with PLITS tokens in their places, and what enters the layers.

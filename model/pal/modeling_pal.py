@@ -13,11 +13,12 @@ from transformers.utils import TransformersKwargs
 
 from palkernels.model.causal_lm.attach import attach
 from palkernels.model.causal_lm.attached import HANDLE
+from palkernels.model.causal_lm.caches import cache_keyword, cache_of
 from palkernels.model.causal_lm.flamingo import FlamingoHandle, attach_flamingo
 from palkernels.model.causal_lm.freezing import freeze_ffn
 from palkernels.model.causal_lm.gated_layer import GatedLayer
 from palkernels.model.causal_lm.handle import LalHandle
-from palkernels.model.causal_lm.memory import cache_of
+from palkernels.model.causal_lm.memory import cache_after
 from palkernels.model.causal_lm.support import base_model
 from palkernels.model.connectors.base import Connector
 from palkernels.model.pal.clips import AudioFeatures
@@ -82,8 +83,9 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.language_model = language_model
-        known = set(inspect.signature(type(base_model(language_model)).forward).parameters)
-        self._keywords = PASSED_ON | TransformersKwargs.__optional_keys__ | known
+        run = type(base_model(language_model)).forward
+        self._cache_keyword = cache_keyword(run) or "past_key_values"
+        self._keywords = PASSED_ON | TransformersKwargs.__optional_keys__ | set(inspect.signature(run).parameters)
         built_towers = build_towers(config, towers)
         self.audio_tower = nn.ModuleList(built_towers)
         self.multi_modal_projector = nn.ModuleList(build_connectors(config, built_towers))
@@ -208,6 +210,7 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Run the language model once on texts and audio. Arguments that the class does not describe are its own.
@@ -216,6 +219,7 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
             labels: (B, T), -100 where there is none: at placeholders, too, which the processor sees to.
             position_ids: (B, T) positions in each text, without LAL's audio.
             logits_to_keep: as in transformers: for how many of the last tokens logits are computed; 0: all.
+            cache: what transformers calls ``past_key_values`` since 5.24.
 
         Returns:
             The language model's output: loss, logits (B, T, vocabulary), past_key_values.
@@ -227,14 +231,15 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         if LISTEN in kwargs:
             return self.listen(input_ids, inputs_embeds, audio, *kwargs[LISTEN])
         step = kwargs.pop(STEP, None)
-        self._check_keywords(kwargs)
+        self._check_keywords({**kwargs, **({} if cache is None else {"cache": cache})})
+        cache = cache_of({"past_key_values": past_key_values, "cache": cache})
         if step is None:
-            step = self.step(input_ids, inputs_embeds, audio, past_key_values, labels)
+            step = self.step(input_ids, inputs_embeds, audio, cache, labels)
         arguments = step.texts(self.get_input_embeddings(), input_ids, inputs_embeds)
         optional = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            self._cache_keyword: cache,
             "labels": labels,
             "use_cache": use_cache,
         }
@@ -242,7 +247,7 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             arguments["logits_to_keep"] = logits_to_keep
         outputs = self.language_model(**arguments, **kwargs)
-        step.keep(cache_of(past_key_values, outputs))
+        step.keep(cache_after(cache, outputs))
         if not self.training:
             return outputs
         parts = (self.audio_tower, self.multi_modal_projector, self.layer_projector, self.gated_layer)
@@ -289,20 +294,18 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the arguments of one forward of ``generate``: the language model's own, and the audio."""
         generation = current(self)
-        columns = None if generation is None else generation.new_columns(input_ids, past_key_values)
+        columns = None if generation is None else generation.new_columns(input_ids, cache_of(kwargs))
         if columns is not None:
             kwargs.setdefault("next_sequence_length", None)
             kwargs["next_sequence_length"] = kwargs["next_sequence_length"] or columns
         arguments: dict[str, Any] = base_model(self.language_model).prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             **kwargs,
