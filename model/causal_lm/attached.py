@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from palkernels.model.causal_lm.audio_parts import NAME, AudioParts, tied, unwrapped
 from palkernels.model.causal_lm.encoded import EncodedAudio
 from palkernels.model.causal_lm.layers import Rotary
-from palkernels.model.causal_lm.request import REQUEST_KEYWORD, Request
+from palkernels.model.causal_lm.request import REQUEST_KEYWORD, Carried, Request
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.causal_lm.texts import Texts
 
@@ -146,7 +146,7 @@ class Attached(ABC):
     def prepared(self, request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments with which the stock forward hands its layers the request."""
         request.consumed, request.ran = set(), True
-        return {**arguments, REQUEST_KEYWORD: request}
+        return {**arguments, REQUEST_KEYWORD: Carried(request)}
 
     def check_consumed(self, request: Request) -> None:
         """Check, after a forward, that all its layers have taken the audio.

@@ -1,5 +1,7 @@
 """``generate`` of an attached model: audio is projected once, and every step is prepared before the model runs."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -7,8 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.attached import Attached
+from palkernels.model.causal_lm.caches import cache_of
+from palkernels.model.causal_lm.memory import recalled, remember, text_rows
 from palkernels.model.causal_lm.plan import check_prompt
-from palkernels.model.causal_lm.request import Request
+from palkernels.model.causal_lm.request import Carried, Request
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.causal_lm.texts import Texts, count_cached, inputs_of
 
@@ -44,7 +48,8 @@ class Generation:
 
         Values on the device are read where a plan is made, and where the prompt is whole: not in later steps.
         """
-        copies = self.copies(inputs_of(arguments).shape[0])
+        batch = inputs_of(arguments).shape[0]
+        copies = self.copies(batch)
         prompt = self._prompt_that_is_whole(mask)
         texts = Texts.of({**arguments, "attention_mask": mask}, copies, prompt)
         request = self.request
@@ -57,7 +62,9 @@ class Generation:
         if prompt is not None:
             self.unchecked = None
         arguments["position_ids"] = request.positions()
-        arguments["audio"] = self.request = request
+        self.request = request
+        arguments["audio"] = Carried(request)
+        remember(cache_of(arguments), self.state, text_rows(batch, copies, texts.device))
 
     def _prompt_that_is_whole(self, mask: Tensor | None) -> int | None:
         """Return the prompt's columns if this forward completes it: a prompt may come in chunks.
@@ -84,7 +91,7 @@ def check_unchanged(request: Request, arguments: dict[str, Any]) -> None:
     if not isinstance(prepared, int):
         return  # counted on the device
     inputs = inputs_of(arguments)
-    num_keys = count_cached(arguments.get("past_key_values"), inputs.device) + inputs.shape[1]
+    num_keys = count_cached(cache_of(arguments), inputs.device) + inputs.shape[1]
     if num_keys != prepared:
         raise RuntimeError(
             f"a forward with audio must run the text that was prepared, {prepared} tokens with the cached ones, "
@@ -101,9 +108,31 @@ def current(model: PreTrainedModel) -> Generation | None:
 def generate(handle: Attached, audio: AudioState | None, arguments: dict[str, Any]) -> Any:
     """Run the stock generate, every forward of it prepared with the audio; ``arguments`` by name.
 
+    Without ``audio``, a conversation that goes on hears what its cache has heard.
+
     Raises:
         TypeError, ValueError: the audio does not fit the prompt.
         RuntimeError: somebody has replaced what prepares the forwards, so that they would run without audio.
+    """
+    if audio is None and prompt_of(arguments) is not None:
+        audio = recalled({**arguments, "inputs_embeds": None, "input_ids": prompt_of(arguments)})
+    with generating(handle, audio, arguments) as generation:
+        outputs = handle.stock("generate")(**arguments)
+    if generation is not None and (generation.request is None or not generation.request.ran):
+        raise RuntimeError(
+            "no forward of this generate took the audio: generate must call the model with all that its "
+            "prepare_inputs_for_generation returns"
+        )
+    return outputs
+
+
+@contextmanager
+def generating(handle: Attached, audio: AudioState | None, arguments: Mapping[str, Any]) -> Iterator[Generation | None]:
+    """Prepare every forward of a generate call, whose ``arguments`` are by name; yield None where it has no audio.
+
+    Raises:
+        TypeError, ValueError: the audio does not fit the prompt.
+        RuntimeError: somebody has replaced what prepares the forwards.
     """
     generation = None
     if audio is not None:
@@ -117,26 +146,25 @@ def generate(handle: Attached, audio: AudioState | None, arguments: dict[str, An
         generation = Generation(handle, audio, prompt)
     token = _CURRENT.set(generation)  # None too: an assistant's own call sees the text only
     try:
-        outputs = handle.stock("generate")(**arguments)
+        yield generation
     finally:
         _CURRENT.reset(token)
-    if generation is not None and (generation.request is None or not generation.request.ran):
-        raise RuntimeError(
-            "no forward of this generate took the audio: generate must call the model with all that its "
-            "prepare_inputs_for_generation returns"
-        )
-    return outputs
 
 
-def _prompt_columns(audio: AudioState, arguments: dict[str, Any]) -> int:
+def prompt_of(arguments: Mapping[str, Any]) -> Any:
+    """Return a generate call's prompt, None if it has none."""
+    prompts = (arguments.get(name) for name in ("inputs_embeds", "inputs", "input_ids"))  # in generate's own order
+    return next((prompt for prompt in prompts if prompt is not None), None)
+
+
+def _prompt_columns(audio: AudioState, arguments: Mapping[str, Any]) -> int:
     """Check the shapes of a prompt, and return its columns, padding and cached ones included."""
     if not isinstance(audio, AudioState):
         raise TypeError(f"audio must be an AudioState, got {type(audio).__name__}")
     config = arguments.get("generation_config")
     if arguments.get("assistant_early_exit") or getattr(config, "assistant_early_exit", None):
         raise ValueError("assistant_early_exit must be None with audio: its first layers would not see the audio")
-    prompts = (arguments.get(name) for name in ("inputs_embeds", "inputs", "input_ids"))  # in generate's own order
-    prompt = next((prompt for prompt in prompts if prompt is not None), None)
+    prompt = prompt_of(arguments)
     if not isinstance(prompt, Tensor) or prompt.ndim < 2:
         raise ValueError("generate must be given a prompt with audio: input_ids or inputs_embeds of (B, T, ...)")
     if prompt.shape[0] != audio.batch_size:

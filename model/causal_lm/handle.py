@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from palkernels.model.causal_lm.attached import Attached
 from palkernels.model.causal_lm.attention import ATTENTION_NAME, STOCK_CONFIG
 from palkernels.model.causal_lm.audio_parts import CONNECTOR, AudioParts, unwrapped
+from palkernels.model.causal_lm.caches import cache_of
 from palkernels.model.causal_lm.config import LalConfig
 from palkernels.model.causal_lm.encoded import EncodedAudio
 from palkernels.model.causal_lm.fast_path import FastPath
@@ -161,7 +162,7 @@ class LalHandle(Attached):
             # A mask of four dimensions is taken as it is, so that transformers makes none; no layer looks at it.
             mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=request.texts.device)
             arguments = arguments | {"attention_mask": mask, "use_cache": False}
-        elif arguments.get("attention_mask") is None and arguments.get("past_key_values") is None:
+        elif arguments.get("attention_mask") is None and cache_of(arguments) is None:
             # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
             arguments = arguments | {"attention_mask": torch.ones_like(arguments["position_ids"])}
         return super().prepared(request, arguments)

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from palkernels.model.causal_lm.attached import HANDLE, Attached
+from palkernels.model.causal_lm.caches import cache_of
 from palkernels.model.causal_lm.encoded import EncodedAudio
 from palkernels.model.causal_lm.generation import check_unchanged, current, generate
-from palkernels.model.causal_lm.request import REQUEST_KEYWORD, Request
+from palkernels.model.causal_lm.memory import cache_after, recalled, remember, text_rows
+from palkernels.model.causal_lm.request import REQUEST_KEYWORD, Carried, Request
 from palkernels.model.causal_lm.state import AudioState
 
 # Keywords of audio models, and near misses of ours; stock models pass over what they do not know.
@@ -155,7 +157,7 @@ class PatchedMethod:
             TypeError: there is some.
         """
         for name, value in kwargs.items():
-            misnamed = isinstance(value, AudioState | EncodedAudio | Request) and name != REQUEST_KEYWORD
+            misnamed = isinstance(value, AudioState | EncodedAudio | Carried) and name != REQUEST_KEYWORD
             foreign = value is not None and any(part in name for part in FOREIGN_KEYWORDS)
             if misnamed or (foreign and name not in self.positional):
                 raise TypeError(f"{self.name} must be given audio as audio=AudioState(...), got {name}=")
@@ -166,12 +168,14 @@ class AudioForward(PatchedMethod):
 
     name = "forward"
 
-    def __call__(self, *args: Any, audio: "AudioState | EncodedAudio | Request | None" = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, audio: "AudioState | EncodedAudio | Carried | None" = None, **kwargs: Any) -> Any:
         handle = self.handle
         if args and args[0] is handle.model:
             args = args[1:]  # accelerate's unwrap_model binds whatever was its forward to the model
         if not handle.is_attached() or REQUEST_KEYWORD in kwargs:  # one that others put in place of ours calls ours
             return self.stock(args, kwargs, audio)
+        if audio is None and current(handle.model) is None:
+            audio = recalled(self.by_name(args, kwargs))  # of a conversation that goes on
         if audio is None and handle.parts is None:
             self.check_keywords(kwargs)
             return self.stock(args, kwargs)
@@ -179,17 +183,20 @@ class AudioForward(PatchedMethod):
         outputs = handle.stock(self.name)(**arguments)
         if request is not None:
             handle.check_consumed(request)
+            if not isinstance(audio, Carried):
+                rows = text_rows(request.texts.batch, 1, request.texts.device)
+                remember(cache_after(cache_of(arguments), outputs), request.state, rows)
         return outputs
 
     def prepared(
-        self, args: tuple[Any, ...], *, audio: "AudioState | EncodedAudio | Request | None" = None, **kwargs: Any
+        self, args: tuple[Any, ...], *, audio: "AudioState | EncodedAudio | Carried | None" = None, **kwargs: Any
     ) -> tuple[Request | None, dict[str, Any]]:
         """Return what the stock forward is given, by name, and its request if it has audio."""
         handle, arguments = self.handle, self.by_name(args, kwargs)
         self.check_keywords(kwargs)
-        if isinstance(audio, Request):  # a step that generate has prepared
-            check_unchanged(audio, arguments)
-            return audio, handle.prepared(audio, arguments)
+        if isinstance(audio, Carried):  # a step that generate has prepared
+            check_unchanged(audio.request, arguments)
+            return audio.request, handle.prepared(audio.request, arguments)
         state = handle.connected(audio)
         arguments = handle.without_gradients(state, arguments)
         if state is None:

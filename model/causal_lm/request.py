@@ -19,6 +19,13 @@ from palkernels.model.causal_lm.texts import Texts
 REQUEST_KEYWORD = "lal_request"  # of the layers: transformers hands it through untouched, as it is no tensor
 
 
+class Carried:
+    """A request as layers are handed it: no dataclass, which FSDP2 would look into and copy."""
+
+    def __init__(self, request: "Request") -> None:
+        self.request = request
+
+
 @dataclass(eq=False)
 class Request(ABC):
     """One forward's audio, ready for every layer that takes it."""
@@ -146,6 +153,7 @@ class LalRequest(Request):
         else:
             dropped = max(num_keys - room, 0)
             if num_keys < room:
+                self.texts.check_room(room)
                 text_end = torch.full((self.texts.batch,), num_keys, device=self.texts.device)
         if self.plan.layout.insert_at is not None:
             visible_from = self.plan.layout.insert_at - dropped

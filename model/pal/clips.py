@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 __all__ = ["AudioFeatures", "AudioRows", "Clips", "audio_rows", "join", "summaries", "token_places"]
 
@@ -25,15 +26,27 @@ class Clips(NamedTuple):
         return torch.arange(self.states.shape[1], device=self.lengths.device) < self.lengths.unsqueeze(1)
 
 
-class AudioFeatures(NamedTuple):
+@dataclass
+class AudioFeatures(BaseModelOutputWithPooling):  # type: ignore[misc]
     """Encoded clips, by the way in which they enter the language model; None where nothing enters so.
 
     Given as ``audio_features=`` instead of ``input_features``, clips are encoded once for several calls.
+
+    Args:
+        last_hidden_state: the states (C, N, width) of the first encoder.
+        pooler_output: the tokens (C, N, d) that the first connector makes of them, padding included.
+        hidden_states: where they are asked for, the states of every encoder.
+        plits, lal, flamingo: the clips' tokens.
     """
 
     plits: Clips | None = None
     lal: Clips | None = None
     flamingo: Clips | None = None
+
+    def by_integration(self) -> dict[str, Clips]:
+        """Return the clips' tokens by the way in which they enter."""
+        ways = {"plits": self.plits, "lal": self.lal, "flamingo": self.flamingo}
+        return {name: clips for name, clips in ways.items() if clips is not None}
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,10 @@ def join(parts: Sequence[Clips]) -> tuple[Clips, Tensor]:
 
 def audio_rows(clips: Clips, index: Tensor) -> AudioRows:
     """Return the audio of each text from the clips that it hears, ``index`` (B, K), -1 where there is none."""
-    distinct, row_of_text = torch.unique(index, dim=0, return_inverse=True)
+    if torch.compiler.is_compiling():  # how many differ depends on values
+        distinct, row_of_text = index, torch.arange(index.shape[0], device=index.device)
+    else:
+        distinct, row_of_text = torch.unique(index, dim=0, return_inverse=True)
     parts = []
     for column in distinct.unbind(dim=1):
         number = column.clamp(min=0)

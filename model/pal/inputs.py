@@ -1,14 +1,15 @@
-"""What a batch's audio becomes for the language model: which text hears which clip, and PLITS tokens among the text."""
+"""A batch's audio as a caller gives it: which of it must come together, and which text hears which clip."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from palkernels.model.pal.clips import AudioFeatures, Clips, audio_rows
+from palkernels.model.pal.clips import AudioFeatures, Clips
+from palkernels.model.pal.placeholders import infer_index
 
-__all__ = ["AudioInputs", "clip_index", "embed_with_plits", "lengths_by_tower"]
+__all__ = ["AudioInputs", "clip_index", "lengths_by_tower"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,28 @@ class AudioInputs:
     audio_index: Tensor | None
     insert_at: Tensor | None
     audio_features: AudioFeatures | None
+
+    @property
+    def has_clips(self) -> bool:
+        """Whether there are clips, encoded or not."""
+        return self.input_features is not None or self.audio_features is not None
+
+    def check(self) -> None:
+        """Check that clips come once, and that nothing describes clips which are not there.
+
+        Raises:
+            TypeError, ValueError: they do not.
+        """
+        features = self.audio_features
+        if features is not None and not isinstance(features, AudioFeatures):
+            raise TypeError(f"audio_features must be what get_audio_features returns, got {type(features).__name__}")
+        if features is not None and self.input_features is not None:
+            raise ValueError("audio must be input_features or audio_features, got both")
+        if features is not None and self.audio_lengths is not None:
+            raise ValueError("audio_lengths must come with input_features, got audio_features, which have their own")
+        for name in ("audio_lengths", "audio_index", "insert_at"):
+            if getattr(self, name) is not None and not self.has_clips:
+                raise ValueError(f"{name} must come with clips, input_features or audio_features, got none")
 
 
 def lengths_by_tower(audio_lengths: Tensor | None, encoded: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -40,13 +63,15 @@ def lengths_by_tower(audio_lengths: Tensor | None, encoded: Sequence[Tensor]) ->
     return audio_lengths.reshape(shape).to(encoded[0].device).unbind(1)
 
 
-def clip_index(audio_index: Tensor | None, batch: int, clips: Clips) -> Tensor:
+def clip_index(audio_index: Tensor | None, batch: int, clips: Clips, placeholders: Tensor | None = None) -> Tensor:
     """Return the clips (B, K) of each text, int64, -1 where there is none, after checking them.
 
     Args:
-        audio_index: (B, K) or (B,); None: text b hears clip b.
+        audio_index: (B, K) or (B,); None: text b hears clip b, or as many clips, in their order, as fill its
+            placeholders.
         batch: B, the number of texts.
-        clips: All clips.
+        clips: All clips; their PLITS tokens where some enter so.
+        placeholders: (B,) those of each text, where audio enters by PLITS.
 
     Raises:
         TypeError, ValueError: The index is no integers, has another shape, names a clip that is not there, or is needed
@@ -54,6 +79,12 @@ def clip_index(audio_index: Tensor | None, batch: int, clips: Clips) -> Tensor:
     """
     count = clips.states.shape[0]
     if audio_index is None:
+        if placeholders is not None and not torch.compiler.is_compiling():
+            inferred = infer_index(placeholders.tolist(), clips.lengths.tolist())
+            if inferred is not None:
+                most = max(1, *map(len, inferred))
+                table = [numbers + [-1] * (most - len(numbers)) for numbers in inferred]
+                return torch.tensor(table, device=clips.lengths.device)
         if count != batch:
             raise ValueError(f"audio_index must be given for {count} clips and {batch} texts, got None")
         return torch.arange(batch, device=clips.lengths.device).unsqueeze(1)
@@ -65,32 +96,3 @@ def clip_index(audio_index: Tensor | None, batch: int, clips: Clips) -> Tensor:
     if index.device.type == "cpu" and index.numel() and not -1 <= int(index.min()) <= int(index.max()) < count:
         raise ValueError(f"audio_index must be from -1 to {count - 1}, got {index.tolist()}")
     return index
-
-
-def embed_with_plits(
-    embedding: nn.Module, input_ids: Tensor, audio_token_id: int, clips: Clips, index: Tensor
-) -> Tensor:
-    """Return the text's embeddings (B, T, d), each placeholder replaced by its PLITS token.
-
-    Args:
-        embedding: The language model's.
-        input_ids: (B, T) tokens.
-        audio_token_id: The placeholder.
-        clips: PLITS tokens of all clips.
-        index: The clips (B, K) of each text, by :func:`clip_index`.
-
-    Raises:
-        ValueError: A text has not as many placeholders as PLITS tokens.
-    """
-    placeholders = torch.eq(input_ids, audio_token_id)
-    rows = audio_rows(clips, index)
-    audio = Clips(rows.audio.states[rows.index], rows.audio.lengths[rows.index])  # one row per text
-    counts = placeholders.sum(dim=1)
-    if not torch.compiler.is_compiling() and not torch.equal(counts, audio.lengths):
-        raise ValueError(
-            f"input_ids must hold a placeholder, token {audio_token_id}, for each PLITS token, "
-            f"{audio.lengths.tolist()} in the texts, got {counts.tolist()}"
-        )
-    embeds: Tensor = embedding(input_ids)
-    tokens = audio.states[audio.valid()].to(embeds.dtype)
-    return embeds.masked_scatter(placeholders.unsqueeze(-1), tokens)

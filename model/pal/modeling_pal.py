@@ -1,42 +1,45 @@
 """The whole audio LLM: encoders, connectors and a language model that ``attach`` lets take audio."""
 
 import copy
+import inspect
 from collections.abc import Sequence
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.utils import TransformersKwargs
 
 from palkernels.model.causal_lm.attach import attach
 from palkernels.model.causal_lm.attached import HANDLE
+from palkernels.model.causal_lm.caches import cache_keyword, cache_of
 from palkernels.model.causal_lm.flamingo import FlamingoHandle, attach_flamingo
 from palkernels.model.causal_lm.freezing import freeze_ffn
 from palkernels.model.causal_lm.handle import LalHandle
-from palkernels.model.causal_lm.state import AudioState
+from palkernels.model.causal_lm.memory import cache_after
 from palkernels.model.causal_lm.support import base_model
-from palkernels.model.connectors.base import Connector
-from palkernels.model.pal.clips import AudioFeatures, Clips, audio_rows, join, summaries, token_places
+from palkernels.model.pal.clips import AudioFeatures
 from palkernels.model.pal.configuration_pal import PalConfig
-from palkernels.model.pal.inputs import AudioInputs, clip_index, embed_with_plits, lengths_by_tower
+from palkernels.model.pal.generation import LISTEN, STEP, current, generation_of
+from palkernels.model.pal.hearing import tied
+from palkernels.model.pal.inputs import AudioInputs
+from palkernels.model.pal.listening import Listener
 from palkernels.model.pal.parts import (
     build_connectors,
     build_towers,
-    by_entry,
     choose_attention,
-    connect,
     entries_with_tower_configs,
     keep_weights,
     reset_weights,
-    without_padding,
 )
 
 __all__ = ["PalForConditionalGeneration"]
 
-IGNORED = -100  # a label that the loss passes over
+# Keywords that pass through forward besides those of transformers and of the language model.
+PASSED_ON = frozenset({"return_dict", "token_type_ids", "cache_position"})
 
 
-class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """An audio LLM with the interface of Hugging Face's own, such as Qwen2-Audio and Voxtral.
 
     ``forward`` and ``generate`` take what :class:`PalProcessor` returns:
@@ -72,6 +75,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     def __init__(
         self,
@@ -85,6 +89,9 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         else:
             keep_weights(language_model)
         self.language_model = language_model
+        run = type(base_model(language_model)).forward
+        self._cache_keyword = cache_keyword(run) or "past_key_values"
+        self._keywords = PASSED_ON | TransformersKwargs.__optional_keys__ | set(inspect.signature(run).parameters)
         built_towers = build_towers(config, towers)
         self.audio_tower = nn.ModuleList(built_towers)
         self.multi_modal_projector = nn.ModuleList(build_connectors(config, built_towers))
@@ -92,7 +99,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         projected_layers = config.lal_layers() if config.projection == "per_layer" else []
         self.layer_projector = nn.ModuleDict({str(layer): nn.Linear(width, width) for layer in projected_layers})
         self.gated_layer = nn.ModuleDict()
-        handle = self._attached()  # refuses a language model that cannot be attached
+        handle = self.attached()  # refuses a language model that cannot be attached
         if isinstance(handle, FlamingoHandle):
             self.gated_layer = handle.layers
         self._freeze()
@@ -169,7 +176,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         if not reset_weights(module):
             super()._init_weights(module)
 
-    def _attached(self) -> LalHandle | FlamingoHandle | None:
+    def attached(self) -> LalHandle | FlamingoHandle | None:
         """Attach the language model if it is not, and return its handle; None if none of its layers takes audio."""
         if self.config.lal_layers():
             return attach(self.language_model, self.config.lal())
@@ -196,34 +203,6 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()  # type: ignore[no-any-return]
 
-    def get_audio_features(
-        self, input_features: Tensor | Sequence[Tensor], audio_lengths: Tensor | None = None
-    ) -> AudioFeatures:
-        """Pass clips through encoders and connectors. The arguments are those of ``forward``.
-
-        Returns:
-            AudioFeatures of tokens (C, N, d). N depends on encoder and connector; the tokens of several encoders are
-            joined clip by clip.
-
-        Raises:
-            ValueError: there is not a tensor for every tower, or the lengths have another shape.
-        """
-        features = [input_features] if isinstance(input_features, Tensor) else list(input_features)
-        count = len(self.audio_tower)
-        if len(features) != count:
-            raise ValueError(f"input_features must hold a tensor for each of {count} towers, got {len(features)}")
-        encoded = [tower(clips) for tower, clips in zip(self.audio_tower, features, strict=True)]
-        lengths = lengths_by_tower(audio_lengths, encoded)
-        encoded = without_padding(self.config.encoders, encoded, lengths)
-        entries = by_entry(self.config.encoders, list(zip(encoded, lengths, strict=True)))
-        by_integration: dict[str, list[Clips]] = {}
-        for connector, (entry, of_towers) in zip(self.multi_modal_projector, entries, strict=True):
-            clips = connect(cast(Connector, connector), [states for states, _ in of_towers], of_towers[0][1])
-            by_integration.setdefault(entry["integration"], []).append(clips)
-        if self.config.summary_tokens:
-            by_integration["plits"] = [summaries(by_integration["lal"][0], self.config.summary_tokens)]
-        return AudioFeatures(**{integration: join(parts)[0] for integration, parts in by_integration.items()})
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -238,33 +217,49 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Run the language model once on texts and audio. Arguments that the class does not describe are its own.
 
         Args:
-            labels: (B, T), -100 where there is none. Labels at placeholders are ignored.
+            labels: (B, T), -100 where there is none: at placeholders, too, which the processor sees to.
             position_ids: (B, T) positions in each text, without LAL's audio.
+            logits_to_keep: as in transformers: for how many of the last tokens logits are computed; 0: all.
+            cache: what transformers calls ``past_key_values`` since 5.24.
 
         Returns:
             The language model's output: loss, logits (B, T, vocabulary), past_key_values.
+
+        Raises:
+            TypeError, ValueError: text, audio and labels do not fit each other, or a keyword is not known.
         """
         audio = AudioInputs(input_features, audio_lengths, audio_index, insert_at, audio_features)
-        arguments = self._with_audio(input_ids, inputs_embeds, audio, past_key_values)
-        if "inputs_embeds" in arguments:
-            arguments.pop("input_ids", None)
-        placeholders = None if input_ids is None else self._placeholders(input_ids)
-        if labels is not None and placeholders is not None:
-            labels = labels.masked_fill(placeholders, IGNORED)
+        if LISTEN in kwargs:
+            return self.listen(input_ids, inputs_embeds, audio, *kwargs[LISTEN])
+        step = kwargs.pop(STEP, None)
+        self._check_keywords({**kwargs, **({} if cache is None else {"cache": cache})})
+        cache = cache_of({"past_key_values": past_key_values, "cache": cache})
+        if step is None:
+            step = self.step(input_ids, inputs_embeds, audio, cache, labels)
+        arguments = step.texts(self.get_input_embeddings(), input_ids, inputs_embeds)
         optional = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            self._cache_keyword: cache,
             "labels": labels,
             "use_cache": use_cache,
         }
         arguments |= {name: value for name, value in optional.items() if value is not None}
-        return self.language_model(**arguments, **kwargs)
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            arguments["logits_to_keep"] = logits_to_keep
+        outputs = self.language_model(**arguments, **kwargs)
+        step.keep(cache_after(cache, outputs))
+        if not self.training:
+            return outputs
+        parts = (self.audio_tower, self.multi_modal_projector, self.layer_projector, self.gated_layer)
+        return tied(outputs, [parameter for part in parts for parameter in part.parameters()])
 
     @torch.no_grad()
     def generate(
@@ -272,79 +267,63 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         inputs: Tensor | None = None,
         generation_config: Any = None,
         *,
-        input_ids: Tensor | None = None,
         input_features: Tensor | Sequence[Tensor] | None = None,
         audio_lengths: Tensor | None = None,
         audio_index: Tensor | None = None,
         insert_at: Tensor | None = None,
         audio_features: AudioFeatures | None = None,
-        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate by the language model's ``generate``, all its keywords included.
-
-        The audio is encoded and projected once.
+        """Generate as transformers does, with all its arguments. The audio is encoded and projected once.
 
         Returns:
-            The language model's own result: tokens (B, prompt and new ones), or with ``return_dict_in_generate=True``
-            its output object.
-        """
-        prompt = inputs if input_ids is None else input_ids
-        audio = AudioInputs(input_features, audio_lengths, audio_index, insert_at, audio_features)
-        arguments = self._with_audio(prompt, inputs_embeds, audio, cache=None)
-        if generation_config is not None:
-            kwargs["generation_config"] = generation_config
-        base_model(self.language_model).generation_config = self.generation_config
-        return self.language_model.generate(**arguments, **kwargs)
+            What transformers returns: tokens (B, prompt and new ones), or with ``return_dict_in_generate=True`` its
+            output object.
 
-    def _with_audio(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, audio: AudioInputs, cache: Any
+        Raises:
+            TypeError, ValueError: audio and prompt do not fit each other, or an option cannot be served.
+        """
+        audio = AudioInputs(input_features, audio_lengths, audio_index, insert_at, audio_features)
+        arguments = {"inputs": inputs, "generation_config": generation_config, **kwargs}
+        with generation_of(self, audio, arguments):
+            return super().generate(**arguments)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse continuous batching, which takes no audio.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "generate_batch must not be called on an audio LLM: continuous batching takes no audio; generate does, and "
+            "language_model.generate_batch takes texts alone"
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the language model's arguments: text, with PLITS tokens in their places, and LAL's audio."""
-        features = audio.audio_features
-        if audio.input_features is not None:
-            if features is not None:
-                raise ValueError("audio must be input_features or audio_features, got both")
-            features = self.get_audio_features(audio.input_features, audio.audio_lengths)
-        arguments: dict[str, Any] = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-        arguments = {name: tensor for name, tensor in arguments.items() if tensor is not None}
-        if not arguments:
-            raise ValueError("input_ids or inputs_embeds must be given, got neither")
-        placeholders = None if input_ids is None else self._placeholders(input_ids)
-        if features is None or not any(features):
-            if placeholders is not None and not torch.compiler.is_compiling() and bool(placeholders.any()):
-                count = int(placeholders.sum())
-                raise ValueError(f"audio must be given for {count} placeholders in input_ids, got none")
-            return arguments
-        batch = next(iter(arguments.values())).shape[0]
-        index = clip_index(audio.audio_index, batch, next(clips for clips in features if clips is not None))
-        if features.plits is not None:
-            token = self.config.audio_token_id
-            if input_ids is None or placeholders is None or token is None or inputs_embeds is not None:
-                raise ValueError("input_ids must be given alone where audio enters by PLITS, got inputs_embeds")
-            continued = cache is not None and cache.get_seq_length() > 0
-            if not continued or bool(placeholders.any()):
-                embedding = self.get_input_embeddings()
-                arguments["inputs_embeds"] = embed_with_plits(embedding, input_ids, token, features.plits, index)
-        inside = features.lal or features.flamingo
-        if inside is not None and self._attached() is not None:
-            arguments["audio"] = self._audio_state(inside, index, audio.insert_at)
+        """Return the arguments of one forward of ``generate``: the language model's own, and the audio."""
+        generation = current(self)
+        columns = None if generation is None else generation.new_columns(input_ids, cache_of(kwargs))
+        if columns is not None:
+            kwargs.setdefault("next_sequence_length", None)
+            kwargs["next_sequence_length"] = kwargs["next_sequence_length"] or columns
+        arguments: dict[str, Any] = base_model(self.language_model).prepare_inputs_for_generation(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        if generation is not None:
+            generation.prepare(arguments)
         return arguments
 
-    def _placeholders(self, input_ids: Tensor) -> Tensor | None:
-        """Return (B, T), True at placeholders; None if there can be none."""
-        token = self.config.audio_token_id
-        return torch.eq(input_ids, token) if token is not None and self.config.uses("plits") else None
-
-    def _audio_state(self, clips: Clips, index: Tensor, insert_at: Tensor | None) -> AudioState:
-        """Return the audio that enters the language model's layers, in the dtype that they compute in."""
-        rows = audio_rows(clips, index)
-        places = None if insert_at is None else token_places(rows, insert_at, index)
-        states, weight = rows.audio.states, cast(Tensor, self.get_input_embeddings().weight)
-        dtype = states.dtype if torch.is_autocast_enabled(states.device.type) else weight.dtype
-        if not self.layer_projector:
-            return AudioState(states.to(dtype), rows.audio.lengths, rows.index, places)
-        projectors = dict(self.layer_projector.items())
-        layers = [projectors.get(str(layer)) for layer in range(self.config.text_config.num_hidden_layers)]
-        by_layer = [None if projector is None else projector(states).to(dtype) for projector in layers]
-        return AudioState(by_layer, rows.audio.lengths, rows.index, places)
+    def _check_keywords(self, kwargs: dict[str, Any]) -> None:
+        """Refuse keywords that the language model would pass over."""
+        unknown = sorted(name for name in kwargs if name not in self._keywords)
+        if unknown:
+            raise TypeError(f"forward must be given keywords that it or the language model knows, got {unknown}")

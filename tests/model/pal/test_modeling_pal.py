@@ -202,5 +202,6 @@ def test_what_does_not_fit_is_refused():
         model(**batch, audio_features=AudioFeatures(Clips(torch.zeros(1, 1, 64), torch.ones(1, dtype=torch.long))))
     with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given"):
         model(attention_mask=batch["attention_mask"])
+    lal = build_pal(entry("sslam"))
     with pytest.raises(ValueError, match="audio_index must be given for 3 clips and 2 texts"):
-        model(**batch_of(model, TEXTS[:2]) | {"audio_index": None})
+        lal(**batch_of(lal, TEXTS[:2]) | {"audio_index": None})

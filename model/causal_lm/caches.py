@@ -1,0 +1,33 @@
+"""The cache among the arguments of a call, whose keyword transformers renamed in 5.24."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import GenerationMixin
+
+# Since transformers 5.24, which understands the other one, too; until 5.23, which hears of no other.
+_NEW, _OLD = "cache", "past_key_values"
+_RENAMED = _NEW in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_KEYWORDS = (_NEW, _OLD) if _RENAMED else (_OLD,)
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache among a call's arguments by name, or None.
+
+    Raises:
+        ValueError: there are two.
+    """
+    given = {keyword: arguments[keyword] for keyword in CACHE_KEYWORDS if arguments.get(keyword) is not None}
+    if len({id(cache) for cache in given.values()}) > 1:
+        raise ValueError(
+            f"a forward with audio must be given one cache, got {' and '.join(given)}: somebody adds one (peft's "
+            "prompt learning does)"
+        )
+    return next(iter(given.values()), None)
+
+
+def cache_keyword(*functions: Callable[..., Any]) -> str | None:
+    """Return the keyword of the cache in the first function that names one, or None where none does."""
+    named = ({*inspect.signature(function).parameters} for function in functions)
+    return next((keyword for names in named for keyword in CACHE_KEYWORDS if keyword in names), None)

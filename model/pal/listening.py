@@ -1,0 +1,186 @@
+"""The part of an audio LLM that hears: from a batch's clips to what its texts take of them."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from palkernels.model.causal_lm.attached import Attached
+from palkernels.model.causal_lm.facts import DeviceFacts
+from palkernels.model.causal_lm.memory import Memory, forget, memory_of
+from palkernels.model.causal_lm.state import AudioState
+from palkernels.model.connectors.base import Connector
+from palkernels.model.pal.clips import AudioFeatures, Clips, audio_rows, join, summaries, token_places
+from palkernels.model.pal.configuration_pal import PalConfig
+from palkernels.model.pal.hearing import Hearing, Step, recall, step_of
+from palkernels.model.pal.inputs import AudioInputs, clip_index, lengths_by_tower
+from palkernels.model.pal.parts import by_entry, connect, without_padding
+from palkernels.model.pal.placeholders import place_of, places_in
+
+__all__ = ["Listener"]
+
+
+class Listener:
+    """Mixed into :class:`PalForConditionalGeneration`, whose parts and texts it needs."""
+
+    config: PalConfig
+    generation_config: Any
+    language_model: Any
+    audio_tower: nn.ModuleList
+    multi_modal_projector: nn.ModuleList
+    layer_projector: nn.ModuleDict
+
+    def attached(self) -> Attached | None:
+        """Return the language model's handle; None if none of its layers takes audio."""
+        raise NotImplementedError
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+    def get_audio_features(
+        self,
+        input_features: Tensor | Sequence[Tensor],
+        audio_lengths: Tensor | None = None,
+        *,
+        return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> Any:
+        """Pass clips through encoders and connectors. The arguments are those of ``forward``.
+
+        Args:
+            return_dict: False: a tuple of what there is, which ``forward`` does not take.
+            output_hidden_states: Whether the states of every encoder are returned, too.
+
+        Returns:
+            AudioFeatures of tokens (C, N, d). N depends on encoder and connector; the tokens of several encoders are
+            joined clip by clip.
+
+        Raises:
+            ValueError: there is not a tensor for every tower, or the lengths have another shape.
+        """
+        features = [input_features] if isinstance(input_features, Tensor) else list(input_features)
+        count = len(self.audio_tower)
+        if len(features) != count:
+            raise ValueError(f"input_features must hold a tensor for each of {count} towers, got {len(features)}")
+        encoded = [tower(clips) for tower, clips in zip(self.audio_tower, features, strict=True)]
+        lengths = lengths_by_tower(audio_lengths, encoded)
+        encoded = without_padding(self.config.encoders, encoded, lengths)
+        entries = by_entry(self.config.encoders, list(zip(encoded, lengths, strict=True)))
+        connected: list[Clips] = []
+        by_integration: dict[str, list[Clips]] = {}
+        for connector, (entry, of_towers) in zip(self.multi_modal_projector, entries, strict=True):
+            clips = connect(cast(Connector, connector), [states for states, _ in of_towers], of_towers[0][1])
+            connected.append(clips)
+            by_integration.setdefault(entry["integration"], []).append(clips)
+        if self.config.summary_tokens:
+            by_integration["plits"] = [summaries(by_integration["lal"][0], self.config.summary_tokens)]
+        outputs = AudioFeatures(
+            last_hidden_state=encoded[0],
+            pooler_output=connected[0].states,
+            hidden_states=tuple(encoded) if output_hidden_states else None,
+            **{integration: join(parts)[0] for integration, parts in by_integration.items()},
+        )
+        return outputs.to_tuple() if return_dict is False else outputs
+
+    def listen(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, audio: AudioInputs, before: Tensor | None
+    ) -> tuple[Hearing, Tensor | None]:
+        """Return what texts hear, and which of their columns (B, T) are placeholders; None if none can be.
+
+        Args:
+            before: (B,) the placeholders that stand before these texts; None: there are none.
+        """
+        features = audio.audio_features
+        if audio.input_features is not None:
+            features = self.get_audio_features(audio.input_features, audio.audio_lengths)
+        ways = {} if features is None else features.by_integration()
+        places = self.places(input_ids, inputs_embeds)
+        if not ways:
+            return Hearing(), places
+        texts = input_ids if inputs_embeds is None else inputs_embeds
+        if texts is None:
+            raise ValueError("input_ids or inputs_embeds must be given, got neither")
+        counts = None
+        if "plits" in ways and places is not None:
+            counts = places.sum(dim=1) if before is None else places.sum(dim=1) + before
+        first = ways.get("plits") or next(iter(ways.values()))
+        index = clip_index(audio.audio_index, texts.shape[0], first, counts)
+        tokens = state = None
+        if "plits" in ways:
+            rows = audio_rows(ways["plits"], index)
+            tokens = Clips(rows.audio.states[rows.index], rows.audio.lengths[rows.index])
+        inside = ways.get("lal") or ways.get("flamingo")
+        if inside is not None and self.attached() is not None:
+            state = self._audio_state(inside, index, audio.insert_at)
+        return Hearing(tokens, state), places
+
+    def step(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        audio: AudioInputs,
+        cache: Any,
+        labels: Tensor | None,
+    ) -> Step:
+        """Return the audio of a forward that is called by hand; of a cache that has heard some, without it again.
+
+        Raises:
+            TypeError, ValueError: text, audio and labels do not fit each other.
+        """
+        audio.check()
+        texts = input_ids if inputs_embeds is None else inputs_embeds
+        if texts is None:
+            raise ValueError("input_ids or inputs_embeds must be given, got neither")
+        batch, memory = texts.shape[0], memory_of(cache)
+        hearing, earlier = (Hearing(), None) if memory is None else recall(memory, batch)
+        start = 0 if cache is None else cache.get_seq_length()
+        if isinstance(start, Tensor) and not torch.compiler.is_compiling():
+            start = int(start)
+        if audio.has_clips:
+            so_far = None if earlier is None else earlier.up_to(start).counts()
+            hearing, places = self.listen(input_ids, inputs_embeds, audio, so_far)
+        else:
+            places = None if input_ids is None else self.places(input_ids, None)
+        if hearing.state is None and hearing.tokens is None:
+            forget(cache)
+            if memory is None and not audio.has_clips and places is None:
+                self.warn_of_marks(input_ids)
+        if places is None:
+            rows = torch.arange(batch, device=texts.device)
+            memory = None if hearing.state is None else Memory(hearing.state, rows)
+            return Step(audio=hearing.state, memory=memory)
+        where = place_of(input_ids, inputs_embeds)
+        token = self.config.audio_token_id
+        return step_of(hearing, earlier, start, places, labels, token, complete=cache is None, where=where)
+
+    def places(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
+        """Return which columns of texts (B, T) are placeholders; None if none can be."""
+        token = self.config.audio_token_id
+        if token is None or not self.config.uses("plits"):
+            return None
+        return places_in(self.get_input_embeddings(), token, input_ids, inputs_embeds)
+
+    def warn_of_marks(self, input_ids: Tensor | None) -> None:
+        """Warn where a text that is given no audio marks a clip, of which a model without PLITS sees nothing."""
+        token = self.config.audio_token_id
+        if token is None or self.config.uses("plits") or input_ids is None:
+            return
+        facts = DeviceFacts()
+        facts.ask("marked", torch.eq(input_ids, token).any())
+        if (facts.read() or {}).get("marked"):
+            warnings.warn(f"input_ids marks a clip by token {token}, but no audio is given", stacklevel=3)
+
+    def _audio_state(self, clips: Clips, index: Tensor, insert_at: Tensor | None) -> AudioState:
+        """Return the audio that enters the language model's layers, in the dtype that they compute in."""
+        rows = audio_rows(clips, index)
+        places = None if insert_at is None else token_places(rows, insert_at, index)
+        states, weight = rows.audio.states, cast(Tensor, self.get_input_embeddings().weight)
+        dtype = states.dtype if torch.is_autocast_enabled(states.device.type) else weight.dtype
+        if not self.layer_projector:
+            return AudioState(states.to(dtype), rows.audio.lengths, rows.index, places)
+        projectors = dict(self.layer_projector.items())
+        layers = [projectors.get(str(layer)) for layer in range(self.config.text_config.num_hidden_layers)]
+        by_layer = [None if projector is None else projector(states).to(dtype) for projector in layers]
+        return AudioState(by_layer, rows.audio.lengths, rows.index, places)
