@@ -42,11 +42,11 @@ class AudioParts(nn.Module):
         """
         if encoded is None:
             return zero(self.parameters())
-        from palkernels.model.connectors.base import Connector  # attach alone needs no connector
+        from palkernels.model.connectors.base import Connector, cut_padding  # attach alone needs no connector
 
         states: Any = encoded
         if isinstance(unwrapped(self.connector), Connector):
-            states, lengths = self.connector.connect(encoded, lengths)  # type: ignore[union-attr, operator]
+            states, lengths = self.connector.connect(cut_padding(encoded, lengths), lengths)  # type: ignore[union-attr, operator]
         elif self.connector is not None:
             states = self.connector(encoded)
         if self.projectors:

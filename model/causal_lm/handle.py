@@ -250,4 +250,5 @@ class LalHandle(Attached):
 def forwards_of(layer: Any) -> tuple[Any, ...]:
     """Return the functions that a layer and its attention run, to be compared with those of another time."""
     modules = (layer, layer.self_attn)
-    return tuple(part for x in modules for part in (type(x).forward, vars(x).get("forward"))) + (id(layer.self_attn),)
+    parts = (part for x in modules for part in (type(x).forward, vars(x).get("forward")))
+    return (*parts, id(layer.self_attn))

@@ -9,6 +9,7 @@ from palkernels.model.causal_lm.facts import DeviceFacts
 from palkernels.model.causal_lm.packing import Packing
 from palkernels.model.causal_lm.state import DECREASES, AudioState, decreases
 from palkernels.model.causal_lm.texts import Texts, mask_error
+from palkernels.model.causal_lm.valid_tokens import ValidTokens
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Plan:
     begun: bool  # whether every text has a valid key: the first chunks of a prompt may be all padding
     holes: bool = False  # whether there is padding within a text
     packing: Packing | None = None  # where texts lie that are packed into one row
+    valid_audio: ValidTokens | None = None  # where leaving out the audio's padding pays in the projections
 
     @property
     def text_start(self) -> Tensor | None:
@@ -172,10 +174,14 @@ def make_plan(
         longest = replace(plan, right_padded=True).positions(texts, shifted=True).max()
         facts.ask("audio is last", longest < reach)
 
+    if state.lengths is not None:
+        facts.ask("audio tokens", state.lengths.clamp(0, state.num_tokens).sum())
     known = facts.read()
     if known is None:
         return plan
     _raise_if_wrong(known, state, texts, whole)
+    if state.lengths is not None:
+        plan = replace(plan, valid_audio=ValidTokens.of(state.lengths, state.num_tokens, known["audio tokens"]))
     if packing is not None:
         if known["packed texts"] != state.batch_size or known["packed positions differ"]:
             raise _positions_error(texts, known["packed texts"], state)
@@ -191,7 +197,10 @@ def make_plan(
     if first_alike is not None:
         layout = layout.sharing(first_alike, known["different"])
     left_padded, right_padded = (bool(known.get(f"{side} padded")) for side in ("left", "right"))
-    return Plan(layout, start, length, left_padded, right_padded, begun, holes=bool(known.get("holes")))
+    return replace(
+        plan, layout=layout, left_padded=left_padded, right_padded=right_padded, begun=begun,
+        holes=bool(known.get("holes")),
+    )  # fmt: skip
 
 
 def check_prompt(state: AudioState, texts: Texts) -> None:

@@ -200,7 +200,8 @@ class LalRequest(Request):
 
     def project(self, index: int) -> AudioKV:
         if self.norm_offset is None:
-            return self._placed(index, *project_audio(self.modules[index], self.states_of(index)))
+            projected = project_audio(self.modules[index], self._unpadded(index))
+            return self._placed(index, *self._padded(projected))
         return self._project_fused([index], self.norm_offset)[index]
 
     def project_at_once(self) -> None:
@@ -225,11 +226,23 @@ class LalRequest(Request):
         """
         rotated_later = self.plan.layout.audio_rows is not None
         rotations = [None if rotated_later else self.rotations[index] for index in indices]
+        if self.plan.valid_audio is not None:
+            rotations = [None if x is None else self.plan.valid_audio.pack_rotation(x) for x in rotations]
         modules = [self.modules[index] for index in indices]
-        projected = project_fused(modules, self.states_of(indices[0]), norm_offset, rotations, self.impl)
+        projected = project_fused(modules, self._unpadded(indices[0]), norm_offset, rotations, self.impl)
+        projected = [self._padded(kv) for kv in projected]
         if rotated_later:
             projected = [self._placed(index, *kv) for index, kv in zip(indices, projected, strict=True)]
         return dict(zip(indices, projected, strict=True))
+
+    def _unpadded(self, index: int) -> Tensor:
+        """Return the states that one layer takes, as (1, M, d) without padding where that pays."""
+        states, valid = self.states_of(index), self.plan.valid_audio
+        return states if valid is None else valid.pack(states)
+
+    def _padded(self, projected: AudioKV) -> AudioKV:
+        """Return K and V of :meth:`_unpadded` states with the padding put back."""
+        return projected if self.plan.valid_audio is None else self.plan.valid_audio.unpack(projected)
 
     def _placed(self, index: int, key: Tensor, value: Tensor) -> AudioKV:
         """Turn K and V of each audio row into those of each audio row and place, and rotate keys for their place."""
