@@ -172,6 +172,8 @@ class AudioForward(PatchedMethod):
             args = args[1:]  # accelerate's unwrap_model binds whatever was its forward to the model
         if not handle.is_attached() or REQUEST_KEYWORD in kwargs:  # one that others put in place of ours calls ours
             return self.stock(args, kwargs, audio)
+        if audio is None and handle.model.training and hasattr(handle.decoder_layers[0], "unshard"):
+            handle.check_layers()  # FSDP2: another process may have audio, and all must gather weights alike
         if audio is None and handle.parts is None:
             self.check_keywords(kwargs)
             return self.stock(args, kwargs)
