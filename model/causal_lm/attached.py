@@ -148,8 +148,9 @@ class Attached(ABC):
         request.consumed, request.ran = set(), True
         return {**arguments, REQUEST_KEYWORD: request}
 
+    @abstractmethod
     def check_layers(self) -> None:
-        """Check that the layers are what they were at attach."""
+        """Check, where this takes audio through the layers' own modules, that these are what they were at attach."""
 
     def check_consumed(self, request: Request) -> None:
         """Check, after a forward, that all its layers have taken the audio.
