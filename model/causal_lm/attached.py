@@ -148,6 +148,10 @@ class Attached(ABC):
         request.consumed, request.ran = set(), True
         return {**arguments, REQUEST_KEYWORD: Carried(request)}
 
+    @abstractmethod
+    def check_layers(self) -> None:
+        """Check, where this takes audio through the layers' own modules, that these are what they were at attach."""
+
     def check_consumed(self, request: Request) -> None:
         """Check, after a forward, that all its layers have taken the audio.
 

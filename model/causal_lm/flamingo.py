@@ -187,6 +187,9 @@ class FlamingoHandle(Attached):
         request.consumed.add(index)
         return (hidden, *rest), kwargs
 
+    def check_layers(self) -> None:
+        return  # the new layers are ours, and the model's own see no audio
+
     def begin(self, audio: AudioState, arguments: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
         request = self.request(audio, Texts.of(arguments), keep=False)
         return request, arguments | ({"position_ids": request.positions()} if request.plan.holes else {})

@@ -1,6 +1,7 @@
 """The handle of a model that LAL is attached to."""
 
 import copy
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,7 +158,7 @@ class LalHandle(Attached):
         return request, arguments | {"position_ids": request.positions()}
 
     def prepared(self, request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
-        self._check_layers()
+        self.check_layers()
         if request.plan.packing is not None:
             # A mask of four dimensions is taken as it is, so that transformers makes none; no layer looks at it.
             mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=request.texts.device)
@@ -219,9 +220,9 @@ class LalHandle(Attached):
         assert like is not None  # the state was checked
         return self.rotary.of_layers(self.selected, like, plan.layout.positions, longest)
 
-    def _check_layers(self) -> None:
+    def check_layers(self) -> None:
         """Compare the layers that attach could not, now that their weights may have values, and those whose forward
-        somebody has replaced.
+        somebody has replaced. Under FSDP2 this gathers weights, so that all processes must do it.
 
         Raises:
             ValueError: a layer computes something else than at attach.
@@ -248,7 +249,10 @@ class LalHandle(Attached):
 
 
 def forwards_of(layer: Any) -> tuple[Any, ...]:
-    """Return the functions that a layer and its attention run, to be compared with those of another time."""
+    """Return the functions that a layer and its attention run, to be compared with those of another time.
+
+    Sharding derives a class, whose forward transformers wraps anew: it is the same one within.
+    """
     modules = (layer, layer.self_attn)
-    parts = (part for x in modules for part in (type(x).forward, vars(x).get("forward")))
-    return (*parts, id(layer.self_attn))
+    functions = [(inspect.unwrap(type(module).forward), vars(module).get("forward")) for module in modules]
+    return (id(layer.self_attn), *functions)

@@ -124,8 +124,10 @@ class PatchedMethod:
     def __init__(self, handle: Attached) -> None:
         self.handle = handle
         self.original = handle.replaced[self.name]  # what it replaces; None: the class's own
-        parameters = inspect.signature(getattr(type(handle.model), self.name)).parameters.values()
-        self.positional = [x.name for x in parameters if x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
+        parameters = inspect.signature(getattr(type(handle.model), self.name)).parameters
+        by_position = (x for x in parameters.values() if x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.positional = [x.name for x in by_position][1:]
+        self.known = frozenset(parameters)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -159,7 +161,7 @@ class PatchedMethod:
         for name, value in kwargs.items():
             misnamed = isinstance(value, AudioState | EncodedAudio | Carried) and name != REQUEST_KEYWORD
             foreign = value is not None and any(part in name for part in FOREIGN_KEYWORDS)
-            if misnamed or (foreign and name not in self.positional):
+            if misnamed or (foreign and name not in self.known):
                 raise TypeError(f"{self.name} must be given audio as audio=AudioState(...), got {name}=")
 
 
@@ -176,6 +178,8 @@ class AudioForward(PatchedMethod):
             return self.stock(args, kwargs, audio)
         if audio is None and current(handle.model) is None:
             audio = recalled(self.by_name(args, kwargs))  # of a conversation that goes on
+        if audio is None and handle.model.training and hasattr(handle.decoder_layers[0], "unshard"):
+            handle.check_layers()  # FSDP2: another process may have audio, and all must gather weights alike
         if audio is None and handle.parts is None:
             self.check_keywords(kwargs)
             return self.stock(args, kwargs)
