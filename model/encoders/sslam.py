@@ -27,6 +27,7 @@ from transformers import initialization as init
 from palkernels.errors import one_line
 from palkernels.model.audio.features import SslamFeatures
 from palkernels.model.encoders.base import Tower
+from palkernels.model.encoders.layouts import SSLAM, layout_advice
 from palkernels.model.encoders.weights import checkpoint_name, fill, outline, read_json, read_tensors
 
 __all__ = ["SslamEncoder", "SslamTower", "load_sslam"]
@@ -36,7 +37,6 @@ TIME, FREQUENCY = FRAMES // PATCH, MEL_BINS // PATCH  # the grid of patches
 EPS = 1e-6
 HEAD_WIDTH = 64  # of every published size
 ATTENTION = ("sdpa", "eager")
-DESCRIPTION = "an SSLAM encoder"
 
 # Settings of a published config.json that change what the weights mean, and the one value that this network has.
 REQUIRED_SETTINGS = {
@@ -192,13 +192,15 @@ def load_sslam(path: Path) -> SslamEncoder:
     cls, positions = tensors.get("extra_tokens"), tensors.get("fixed_positional_encoder.positions")
     if cls is None or cls.ndim != 3 or positions is None:
         stored = f"{len(tensors)} tensors, the first {', '.join(map(repr, sorted(tensors)[:3]))}" if tensors else "none"
+        own = "; they are a tower's state_dict, which load_state_dict of a tower with its config takes"
+        advice = own if "encoder.extra_tokens" in tensors else layout_advice(tensors, SSLAM)
         raise ValueError(
-            f"{checkpoint} must hold extra_tokens (1, 1, width) and positions of {DESCRIPTION}, got {stored}"
+            f"{checkpoint} must hold extra_tokens (1, 1, width) and positions of {SSLAM}, got {stored}{advice}"
         )
     width = cls.shape[-1]
     layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     heads = _settings(path).get("num_heads", width // HEAD_WIDTH)
-    encoder = outline(lambda: SslamEncoder(width, layers, heads), path, DESCRIPTION)
+    encoder = outline(lambda: SslamEncoder(width, layers, heads), path, SSLAM)
     # Positions are stored for longer clips too, 8 to a step of time. Only a grid 8 frequencies wide has these values:
     # those of another grid would load and mean something else.
     expected = _positions(width)
@@ -207,7 +209,7 @@ def load_sslam(path: Path) -> SslamEncoder:
     if positions.shape == expected.shape and not torch.allclose(positions.float(), expected, rtol=0, atol=0.01):
         raise ValueError(f"{checkpoint} must hold the positions of a grid {FREQUENCY} frequencies wide, got others")
     tensors["fixed_positional_encoder.positions"] = positions
-    fill(encoder, tensors, path, DESCRIPTION, f"to fit extra_tokens of width {width}")
+    fill(encoder, tensors, path, SSLAM, f"to fit extra_tokens of width {width}")
     return encoder
 
 
@@ -281,6 +283,8 @@ class SslamTower(Tower):
     Raises:
         ValueError: A size is no positive integer, or `hidden_size` is no multiple of 4 and of `num_heads`.
     """
+
+    layout = SSLAM
 
     def __init__(
         self,
