@@ -22,6 +22,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from palkernels.errors import one_line
@@ -77,12 +78,13 @@ class SslamEncoder(nn.Module):
         if hidden_size % 4 or hidden_size % num_heads:
             raise ValueError(f"hidden_size must be a multiple of 4 and of num_heads {num_heads}, got {hidden_size}")
         self.sizes = sizes
+        self.config = PreTrainedConfig(attn_implementation="sdpa")  # how the blocks attend, as in transformers' models
         self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(1, hidden_size, PATCH, stride=PATCH)})
         self.fixed_positional_encoder = Positions(hidden_size)
         self.extra_tokens = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.reset_parameters()
         self.pre_norm = nn.LayerNorm(hidden_size, EPS)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, self.config) for _ in range(num_layers))
 
     def reset_parameters(self) -> None:
         """Draw the CLS token."""
@@ -122,9 +124,9 @@ class Positions(nn.Module):
 class Block(nn.Module):
     """A post-norm transformer block, (B, N, width) to the same."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, config)
         self.norm1 = nn.LayerNorm(width, EPS)
         layers = OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width))
         self.mlp = nn.Sequential(layers)
@@ -137,23 +139,19 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens, without a mask.
+    """Self-attention over all tokens, without a mask."""
 
-    Attributes:
-        attn_implementation: By transformers' name, one of `ATTENTION`.
-    """
-
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, config: PreTrainedConfig) -> None:
         super().__init__()
         self.heads = heads
-        self.attn_implementation = "sdpa"
+        self.config = config
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, head width)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        if self.attn_implementation == "eager":
+        if self.config._attn_implementation == "eager":
             scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
             x = scores.softmax(-1) @ value
         else:
@@ -319,11 +317,6 @@ class SslamTower(Tower):
         """Return the filter-bank features, the CLS token counted if the tower has it."""
         return SslamFeatures(config.get("with_cls", False))
 
-    @property
-    def attn_implementation(self) -> str:
-        """How the blocks attend, "sdpa" or "eager"."""
-        return self._attention()[0].attn_implementation
-
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Let the blocks attend by "sdpa" or "eager".
 
@@ -332,11 +325,8 @@ class SslamTower(Tower):
         """
         if attn_implementation not in ATTENTION:
             raise ValueError('SSLAM has "sdpa" and "eager"')
-        for attention in self._attention():
-            attention.attn_implementation = attn_implementation
-
-    def _attention(self) -> list[Attention]:
-        return [module for module in self.encoder.modules() if isinstance(module, Attention)]
+        config: Any = self.encoder.config
+        config._attn_implementation = attn_implementation
 
     def _encode(self, input_features: Tensor) -> Tensor:
         states: Tensor = self.encoder(input_features)
