@@ -92,7 +92,8 @@ def build_towers(config: PalConfig, towers: Sequence[nn.Module | None] | None = 
         if tower is None:
             tower = tower_class(**{**settings, "freeze": config.freeze_encoders})
         elif not isinstance(tower, tower_class):
-            raise TypeError(f"a tower must be a {tower_class.__name__}, got {type(tower).__name__}")
+            name = tower_class.__name__
+            raise TypeError(f"a tower must be a {name}, got {type(tower).__name__}: {name}.from_checkpoint makes one")
         elif tower.config["freeze"] != config.freeze_encoders:
             raise ValueError(f"towers must have freeze={config.freeze_encoders} as freeze_encoders says, got another")
         built.append(tower)

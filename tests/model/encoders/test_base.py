@@ -189,12 +189,14 @@ def test_checkpoint_tower_is_frozen_or_not_and_rebuilds(tmp_path: Path, name: st
 def test_refuses_another_models_checkpoint(tmp_path: Path) -> None:
     """A checkpoint of another model is refused, and so are pickled weights."""
     whisper_checkpoint(tmp_path / "whisper")
-    with pytest.raises(ValueError, match=r"must hold a CLAP model, got model_type 'whisper'$"):
+    with pytest.raises(
+        ValueError, match=r"must hold a CLAP model, got model_type 'whisper', which WhisperTower reads$"
+    ):
         ClapTower.from_checkpoint(tmp_path / "whisper")
     with pytest.raises(ValueError, match=r"must hold extra_tokens .* and positions of an SSLAM encoder, got "):
         SslamTower.from_checkpoint(tmp_path / "whisper")
     clap_checkpoint(tmp_path / "clap")
-    with pytest.raises(ValueError, match=r"must hold a Whisper model, got model_type 'clap'$"):
+    with pytest.raises(ValueError, match=r"must hold a Whisper model, got model_type 'clap', which ClapTower reads$"):
         WhisperTower.from_checkpoint(tmp_path / "clap")
     with pytest.raises(ValueError, match=r"must be an existing directory, got none there$"):
         ClapTower.from_checkpoint("laion/clap-htsat-unfused")

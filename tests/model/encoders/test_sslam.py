@@ -56,8 +56,7 @@ def restated(state: dict[str, Tensor], spectrogram: Tensor, heads: int) -> Tenso
 def test_network_is_the_definition_in_float64(encoder: SslamEncoder, attn_implementation: str) -> None:
     """Patches, positions, CLS and post-norm blocks are exact in float64."""
     double = SslamEncoder(WIDTH, LAYERS, HEADS).double().eval()
-    for block in double.blocks:
-        block.attn.attn_implementation = attn_implementation  # type: ignore[union-attr, assignment]
+    double.config._attn_implementation = attn_implementation
     state = {name: tensor.double() for name, tensor in encoder.state_dict().items()}
     state["fixed_positional_encoder.positions"] = by_formula(WIDTH)[None]
     double.load_state_dict(state)
