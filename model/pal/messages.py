@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from palkernels.errors import one_line
-from palkernels.model.pal.rows import Span
+from palkernels.model.pal.rows import Span, is_list
 
 __all__ = ["AUDIO_KEYS", "ChatTemplate", "Dialogue", "conversations_of", "template_source", "template_variables"]
 
@@ -46,18 +46,21 @@ def template_source(processor_template: Any, tokenizer: Any, chat_template: str 
     """Return the source of the template to use: one that is given by source or name, the processor's, the tokenizer's.
 
     Raises:
-        ValueError: there are several by name, none of them "default".
+        ValueError: there are several by name, none of them "default" or of the name that is given.
     """
+    names: set[str] = set()
     for templates in (processor_template, tokenizer.chat_template):
         if isinstance(templates, Mapping):
-            if chat_template is not None and chat_template not in templates:
-                continue
             name = chat_template or ("tool_use" if tools and "tool_use" in templates else "default")
-            if name not in templates:
-                raise ValueError(f"chat_template must be one of {sorted(templates)}, as none is the default, got None")
-            return str(templates[name])
-        if chat_template is None and templates is not None:
+            if name in templates:
+                return str(templates[name])
+            names |= set(templates)
+            if chat_template is None:
+                break
+        elif chat_template is None and templates is not None:
             return str(templates)
+    if names and "{" not in (chat_template or ""):  # no source
+        raise ValueError(f"chat_template must be one of {sorted(names)}, got {chat_template!r}")
     return PLAIN_TEMPLATE if chat_template is None else chat_template
 
 
@@ -71,9 +74,10 @@ def conversations_of(conversation: Any, audio_token: str) -> tuple[list[Dialogue
     Raises:
         ValueError: there is no message, or one holds what none may.
     """
-    if not isinstance(conversation, list | tuple) or not conversation:
-        raise ValueError(f"conversation must be a list of messages, at least one, got {conversation!r}")
-    several = all(isinstance(messages, list | tuple) for messages in conversation)
+    if not is_list(conversation) or not len(conversation):
+        got = "none" if is_list(conversation) else type(conversation).__name__
+        raise ValueError(f"conversation must be a list of messages, at least one, got {got}")
+    several = all(map(is_list, conversation))
     return [_read(messages, audio_token) for messages in (conversation if several else [conversation])], several
 
 
@@ -81,14 +85,14 @@ def _read(messages: Sequence[Any], audio_token: str) -> Dialogue:
     """Return a conversation without its clips, and these."""
     dialogue = Dialogue([], [])
     if not messages:
-        raise ValueError("conversation must be a list of messages, at least one, got an empty one")
+        raise ValueError("conversation must be a list of messages, at least one, got none in one of several")
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message:
             raise ValueError(f"a message must be a dict with a role, got {type(message).__name__}")
         # As transformers does: templates handle a key that is missing, and write "None" for one that is None.
         kept = {key: value for key, value in message.items() if value is not None and key != "content"}
         content = message.get("content")
-        if isinstance(content, list | tuple):
+        if is_list(content):
             kept["content"] = [part for part in map(_part, content) if part is not None]
             dialogue.clips.extend(part.pop("clip") for part in kept["content"] if part["type"] == "audio")
         elif isinstance(content, str):
@@ -126,7 +130,7 @@ def _holds(value: Any, token: str) -> bool:
     """Return whether a string somewhere in a message has the token in it."""
     if isinstance(value, Mapping):
         return any(_holds(item, token) for item in value.values())
-    if isinstance(value, list | tuple):
+    if is_list(value):
         return any(_holds(item, token) for item in value)
     return isinstance(value, str) and token in value
 
@@ -218,6 +222,7 @@ class ChatTemplate:
         return text, list(spans[0]) if marks else []
 
 
+@lru_cache(maxsize=64)
 def template_variables(source: str) -> frozenset[str]:
     """Return the names that a template takes from outside."""
     from jinja2 import Environment, meta  # only who uses templates needs it

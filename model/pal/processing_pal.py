@@ -14,7 +14,7 @@ from palkernels.model.pal.configuration_pal import PalConfig, complete_entry
 from palkernels.model.pal.messages import ChatTemplate, conversations_of, template_source, template_variables
 from palkernels.model.pal.options import Options, is_option, read_options
 from palkernels.model.pal.parts import by_entry, outline_connectors, tower_settings
-from palkernels.model.pal.rows import IGNORED, Span, cut, distinct, ends_of_texts, expand, pad, read_row, table
+from palkernels.model.pal.rows import IGNORED, Span, cut, distinct, ends_of_texts, expand, is_list, pad, read_row, table
 from palkernels.model.pal.tokenizer import AUDIO_TOKEN, knows_token
 
 __all__ = ["PalProcessor"]
@@ -134,9 +134,10 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
             ValueError: clips and tokens do not match, or an argument is none of these.
         """
         read = read_options(_with_rate(options, sampling_rate), self.tokenizer)
-        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, list | tuple) else []
+        texts: list[Any] = list(text) if is_list(text) else [text]
         if not texts or not all(isinstance(one, str) for one in texts):
-            raise ValueError(f"text must be a string or a list of them, got {text!r}")
+            kinds = sorted({type(one).__name__ for one in texts}) or "none"
+            raise ValueError(f"text must be a string or a list of them, got {kinds}")
         labels = output_labels or labels_from is not None
         spans = ends_of_texts(labels_from or 0, texts) if labels else [[] for _ in texts]
         return self._batch(texts, audio, spans, read, labels=labels)
@@ -304,8 +305,8 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
 
     def _clips_of_texts(self, audio: Any, counts: list[int]) -> list[list[Any]]:
         """Return the clips of each text, as many as ``counts`` says that it has audio tokens."""
-        clips = [] if audio is None else list(audio) if isinstance(audio, list | tuple) else [audio]
-        by_text = bool(clips) and all(isinstance(item, list | tuple) for item in clips)
+        clips = [] if audio is None else list(audio) if is_list(audio) else [audio]
+        by_text = bool(clips) and all(map(is_list, clips))
         got: Any = [len(of_text) for of_text in clips] if by_text else len(clips)
         expected: Any = counts if by_text else sum(counts)
         if got != expected:

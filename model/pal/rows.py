@@ -4,14 +4,26 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from palkernels.model.pal.options import Options
 
-__all__ = ["IGNORED", "Row", "Span", "cut", "distinct", "ends_of_texts", "expand", "pad", "read_row", "table"]
+__all__ = [
+    "IGNORED",
+    "Row",
+    "Span",
+    "cut",
+    "distinct",
+    "ends_of_texts",
+    "expand",
+    "is_list",
+    "pad",
+    "read_row",
+    "table",
+]
 
 IGNORED = -100  # a label that the loss passes over
 Span = tuple[int, int | None]  # characters of a text, from the first to before the last; None: to its very end
@@ -148,13 +160,18 @@ def table(of_texts: Sequence[Sequence[int]], filler: int) -> Tensor:
     return torch.tensor([[*numbers, *[filler] * (longest - len(numbers))] for numbers in of_texts])
 
 
-def ends_of_texts(begins: int | Sequence[int], texts: Sequence[str]) -> list[list[Span]]:
+def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Return whether a caller's value is several, as lists, tuples and the columns of ``datasets`` are."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def ends_of_texts(begins: Any, texts: Sequence[str]) -> list[list[Span]]:
     """Return a span of each text, from where ``labels_from`` says that its labels begin.
 
     Raises:
         ValueError: there are more or fewer positions than texts, or one is not in its text.
     """
-    positions: list[Any] = list(begins) if isinstance(begins, list | tuple) else [begins] * len(texts)
+    positions: list[Any] = list(begins) if is_list(begins) else [begins] * len(texts)
     fits = len(positions) == len(texts) and all(
         isinstance(position, Integral) and not isinstance(position, bool) and int(position) in range(len(text) + 1)
         for position, text in zip(positions, texts, strict=True)

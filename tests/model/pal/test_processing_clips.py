@@ -1,5 +1,6 @@
 """Clips in every form in which datasets and decoders hand them over, each with its own rate."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,6 +97,32 @@ def test_a_batch_of_different_rates(both):
         for tower in range(2):
             want = torch.cat([one["input_features"][tower] for one in alone])
             assert torch.equal(got["input_features"][tower], want)
+
+
+class Column(Sequence):
+    """As a column of a dataset: a sequence that is no list."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, key):
+        return self.items[key]
+
+
+def test_columns_of_a_dataset(both):
+    clips, texts = [{"array": tone().numpy(), "sampling_rate": 16_000}, forms(8_000)[1]["decoder"]], [AUDIO_TOKEN] * 2
+    chats = [[{"role": "user", "content": [{"type": "audio", "audio": clip}]}] for clip in clips]
+    want = both(texts, clips)
+    for got in (
+        both(Column(texts), Column(clips)),
+        both(Column(texts), Column([Column(clips[:1]), Column(clips[1:])])),
+        both.apply_chat_template(Column(chats), "<|AUDIO|>", tokenize=True),
+    ):
+        assert torch.equal(got["input_ids"], want["input_ids"])
+        assert all(map(torch.equal, got["input_features"], want["input_features"]))
 
 
 def test_a_path_alone(both, tmp_path):

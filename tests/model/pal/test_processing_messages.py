@@ -171,8 +171,11 @@ def test_templates_by_name(processor):
         assert named.apply_chat_template(hi) == "[user]hi"
         assert named.apply_chat_template(hi, tools=[{"function": {"name": "f"}}]) == "<f>[user]hi"
         assert named.apply_chat_template(CONVERSATION[1:2], "parts") == "[user]Is(<|AUDIO|>)"
+    with pytest.raises(ValueError, match=r"must be one of \['default', 'parts', 'tool_use'\], got 'tools'"):
+        several.apply_chat_template(hi, "tools")
+    assert PalProcessor(tokenizer, processor.encoders, chat_template={"a": EITHER}).apply_chat_template(hi, "parts")
     unnamed = PalProcessor(TOKENIZER, processor.encoders, chat_template={"a": PARTS, "b": STRINGS})
-    with pytest.raises(ValueError, match=r"chat_template must be one of \['a', 'b'\], as none is the default"):
+    with pytest.raises(ValueError, match=r"chat_template must be one of \['a', 'b'\], got None"):
         unnamed.apply_chat_template(hi)
 
 
@@ -217,9 +220,10 @@ def test_what_no_message_may_hold(processor):
     with pytest.raises(ValueError, match=r"got '<\|AUDIO\|>' in a text"):
         processor.apply_chat_template([{"role": "assistant", "tool_calls": [hidden]}])
     for conversation, message in (
-        ([], r"conversation must be a list of messages, at least one, got \[\]"),
-        ("hi", "conversation must be a list of messages, at least one, got 'hi'"),
-        ([[], []], "conversation must be a list of messages, at least one, got an empty one"),
+        ([], "conversation must be a list of messages, at least one, got none"),
+        ("hi", "conversation must be a list of messages, at least one, got str"),
+        (CONVERSATION[1], "conversation must be a list of messages, at least one, got dict"),
+        ([[], []], "conversation must be a list of messages, at least one, got none in one of several"),
         (["hi"], "a message must be a dict with a role, got str"),
         ([{"content": "hi"}], "a message must be a dict with a role, got dict"),
     ):
