@@ -15,6 +15,11 @@ class DeviceFacts:
     def __init__(self) -> None:
         self._asked: dict[str, Tensor] = {}
 
+    @property
+    def asked(self) -> bool:
+        """Whether there is anything to read."""
+        return bool(self._asked)
+
     def ask(self, name: str, fact: Tensor) -> None:
         """Note a bool or an integer, a tensor of one element, to be read under ``name``."""
         self._asked[name] = fact

@@ -174,14 +174,16 @@ def make_plan(
         longest = replace(plan, right_padded=True).positions(texts, shifted=True).max()
         facts.ask("audio is last", longest < reach)
 
-    if state.lengths is not None:
+    audio_tokens = state.valid_tokens
+    if audio_tokens is None and state.lengths is not None and facts.asked:  # no reason to read values for itself
         facts.ask("audio tokens", state.lengths.clamp(0, state.num_tokens).sum())
     known = facts.read()
     if known is None:
         return plan
     _raise_if_wrong(known, state, texts, whole)
-    if state.lengths is not None:
-        plan = replace(plan, valid_audio=ValidTokens.of(state.lengths, state.num_tokens, known["audio tokens"]))
+    audio_tokens = known.get("audio tokens", audio_tokens)
+    if state.lengths is not None and audio_tokens is not None:
+        plan = replace(plan, valid_audio=ValidTokens.of(state.lengths, state.num_tokens, audio_tokens))
     if packing is not None:
         if known["packed texts"] != state.batch_size or known["packed positions differ"]:
             raise _positions_error(texts, known["packed texts"], state)

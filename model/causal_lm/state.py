@@ -1,7 +1,7 @@
 """What a caller says about the audio: its states, which text reads which, and where it stands in the text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class AudioState:
     lengths: Tensor | None = None
     index: Tensor | None = None
     insert_at: Tensor | None = None
+    # The sum of the lengths, where values are looked at anyway.
+    valid_tokens: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         tensors = self._tensors()
@@ -57,6 +59,8 @@ class AudioState:
             if self.lengths.shape != (rows,):
                 raise ValueError(f"lengths must be (A,) = ({rows},), got shape {tuple(self.lengths.shape)}")
             self._check_range("lengths", 0, tokens)
+            if self.checks_values:
+                object.__setattr__(self, "valid_tokens", int(self.lengths.sum()))
         if self.index is not None:
             if self.index.ndim != 1:
                 raise ValueError(f"index must be (B,), got shape {tuple(self.index.shape)}")

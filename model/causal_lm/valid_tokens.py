@@ -11,7 +11,7 @@ from torch import Tensor
 
 from palkernels.model.causal_lm.layers import AudioKV, Rotation
 
-# Packing pays where it saves at least this share of the tokens: it copies keys and values once more.
+# Packing pays where it saves more than this share of the tokens: it copies keys and values once more.
 LEAST_SAVING = 0.25
 
 
@@ -33,7 +33,7 @@ class ValidTokens:
             count: M, the sum of the lengths, as the host knows it.
         """
         rows = lengths.shape[0]
-        if count > (1 - LEAST_SAVING) * rows * tokens:
+        if count >= (1 - LEAST_SAVING) * rows * tokens:
             return None
         valid = torch.arange(tokens, device=lengths.device) < lengths.unsqueeze(1)
         # The first ``count`` of a stable sort, not nonzero, which would wait for the device.

@@ -120,5 +120,5 @@ def test_packing():
     assert key.flatten().tolist() == [5, 6, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0]
     assert value.stride() == key.stride()
     most = round((1 - valid_tokens.LEAST_SAVING) * 12)
-    assert ValidTokens.of(lengths, 4, most) is not None
-    assert ValidTokens.of(lengths, 4, most + 1) is None
+    assert ValidTokens.of(lengths, 4, most - 1) is not None
+    assert ValidTokens.of(lengths, 4, most) is None
