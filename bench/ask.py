@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -55,11 +56,11 @@ def init(directory: Path, integration: str = "lal", seed: int = 0) -> None:
     )
     model.save_pretrained(directory)
     PalProcessor.from_config(tokenizer, model.config, chat_template=TEMPLATE).save_pretrained(directory)
-    (directory / UNTRAINED_FILE).write_text(json.dumps({"weights": "random", "seed": seed}) + "\n")
+    (directory / UNTRAINED_FILE).write_text(json.dumps({"weights": "random", "seed": seed}) + "\n", encoding="utf-8")
 
 
-def ask(directory: Path, audio: Path, question: str, max_new_tokens: int = 64, device: str = "cpu") -> None:
-    """Print the answer of a saved model to a question about a sound, token by token.
+def ask(directory: Path, audio: Sequence[Path], question: str, max_new_tokens: int = 64, device: str = "cpu") -> None:
+    """Print the answer of a saved model to a question about sounds, token by token.
 
     Raises:
         UserError: the directory holds no audio LLM, the file is refused, or there is no such device.
@@ -73,8 +74,8 @@ def ask(directory: Path, audio: Path, question: str, max_new_tokens: int = 64, d
         processor = PalProcessor.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"--model must be a saved audio LLM, got {one_line(error)}") from error
-    item = {"type": "audio", "path": audio}
-    messages = [{"role": "user", "content": [item, {"type": "text", "text": question}]}]
+    sounds = [{"type": "audio", "path": path} for path in audio]
+    messages = [{"role": "user", "content": [*sounds, {"type": "text", "text": question}]}]
     try:
         inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True).to(target)
     except (AudioError, ValueError) as error:

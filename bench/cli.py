@@ -1,350 +1,66 @@
-"""The command `palkernels`."""
+"""The command `palkernels`: how it starts, and how it ends."""
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-try:
-    import typer
-except ModuleNotFoundError:
-    print("error: typer must be installed: pip install 'palkernels[bench]'", file=sys.stderr)
-    sys.exit(2)
-
-# torch, transformers and matplotlib take seconds to import, so each command imports what it needs.
+from palkernels import lazy
+from palkernels.bench import process
 from palkernels.bench.errors import UserError
-from palkernels.bench.numbers import parse_counts, parse_seconds
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from palkernels.bench.commands import app
+else:
+    __getattr__, __dir__ = lazy.exports(__name__, {"app": "palkernels.bench.commands"})
 
 __all__ = ["app", "main"]
 
-INTERRUPTED = 130  # a shell's exit code for Ctrl-C; typer returns it by itself, and silently
-TERMINATED = 143  # and for SIGTERM, which batch systems send at a time limit
-
-app = typer.Typer(
-    name="palkernels",
-    help="Measure what LAL saves over PLITS, and see what runs on this machine.",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"palkernels {version('palkernels')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
-
-
-# Copies of what PRESETS and METHODS hold, whose import takes seconds; a test compares them.
-MODEL_NAMES = ("llama-3.2-1b", "llama-3.2-3b", "qwen2.5-1.5b", "smollm2-135m")
-METHOD_NAMES = (
-    *("plits", "plits-tuned", "plits-pooled", "lal-eager", "lal", "pal-multi", "pal-unified", "flamingo"),
-    *("lal-recompute", "lal-checkpoint", "lal-fused-loss"),
-)
-MODELS = f"{', '.join(MODEL_NAMES)}, or a directory with a config.json."
-METHODS = f"Any of {', '.join(METHOD_NAMES[:-1])} and {METHOD_NAMES[-1]}, or all."
-
-
-@app.command()
-def figure1(
-    audio: Annotated[Path | None, typer.Option(help="WAV, FLAC, OGG or MP3 file.  [default: the bundled clip]")] = None,
-    model: Annotated[str | None, typer.Option(help=f"{MODELS}  [default: llama-3.2-1b; smollm2-135m on a CPU]")] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers.  [default: all; 2 on a CPU, all of smollm2-135m]")] = None,
-    audio_tokens: Annotated[
-        str | None, typer.Option(help="Numbers of audio tokens.  [default: 128,512,1500; 128,256,512 on a CPU]")
-    ] = None,
-    text_tokens: Annotated[int, typer.Option(help="Text tokens of each sample.")] = 128,
-    train_batch: Annotated[
-        int | None, typer.Option(help="Samples of a training step.  [default: 8; 2 on a CPU]")
-    ] = None,
-    infer_batch: Annotated[
-        int | None, typer.Option(help="Samples generated together.  [default: 12; 2 on a CPU]")
-    ] = None,
-    new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate.  [default: 32; 8 on a CPU]")] = None,
-    methods: Annotated[str | None, typer.Option(help=f"{METHODS}  [default: all; plits,lal on a CPU]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:INDEX.  [default: auto]")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="auto, bf16, fp16 or fp32; auto is bf16, or fp32 on a CPU without bf16.  [default: auto]"),
-    ] = None,
-    repeats: Annotated[
-        int | None,
-        typer.Option(help="Timed passes of each point.  [default: 10; on a CPU at most 2 in training, 5 in inference]"),
-    ] = None,
-    serving: Annotated[
-        bool | None,
-        typer.Option(
-            "--serving/--no-serving",
-            help="Measure questions about shared clips, too.  [default: on a GPU]",
-            show_default=False,
-        ),
-    ] = None,
-    clip_seconds: Annotated[
-        str | None,
-        typer.Option(
-            help="Clips that fill a part of the encoder's window, or none.  [default: 0.8,3,30; 0.8,3 on a CPU]"
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for figure1.json, .csv, .png and .html.")] = Path("figure1-out"),
-    seed: Annotated[int | None, typer.Option(help="Seed of all random weights and of the text.  [default: 0]")] = None,
-    encoder_checkpoint: Annotated[
-        Path | None, typer.Option(help="Directory of a Whisper checkpoint.  [default: random weights]")
-    ] = None,
-    encoder_size: Annotated[str | None, typer.Option(help="Whisper size of a random encoder.  [default: tiny]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
-    simulate: Annotated[
-        bool, typer.Option("--simulate", help="Simulate a GPU instead, as the command simulate does.")
-    ] = False,
-) -> None:
-    """Reproduce Figure 1: memory and throughput of PLITS and LAL against audio tokens."""
-    counts = None if audio_tokens is None else parse_counts("--audio-tokens", audio_tokens)
-    names = None if methods is None else _methods(methods)
-    sizes = _left_out_if_none(
-        model=model, audio_tokens=counts, methods=names,
-        train_batch=train_batch, infer_batch=infer_batch, new_tokens=new_tokens, serving=serving,
-    )  # fmt: skip
-    clips = None if clip_seconds is None else parse_seconds("--clip-seconds", clip_seconds)
-    measuring = _left_out_if_none(
-        clip_seconds=clips, audio=audio, device=device, dtype=dtype, repeats=repeats, seed=seed,
-        encoder_checkpoint=encoder_checkpoint, encoder_size=encoder_size, resume=resume or None,
-    )  # fmt: skip
-    if simulate:
-        if measuring:
-            raise UserError(f"--{next(iter(measuring)).replace('_', '-')} must not be given with --simulate")
-        _simulate(**{"audio_tokens": (128, 512, 1500)} | sizes, layers=layers, text_tokens=(text_tokens,), out=out)
-        return
-
-    from palkernels.bench.experiments.figure1 import run
-    from palkernels.bench.experiments.settings import Options
-
-    picture = run(Options(**sizes, **measuring, layers=layers, text_tokens=text_tokens, out=out), _console())
-    typer.echo(f"Plot: {picture}")
-    typer.echo(f"Report: {picture.with_suffix('.html')}")
-
-
-@app.command()
-def simulate(
-    model: Annotated[str, typer.Option(help=MODELS)] = "llama-3.2-1b",
-    layers: Annotated[int | None, typer.Option(help="Layers of the model.  [default: all]")] = None,
-    methods: Annotated[str, typer.Option(help=METHODS)] = "all",
-    audio_tokens: Annotated[str, typer.Option(help="Numbers of audio tokens.")] = "512,1500,3000",
-    text_tokens: Annotated[str, typer.Option(help="Numbers of text tokens.")] = "128",
-    train_batch: Annotated[int, typer.Option(help="Samples of a training step.")] = 8,
-    infer_batch: Annotated[int, typer.Option(help="Samples generated together.")] = 12,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
-    optimizer: Annotated[str, typer.Option(help="none or adamw.")] = "none",
-    lengths: Annotated[bool, typer.Option(help="The cost against audio tokens, text tokens and batch, too.")] = True,
-    serving: Annotated[bool, typer.Option(help="Questions about shared clips, too.")] = True,
-    measured: Annotated[
-        Path | None, typer.Option(help="A figure1.json of one of the GPUs, to compare the predictions with.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for simulate.json, .csv, .png and .html.")] = Path("simulate-out"),
-) -> None:
-    """Predict Figure 1 at full size on an A100 and an H200: peak memory, and time by a roofline. Needs no GPU.
-
-    Training is in bfloat16, inference in float16.
-    """
-    counts, texts = parse_counts("--audio-tokens", audio_tokens), parse_counts("--text-tokens", text_tokens)
-    _simulate(
-        model=model, layers=layers, methods=_methods(methods), audio_tokens=counts, text_tokens=texts,
-        train_batch=train_batch, infer_batch=infer_batch, new_tokens=new_tokens, optimizer=optimizer,
-        lengths=lengths, serving=serving, measured=measured, out=out,
-    )  # fmt: skip
-
-
-def _simulate(**options: Any) -> None:
-    from palkernels.bench.experiments.simulate import Options, run
-
-    typer.echo(f"Report: {run(Options(**options), _console())}")
-
-
-def _methods(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    return METHOD_NAMES if names == ("all",) else names
-
-
-def _left_out_if_none(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-@app.command()
-def doctor(
-    tiles: Annotated[
-        bool, typer.Option("--tiles", help="Compile every tile of the kernels instead, and show what each uses.")
-    ] = False,
-    arch: Annotated[int | None, typer.Option(help="80, 90 or 100.  [default: the GPU's; 90 without one]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.  [default: bfloat16]")] = None,
-    kernel: Annotated[
-        list[str] | None,
-        typer.Option(help="forward, decode, query_gradient or key_gradient; may be repeated.  [default: all]"),
-    ] = None,
-    head_dims: Annotated[
-        str | None, typer.Option(help="32, 64, 128 or 256, or several of them, separated by commas.  [default: all]")
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="File for the same figures as JSON.")] = None,
-) -> None:
-    """Show versions, devices, and which implementations run here and why not.
-
-    With --tiles, show registers, shared memory and spills of the Triton kernels; this needs no GPU.
-    """
-    if not tiles:
-        options = {"arch": arch, "dtype": dtype, "kernel": kernel or None, "head-dims": head_dims, "json": json}
-        stray = [name for name, value in options.items() if value is not None]
-        if stray:
-            raise UserError(f"--{stray[0]} must be given with --tiles, got it without --tiles")
-        from palkernels.bench.doctor import diagnosis
-
-        typer.echo(diagnosis())
-        return
-    dims = None if head_dims is None else parse_counts("--head-dims", head_dims)
-
-    from palkernels.bench.kernels.tiles import report, select
-
-    report(select(arch, dtype, tuple(kernel) if kernel else None, dims), json, _console())
-
-
-@app.command()
-def microbench(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A preset of figure1; may be repeated.  [default: all but smollm2-135m; llama-3.2-1b on a CPU]"
-        ),
-    ] = None,
-    op: Annotated[
-        list[str] | None,
-        typer.Option(help="forward, backward, both, decode, audio_kv or audio_kv_layers; may be repeated."),
-    ] = None,
-    audio_tokens: Annotated[str | None, typer.Option(help="[default: 512,1500,3000; 512 on a CPU]")] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="B,Hq,Hkv,T,N,D instead of a model; decode has T text keys, one query.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32; auto is bf16, or fp32 on a CPU.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
-    peers: Annotated[str | None, typer.Option(help="Which ones, separated by commas.  [default: all]")] = None,
-    tile: Annotated[
-        list[str] | None, typer.Option(help="KERNEL=M,N,WARPS,STAGES[,REGISTERS] instead of the shipped one.")
-    ] = None,
-    seconds: Annotated[float | None, typer.Option(help="Time spent on each measurement.  [default: 0.2]")] = None,
-    once: Annotated[bool, typer.Option("--once", help="Run one --op at one --shape once, for a profiler.")] = False,
-    json: Annotated[Path | None, typer.Option(help="File for the results, as pytest-benchmark writes them.")] = None,
-) -> None:
-    """Time the kernels beside what else computes the same, and against this machine's limit.
-
-    On a CPU it compares the portable path with PyTorch's attention on concatenated tensors. A result is checked against
-    the definition in float64 before it is timed. The exit code is 1 if one was wrong, or broke the device.
-    """
-    from palkernels.bench.kernels.cases import OPS
-    from palkernels.bench.kernels.microbench import Options, run
-
-    options = Options(
-        models=tuple(model) if model else None,
-        ops=tuple(op or OPS),
-        audio_tokens=None if audio_tokens is None else parse_counts("--audio-tokens", audio_tokens),
-        shape=shape,
-        dtype=dtype,
-        device=device,
-        peers=None if peers is None else tuple(name.strip() for name in peers.split(",") if name.strip()),
-        tiles=tuple(tile or ()),
-        seconds=seconds,
-        once=once,
-        json=json,
-    )
-    if not run(options, _console()):
-        raise typer.Exit(1)
-
-
-@app.command()
-def compare(
-    first: Annotated[Path, typer.Argument(metavar="A.json", help="Results of figure1 or simulate.")],
-    second: Annotated[Path, typer.Argument(metavar="B.json", help="Others, which may be of the other command.")],
-) -> None:
-    """Put two results side by side: memory and throughput of both, their ratios, and what differs in the conditions."""
-    from palkernels.bench.compare import run
-
-    run(first, second, _console())
-
-
-@app.command()
-def init(
-    directory: Annotated[Path, typer.Argument(help="A new or empty directory.", show_default=False)],
-    integration: Annotated[str, typer.Option(help="How audio enters: lal or plits.")] = "lal",
-    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
-) -> None:
-    """Write a small audio LLM with random weights, to see how one is saved, loaded and asked. Needs no network."""
-    from palkernels.bench.ask import init as write
-
-    write(directory, integration, seed)
-    typer.echo(f"Model: {directory}")
-
-
-@app.command()
-def ask(
-    question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
-    model: Annotated[Path, typer.Option(help="Directory of a saved model.", show_default=False)],
-    audio: Annotated[Path | None, typer.Option(help="WAV, FLAC, OGG or MP3 file.  [default: the bundled clip]")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", min=1)] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
-) -> None:
-    """Ask a saved audio LLM about a sound."""
-    from palkernels.bench.ask import ask as answer
-    from palkernels.bench.clip import bundled_clip
-
-    answer(model, audio or bundled_clip(), question, max_new_tokens, device)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # Into a pipe or a log rich assumes 80 columns, in which not all tables fit.
-    return Console() if sys.stdout.isatty() else Console(width=140)
+# Where a program does nothing but run the command, as the one that pip installs, the signals are ours from here on.
+if os.path.basename(sys.argv[0]) in ("palkernels", "-c") and process.is_the_program(sys._getframe()):
+    process.take_signals()
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command. A mistake of the user is one line on stderr and exit code 2, Ctrl-C 130."""
-    words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    # As an exception, so that what a run has begun is cleaned up.
-    signal.signal(signal.SIGTERM, lambda number, frame: _fail("terminated", TERMINATED))
+    if process.is_the_program(sys._getframe()):
+        process.take_signals()
+    process.write_to_any_terminal()
+    code, message = 1, None
     try:
-        result: Any = app(args=words, prog_name="palkernels", standalone_mode=False)
+        code, message = _run((sys.argv[1:] if arguments is None else arguments) or ["--help"])
+    except BaseException:  # of which a signal may be the cause, whatever it has become on its way
+        if process.signal_seen() is None:
+            raise
+    if (ending := process.signal_seen()) is not None:
+        message, code = ending
+    process.exit_with(code, message)
+
+
+def _run(words: list[str]) -> tuple[int, str | None]:
+    """Run a command and return its exit code, and what went wrong."""
+    try:
+        from palkernels.bench.commands import app  # typer takes a while
+
+        result = app(args=words, prog_name="palkernels", standalone_mode=False)
     except KeyboardInterrupt:
-        result = INTERRUPTED
+        result = process.INTERRUPTED
     except UserError as error:
-        _fail(str(error), 2)
+        return 2, str(error)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("palkernels"):
             raise
-        _fail(f"{error.name} must be installed: pip install 'palkernels[bench]'", 2)
+        return 2, f"{error.name} must be installed: pip install 'palkernels[bench]'"
     except Exception as error:
         # Some versions of typer raise classes of their own, others click's; an error meant for users has a message.
         describe = getattr(error, "format_message", None)
         if type(error).__name__ == "Abort":
-            result = INTERRUPTED
+            result = process.INTERRUPTED
         elif describe is None:
             raise
         else:
-            _fail(str(describe()), 2)
-    if result == INTERRUPTED:
-        _fail("interrupted", INTERRUPTED)
-    sys.exit(result if isinstance(result, int) else 0)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
+            return 2, str(describe())
+    if result == process.INTERRUPTED:  # typer returns it by itself, and silently
+        return process.INTERRUPTED, "interrupted"
+    return (result if isinstance(result, int) else 0), None

@@ -8,7 +8,6 @@ finder that lets Python's own find the module, and registers the formulas once t
 
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
@@ -29,7 +28,7 @@ def _register_with(counter: ModuleType) -> None:
     op_costs.register_flop_formulas(counter)
 
 
-class _RegisterOnImport(MetaPathFinder):
+class _RegisterOnImport:  # a finder without importlib's base class, whose import takes as long as all else here
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name == COUNTER else None
         if spec is None or spec.loader is None:

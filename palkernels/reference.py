@@ -105,15 +105,17 @@ def lal_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`palkernels.lal_attention` by its definition; the same arguments without ``impl``.
 
-    The softmax runs in float32 (float64 for float64 inputs), the two products in the inputs' dtype, as eager
-    attention does in Hugging Face models. What no query sees is never used: it may hold NaN.
+    All in float32 (float64 for float64 inputs); the output is rounded to the inputs' dtype once, at the end. What no
+    query sees is never used: it may hold NaN.
     """
     batch, num_heads, num_queries, head_dim = query.shape
     num_audio = audio_key.shape[2]
     group = num_heads // key.shape[1]
+    dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
+    query, key, value, audio_key, audio_value = (x.to(wide) for x in (query, key, value, audio_key, audio_value))
     if num_audio + key.shape[2] == 0:  # no keys, so no queries either
-        lse = query.sum(-1).to(torch.promote_types(query.dtype, torch.float32))
-        return (query.clone(), lse) if return_lse else query.clone()
+        out = query.to(dtype, copy=True)
+        return (out, query.sum(-1)) if return_lse else out
     if audio_index is not None:
         rows = audio_index.to(torch.int64)
         audio_key, audio_value = audio_key[rows], audio_value[rows]
@@ -139,7 +141,7 @@ def lal_attention(
     all_keys = torch.cat([audio_key, key], dim=2).masked_fill(unseen_key, 0).repeat_interleave(group, dim=1)
     all_values = torch.cat([audio_value, value], dim=2).masked_fill(unseen_key, 0).repeat_interleave(group, dim=1)
 
-    scores = (query @ all_keys.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32))
+    scores = query @ all_keys.transpose(2, 3)
     scores = scores * (head_dim**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -148,7 +150,7 @@ def lal_attention(
     peak = scores.detach().amax(dim=-1, keepdim=True).masked_fill(blind_query, 0)
     weights = torch.exp(scores - peak)
     total = weights.sum(dim=-1, keepdim=True).masked_fill(blind_query, 1)
-    out = (weights / total).to(query.dtype) @ all_values
+    out = (weights / total @ all_values).to(dtype)
     # (B, T, Hq, D) in memory, so that the transpose Hugging Face does next is free.
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
     if not return_lse:
@@ -206,8 +208,9 @@ def lal_attention_varlen(
 
     ``max_seqlen`` and ``max_audio`` say nothing that ``cu_seqlens`` and ``cu_audio`` do not say.
     """
-    outs = [query[:0]]
-    lses = [query.new_empty(query.shape[1], 0, dtype=torch.promote_types(query.dtype, torch.float32))]
+    dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
+    query, key, value, audio_key, audio_value = (x.to(wide) for x in (query, key, value, audio_key, audio_value))
+    outs, lses = [query[:0]], [query.new_empty(query.shape[1], 0)]
     for batch in range(cu_seqlens.shape[0] - 1):
         audio_row = batch if audio_index is None else int(audio_index[batch])
         text = slice(int(cu_seqlens[batch]), int(cu_seqlens[batch + 1]))
@@ -223,7 +226,7 @@ def lal_attention_varlen(
         )
         outs.append(out.squeeze(0).transpose(0, 1))
         lses.append(lse.squeeze(0))
-    out, lse = torch.cat(outs), torch.cat(lses, dim=1)
+    out, lse = torch.cat(outs).to(dtype), torch.cat(lses, dim=1)
     return (out, lse) if return_lse else out
 
 

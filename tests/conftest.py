@@ -9,6 +9,11 @@ import os
 from pathlib import Path
 
 import pytest
+from support.limits import pytest_runtest_protocol, restore_default_signals
+
+__all__ = ["pytest_runtest_protocol"]  # every test's limit of time
+
+restore_default_signals()
 
 # A child process imports the installed package, not the source tree that it happens to start in; and `support`.
 os.environ["PYTHONSAFEPATH"] = "1"

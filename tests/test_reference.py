@@ -95,6 +95,28 @@ def test_unreachable_values_do_not_matter():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("feature", [(), FEATURES], ids=["plain", "all"])
+def test_16_bits_are_rounded_once(dtype, feature):
+    """Outputs and gradients are those of float64 rounded to the dtype, but for float32's own errors."""
+    case = lal_case(
+        batch=2, heads=4, kv_heads=2, queries=9, keys=30, audio=40, dim=64,
+        features=feature, audio_rows=3, dtype=dtype, seed=1,
+    )  # fmt: skip
+    results = []
+    for inputs in (case, case.to(torch.float64)):
+        inputs = inputs.requires_grad()
+        out, lse = reference.lal_attention(*inputs.tensors, **inputs.options, return_lse=True)
+        generator = torch.Generator().manual_seed(2)
+        dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype).to(out)
+        results.append([out, *torch.autograd.grad(out, inputs.tensors, dout), lse])
+    assert [x.dtype for x in results[0]] == [*[dtype] * 6, torch.float32]
+    rounding = torch.finfo(dtype).eps / 2  # of the nearest number, relative to it
+    for got, want in zip(results[0][:-1], results[1][:-1], strict=True):
+        assert ((got.double() - want).abs() <= rounding * want.abs() * 1.001 + 1e-5).all()
+    torch.testing.assert_close(results[0][-1].double(), results[1][-1], rtol=1e-6, atol=1e-5)
+
+
 def test_gradients_are_the_derivatives():
     case = lal_case(
         batch=2, heads=2, kv_heads=1, queries=2, keys=4, audio=3, dim=3,

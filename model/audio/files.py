@@ -3,8 +3,8 @@
 A file may come from anywhere, so nothing it says about itself is believed. Its size is checked before it is opened. It
 is decoded in blocks, each block is mixed down and resampled before the next one is read, and decoding stops at the
 length limit: memory follows the length of the result, never a number in a header. A file that is damaged, cut short or
-out of bounds is refused in one line and never padded or shortened. A whole one whose header or end mark a recorder could
-not write is read with a warning.
+out of bounds is refused in one line and never padded or shortened. A whole one whose header or end mark its recorder
+could not write is read with a warning.
 """
 
 from __future__ import annotations

@@ -79,7 +79,8 @@ def inspect_ogg(file: BinaryIO, size: int, name: str) -> Inspection:
 
 def _pages(file: BinaryIO, size: int, name: str) -> list[Page]:
     """Return all pages, checked to be whole. What stands between or behind them is passed over, as libogg does."""
-    pages, at = [], 0
+    pages: list[Page] = []
+    at = 0
     while True:
         file.seek(at)
         head = file.read(27)

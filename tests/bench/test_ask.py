@@ -7,6 +7,7 @@ import wave
 from pathlib import Path
 
 import pytest
+from support.sounds import sine, write
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from palkernels.bench.ask import UNTRAINED
@@ -44,6 +45,26 @@ def test_a_question_about_a_file(made: Path, tmp_path: Path, capsys: pytest.Capt
     assert run("ask", "--model", made, "What is it?", "--max-new-tokens", 8) == 0
     assert capsys.readouterr().out == answers[1]
     (tmp_path / "untrained.json").rename(made / "untrained.json")
+
+
+def test_several_sounds(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All are heard, in their order: what is answered is what the model says to all of them."""
+    for name, frequency in (("low", 200.0), ("high", 3000.0)):
+        write(tmp_path / f"{name}.wav", sine(frequency))
+    model = AutoModelForMultimodalLM.from_pretrained(made).eval()
+    processor = AutoProcessor.from_pretrained(made)
+    for names in (["low", "high"], ["high", "low"], ["high"]):
+        files = [tmp_path / f"{name}.wav" for name in names]
+        options = [word for file in files for word in ("--audio", file)]
+        assert run("ask", "--model", made, *options, "What are they?", "--max-new-tokens", 8, "--device", "cpu") == 0
+        answer = capsys.readouterr().out.removeprefix(f"{UNTRAINED}\n")
+        sounds = [{"type": "audio", "path": str(file)} for file in files]
+        messages = [{"role": "user", "content": [*sounds, {"type": "text", "text": "What are they?"}]}]
+        inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        assert (inputs["input_ids"] == processor.audio_token_id).sum() >= len(files)
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        new = tokens[0, inputs["input_ids"].shape[1] :]
+        assert answer == processor.tokenizer.decode(new, skip_special_tokens=True) + "\n"
 
 
 def test_what_init_writes_is_a_model_like_any(made: Path) -> None:

@@ -6,15 +6,15 @@ import sys
 import pytest
 from support.figure1 import run
 
-from palkernels.bench import cli, machine
+from palkernels.bench import commands, machine
 from palkernels.bench.methods import METHODS
 from palkernels.bench.presets import PRESETS
 
 
 def test_the_names_are_those_of_the_registries() -> None:
     """The command has copies, since the registries take seconds to import."""
-    assert tuple(METHODS) == cli.METHOD_NAMES
-    assert tuple(PRESETS) == cli.MODEL_NAMES
+    assert tuple(METHODS) == commands.METHOD_NAMES
+    assert tuple(PRESETS) == commands.MODEL_NAMES
 
 
 def test_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:

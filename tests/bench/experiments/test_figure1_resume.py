@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 
 import pytest
 from support.figure1 import FILES, run, small
+from support.limits import child
 
 
 def command_of(arguments: list[str]) -> list[str]:
-    """The command in a process that Ctrl-C ends even where the tests run in the background, and so ignore it."""
-    program = f"from palkernels.bench.cli import main; main({arguments!r})"
-    return [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {program}"]
+    return [sys.executable, "-c", f"from palkernels.bench.cli import main; main({arguments!r})"]
 
 
 @pytest.mark.parametrize(
@@ -25,14 +23,13 @@ def command_of(arguments: list[str]) -> list[str]:
 def test_a_signal_leaves_nothing(number: signal.Signals, code: int, message: str, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = [*map(str, small(tiny, out)), "--repeats", "100000"]
-    command = command_of(arguments)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while not (line := process.stdout.readline()).startswith("Estimated"):
-        assert line, process.communicate()
-    time.sleep(1)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    with child(command_of(arguments)) as process:
+        assert process.stdout is not None
+        while not (line := process.stdout.readline()).startswith("Estimated"):
+            assert line, process.communicate()
+        time.sleep(1)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == code
     assert error == f"error: {message}\n"
     assert list(tmp_path.iterdir()) == []
@@ -43,13 +40,12 @@ def test_an_interrupted_run_is_valid_and_goes_on(number: signal.Signals, code: i
     """What was measured before the signal is written, and `--resume` measures the rest alone."""
     out = tmp_path / "out"
     arguments = [*map(str, small(tiny, out)), "--audio-tokens", "16,32,64,128", "--repeats", "1"]
-    command = command_of(arguments)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while not (line := process.stdout.readline()).startswith("train, 32 audio tokens"):
-        assert line, process.communicate()
-    process.send_signal(number)
-    process.communicate(timeout=60)
+    with child(command_of(arguments)) as process:
+        assert process.stdout is not None
+        while not (line := process.stdout.readline()).startswith("train, 32 audio tokens"):
+            assert line, process.communicate()
+        process.send_signal(number)
+        process.communicate(timeout=60)
     assert process.returncode == code
     assert sorted(path.name for path in out.iterdir()) == FILES
     first = json.loads((out / "figure1.json").read_text())

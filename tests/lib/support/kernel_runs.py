@@ -6,13 +6,19 @@ import torch
 
 from palkernels import lal_attention
 from palkernels.testing import LalCase
-from support import interpreter
+from support import eager, interpreter
 
 
 def attention(case: LalCase, impl: str, seed: int = 0, with_lse: bool = True) -> list[torch.Tensor]:
-    """Return output, LSE and the five gradients, for random upstream gradients that are the same in every dtype."""
+    """Return output, LSE and the five gradients, for random upstream gradients that are the same in every dtype.
+
+    "eager" as impl is PyTorch's own arithmetic in the dtype: see support/eager.py.
+    """
     case = case.requires_grad()
-    out, lse = lal_attention(*case.tensors, **case.options, return_lse=True, impl=impl)
+    if impl == "eager":
+        out, lse = eager.attention(case)
+    else:
+        out, lse = lal_attention(*case.tensors, **case.options, return_lse=True, impl=impl)
     generator = torch.Generator().manual_seed(seed)
     douts = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (out, lse)]
     results = [out, lse] if with_lse else [out]
