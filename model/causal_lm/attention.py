@@ -67,11 +67,11 @@ def lal_attention_forward(
                 "position_ids"
             )
     layer: int = module.layer_idx  # type: ignore[assignment]
-    settings = {"scale": scaling, "softcap": softcap, "window": sliding_window, "impl": request.impl}
+    settings: dict[str, Any] = {"scale": scaling, "softcap": softcap, "window": sliding_window, "impl": request.impl}
     if request.plan.packing is not None:
-        texts = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        audio, packed_span = request.packed_audio_kv(layer), request.packed_span()
-        packed_out = lal_attention_varlen(*texts, *audio, **vars(packed_span), **settings)
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        audio, packed = request.packed_audio_kv(layer), vars(request.packed_span())
+        packed_out: Tensor = lal_attention_varlen(query, key, value, *audio, **packed, **settings)
         request.consumed.add(layer)
         return packed_out.unsqueeze(0), None
 

@@ -154,7 +154,8 @@ def generating(handle: Attached, audio: AudioState | None, arguments: Mapping[st
 def prompt_of(arguments: Mapping[str, Any]) -> Any:
     """Return a generate call's prompt, None if it has none."""
     prompts = (arguments.get(name) for name in ("inputs_embeds", "inputs", "input_ids"))  # in generate's own order
-    return next((prompt for prompt in prompts if prompt is not None), None)
+    prompt: Any = next((prompt for prompt in prompts if prompt is not None), None)
+    return prompt
 
 
 def _prompt_columns(audio: AudioState, arguments: Mapping[str, Any]) -> int:

@@ -219,8 +219,8 @@ class AudioGenerate(PatchedMethod):
             return self.stock(args, kwargs, audio)
         self.check_keywords(kwargs)
         with torch.no_grad():
-            audio = self.handle.connected(audio)
-        return generate(self.handle, audio, self.by_name(args, kwargs))
+            state: AudioState | None = self.handle.connected(audio)
+        return generate(self.handle, state, self.by_name(args, kwargs))
 
 
 class AudioPrepare(PatchedMethod):

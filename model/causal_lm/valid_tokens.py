@@ -58,4 +58,4 @@ class ValidTokens:
 
     def _unpacked(self, tokens: Tensor) -> Tensor:
         padded = tokens.new_zeros(self.rows * self.tokens, *tokens.shape[1:]).index_copy(0, self.place, tokens)
-        return padded.unflatten(0, (self.rows, self.tokens)).transpose(1, 2)
+        return padded.view(self.rows, self.tokens, *tokens.shape[1:]).transpose(1, 2)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -206,7 +206,7 @@ def _listen(model: Listener, audio: AudioInputs, arguments: Mapping[str, Any]) -
     before = earlier if first > 0 else None
     if audio.has_clips:
         so_far = None if before is None else before.up_to(first).counts()
-        hearing, places = model(input_ids=ids, inputs_embeds=embeds, **vars(audio), **{LISTEN: (so_far,)})
+        hearing, places = cast(Any, model)(input_ids=ids, inputs_embeds=embeds, **vars(audio), **{LISTEN: (so_far,)})
     else:
         places = None if ids is None or embeds is not None else model.places(ids, None)
     if places is None:

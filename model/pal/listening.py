@@ -66,8 +66,8 @@ class Listener:
             raise ValueError(f"input_features must hold a tensor for each of {count} towers, got {len(features)}")
         encoded = [tower(clips) for tower, clips in zip(self.audio_tower, features, strict=True)]
         lengths = lengths_by_tower(audio_lengths, encoded)
-        encoded = without_padding(self.config.encoders, encoded, lengths)
-        entries = by_entry(self.config.encoders, list(zip(encoded, lengths, strict=True)))
+        cut = without_padding(self.config.encoders, encoded, lengths)
+        entries = by_entry(self.config.encoders, list(zip(cut, lengths, strict=True)))
         connected: list[Clips] = []
         by_integration: dict[str, list[Clips]] = {}
         for connector, (entry, of_towers) in zip(self.multi_modal_projector, entries, strict=True):

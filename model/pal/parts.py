@@ -96,6 +96,8 @@ def build_towers(config: PalConfig, towers: Sequence[nn.Module | None] | None = 
             raise TypeError(f"a tower must be a {name}, got {type(tower).__name__}: {name}.from_checkpoint makes one")
         elif tower.config["freeze"] != config.freeze_encoders:
             raise ValueError(f"towers must have freeze={config.freeze_encoders} as freeze_encoders says, got another")
+        else:
+            keep_weights(tower)
         built.append(tower)
     set_attention(built, config.encoders_attn_implementation)
     return built
@@ -210,8 +212,7 @@ def connect(connector: Connector, states: Sequence[Tensor], lengths: Tensor | No
 def keep_weights(part: nn.Module) -> None:
     """Mark a part's weights as they are, so that transformers' ``post_init`` does not draw them anew."""
     for module in part.modules():
-        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if tensors and not any(tensor.is_meta for tensor in tensors):
+        if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
             module._is_hf_initialized = True  # type: ignore[assignment]
 
 

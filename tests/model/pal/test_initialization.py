@@ -194,3 +194,20 @@ def test_adapters_of_a_language_model_are_kept():
     found = dict(model.language_model.named_parameters())
     assert len(adapters) == 6
     assert all(bool((found[name] == 0.5).all()) for name in adapters)
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_a_towers_weights_are_kept_however_they_came(kind):
+    """A tower that was built without memory and then filled is no tower without weights."""
+    weights = TOWERS[kind](**entry(kind)["config"], seed=5).state_dict()
+    with torch.device("meta"):
+        tower = TOWERS[kind](**entry(kind)["config"])
+    tower.load_state_dict(weights, assign=True)
+    for name, buffer in TOWERS[kind](**entry(kind)["config"]).named_buffers():
+        if name not in weights:
+            tower.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer
+    model = PalForConditionalGeneration.from_parts(
+        AutoModelForCausalLM.from_config(text_config()), [entry(kind)], [tower], audio_token_id=2
+    )
+    found = model.audio_tower[0].state_dict()
+    assert all(torch.equal(found[name], x) for name, x in weights.items())

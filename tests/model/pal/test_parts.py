@@ -5,7 +5,7 @@ import torch
 from support.audio_llm import AUDIO_TOKEN, INTEGRATIONS, batch_of, build_pal, entry, logits, open_gates, tone
 from support.counting import count_reads
 
-from palkernels.model.pal import modeling_pal, parts
+from palkernels.model.pal import parts
 
 SHORT = [f"hear {AUDIO_TOKEN}: what?", f"{AUDIO_TOKEN} then"]
 
@@ -45,7 +45,7 @@ def test_only_the_longest_clips_states_pass(kind, monkeypatch):
         for projector in model.layer_projector.values():
             assert rows_seen(projector, lambda: model(**batch)) == longest[:1]
     cut = logits(model, batch)
-    monkeypatch.setattr(modeling_pal, "without_padding", lambda encoders, encoded, lengths: encoded)
+    monkeypatch.setattr(parts, "cut_paddings", lambda states, lengths: list(states))
     torch.testing.assert_close(cut, logits(model, batch), rtol=1e-10, atol=1e-10)
 
 
