@@ -48,7 +48,7 @@ def test_a_question_about_a_file(made: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_several_sounds(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All are heard, in their order: what is answered is what the model says to all of them."""
+    """All are heard: what is answered is what the model says to all of them."""
     for name, frequency in (("low", 200.0), ("high", 3000.0)):
         write(tmp_path / f"{name}.wav", sine(frequency))
     model = AutoModelForMultimodalLM.from_pretrained(made).eval()
@@ -61,7 +61,7 @@ def test_several_sounds(made: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         sounds = [{"type": "audio", "path": str(file)} for file in files]
         messages = [{"role": "user", "content": [*sounds, {"type": "text", "text": "What are they?"}]}]
         inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-        assert (inputs["input_ids"] == processor.audio_token_id).sum() >= len(files)
+        assert len(inputs["input_features"]) == len(files)
         tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         new = tokens[0, inputs["input_ids"].shape[1] :]
         assert answer == processor.tokenizer.decode(new, skip_special_tokens=True) + "\n"
