@@ -66,11 +66,16 @@ def lal_attention_forward(
                 "position_ids"
             )
     layer: int = module.layer_idx  # type: ignore[assignment]
-    settings = {"scale": scaling, "softcap": softcap, "window": sliding_window, "impl": lal_request.impl}
+    settings: dict[str, Any] = {
+        "scale": scaling,
+        "softcap": softcap,
+        "window": sliding_window,
+        "impl": lal_request.impl,
+    }
     if lal_request.plan.packing is not None:
-        texts = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        audio, packed_span = lal_request.packed_audio_kv(layer), lal_request.packed_span()
-        packed_out = lal_attention_varlen(*texts, *audio, **vars(packed_span), **settings)
+        texts = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+        keywords: dict[str, Any] = {**vars(lal_request.packed_span()), **settings}
+        packed_out = lal_attention_varlen(texts[0], texts[1], texts[2], *lal_request.packed_audio_kv(layer), **keywords)
         lal_request.consumed.add(layer)
         return packed_out.unsqueeze(0), None
 

@@ -28,7 +28,7 @@ class AudioParts(nn.Module):
         self.connector = connector
         per_layer = {} if projectors is None else projectors
         self.projectors = nn.ModuleDict({str(layer): projector for layer, projector in per_layer.items()})
-        self.register_load_state_dict_post_hook(keep_where_there_is_nothing)
+        self.register_load_state_dict_post_hook(keep_where_there_is_nothing)  # type: ignore[no-untyped-call]
 
     def forward(
         self, encoded: ENCODED | None, lengths: Tensor | None = None
@@ -104,7 +104,7 @@ class _Tied(torch.autograd.Function):
 def zero(parameters: Iterable[Tensor]) -> Tensor:
     """Return 0, whose backward pass gives those parameters that train a gradient of zeros: see :func:`tied`."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return _Zero.apply(*trained) if trained else torch.zeros(())  # type: ignore[no-any-return, no-untyped-call]
+    return _Zero.apply(*trained) if trained else torch.zeros(())  # type: ignore[no-untyped-call]
 
 
 def tied(tensor: Tensor, anchor: Tensor) -> Tensor:
@@ -114,4 +114,4 @@ def tied(tensor: Tensor, anchor: Tensor) -> Tensor:
     Tied to the input embeddings, it comes last in the backward pass, where the audio's gradient comes too: all
     processes then run the same collectives in the same order.
     """
-    return tensor if anchor.grad_fn is None else _Tied.apply(tensor, anchor)  # type: ignore[no-any-return, no-untyped-call]
+    return _Tied.apply(tensor, anchor) if anchor.requires_grad else tensor  # type: ignore[no-untyped-call]

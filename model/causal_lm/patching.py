@@ -59,7 +59,7 @@ class Guard:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.handle.is_attached():
             return None
         if module is not self.handle.model:
             raise RuntimeError(
@@ -212,8 +212,8 @@ class AudioGenerate(PatchedMethod):
             return self.stock(args, kwargs, audio)
         self.check_keywords(kwargs)
         with torch.no_grad():
-            audio = self.handle.connected(audio)
-        return generate(self.handle, audio, self.by_name(args, kwargs))
+            state: AudioState | None = self.handle.connected(audio)
+        return generate(self.handle, state, self.by_name(args, kwargs))
 
 
 class AudioPrepare(PatchedMethod):
