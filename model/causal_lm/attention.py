@@ -69,9 +69,9 @@ def lal_attention_forward(
     layer: int = module.layer_idx  # type: ignore[assignment]
     settings: dict[str, Any] = {"scale": scaling, "softcap": softcap, "window": sliding_window, "impl": request.impl}
     if request.plan.packing is not None:
-        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        audio, packed = request.packed_audio_kv(layer), vars(request.packed_span())
-        packed_out: Tensor = lal_attention_varlen(query, key, value, *audio, **packed, **settings)
+        texts = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+        keywords: dict[str, Any] = {**vars(request.packed_span()), **settings}
+        packed_out = lal_attention_varlen(texts[0], texts[1], texts[2], *request.packed_audio_kv(layer), **keywords)
         request.consumed.add(layer)
         return packed_out.unsqueeze(0), None
 

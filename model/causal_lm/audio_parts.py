@@ -114,4 +114,4 @@ def tied(tensor: Tensor, anchor: Tensor) -> Tensor:
     Tied to the input embeddings, it comes last in the backward pass, where the audio's gradient comes too: all
     processes then run the same collectives in the same order.
     """
-    return tensor if anchor.grad_fn is None else _Tied.apply(tensor, anchor)
+    return _Tied.apply(tensor, anchor) if anchor.requires_grad else tensor

@@ -61,7 +61,7 @@ class Guard:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.handle.is_attached():
             return None
         if module is not self.handle.model:
             raise RuntimeError(

@@ -105,6 +105,10 @@ def test_it_is_a_submodule_until_detach():
     twin = copy.deepcopy(model)
     twin._palkernels_handle.connector.linear_1.weight.zero_()
     assert given.linear_1.weight.any()
+    twin._palkernels_handle.detach()
+    assert list(twin.state_dict()) == list(stock)
+    assert not twin._forward_pre_hooks
+    assert model._forward_pre_hooks
     with pytest.raises(ValueError, match="must be detached before a connector"):
         attach(model, connector=connector())
     handle.detach()
@@ -228,6 +232,20 @@ def test_a_batch_without_audio_gives_it_gradients_of_zero(checkpointing):
     assert all(not parameter.grad.any() for parameter in handle.connector.parameters())
     model.eval()
     assert torch.equal(model(ids).logits, stock.eval()(ids).logits)
+
+
+def test_compiled_whole():
+    """With the connector in the graph, and without audio."""
+    model, _, batches = with_connector()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for batch in batches:
+        results = []
+        for run in (model, compiled):
+            model.zero_grad()
+            run(**batch, labels=batch["input_ids"]).loss.backward()
+            results.append([parameter.grad for parameter in model.parameters()])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2", "fsdp2 apart"])
