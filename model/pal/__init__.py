@@ -1,6 +1,7 @@
 """The whole audio LLM, by Hugging Face's conventions: config, model, processor. Importing it tells the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from palkernels.model.pal.configuration_pal import PalConfig
 from palkernels.model.pal.modeling_pal import PalForConditionalGeneration
@@ -12,3 +13,5 @@ AutoConfig.register(PalConfig.model_type, PalConfig)
 AutoModel.register(PalConfig, PalForConditionalGeneration)
 AutoModelForMultimodalLM.register(PalConfig, PalForConditionalGeneration)
 AutoProcessor.register(PalConfig, PalProcessor)
+# By this table of names the Trainer knows that a label is the token before which it stands, where it smooths labels.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(PalConfig.model_type, PalForConditionalGeneration.__name__)
