@@ -156,8 +156,9 @@ class AudioState:
 
     @property
     def checks_values(self) -> bool:
-        """Whether the state has looked at values: on another device that would wait for everything queued there."""
-        return self.device.type == "cpu"
+        """Whether the state has looked at values: on another device that would wait for everything queued there, and
+        ``torch.compile`` has none."""
+        return self.device.type == "cpu" and not torch.compiler.is_compiling()
 
     @property
     def batch_size(self) -> int:

@@ -169,7 +169,8 @@ def _cached(arguments: Mapping[str, Any]) -> int:
 def _first_column(arguments: Mapping[str, Any]) -> int:
     """Return the column of a prompt's first token: 0 where it is the whole conversation, more where the mask is longer,
     and the ids are the new tokens."""
-    mask, prompt = arguments.get("attention_mask"), prompt_of(arguments)
+    mask: Any = arguments.get("attention_mask")
+    prompt: Any = prompt_of(arguments)
     new = isinstance(mask, Tensor) and mask.ndim == 2 and arguments.get("inputs_embeds") is None
     return max(mask.shape[1] - prompt.shape[1], 0) if new else 0
 

@@ -15,7 +15,7 @@ from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.pal.clips import Clips
 from palkernels.model.pal.placeholders import Placeholders, mismatch, put_in_place
 
-__all__ = ["IGNORED", "Hearing", "Kept", "Step", "check_placeholders", "recall", "step_of", "tied"]
+__all__ = ["IGNORED", "Hearing", "Kept", "Step", "check_placeholders", "labels_of", "recall", "step_of", "tied"]
 
 IGNORED = -100  # a label that the loss passes over
 
@@ -188,6 +188,13 @@ def step_of(
     if not new or tokens is None:
         return Step(audio=hearing.state, memory=memory)
     return Step(tokens.states, placeholders.numbers()[:, -places.shape[1] :], hearing.state, memory)
+
+
+def labels_of(labels: Tensor | None, shifted: Tensor | None) -> Tensor | None:
+    """Return the labels (B, T) that the loss counts: where some come already shifted, those, by their own tokens."""
+    if shifted is None:
+        return labels
+    return torch.nn.functional.pad(shifted[:, :-1], (1, 0), value=IGNORED)
 
 
 def tied(outputs: Any, parameters: Sequence[nn.Parameter]) -> Any:

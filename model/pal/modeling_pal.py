@@ -21,7 +21,7 @@ from palkernels.model.causal_lm.support import base_model
 from palkernels.model.pal.clips import AudioFeatures
 from palkernels.model.pal.configuration_pal import PalConfig
 from palkernels.model.pal.generation import LISTEN, STEP, current, generation_of
-from palkernels.model.pal.hearing import tied
+from palkernels.model.pal.hearing import labels_of, tied
 from palkernels.model.pal.inputs import AudioInputs
 from palkernels.model.pal.listening import Listener
 from palkernels.model.pal.parts import (
@@ -36,7 +36,7 @@ from palkernels.model.pal.parts import (
 __all__ = ["PalForConditionalGeneration"]
 
 # Keywords that pass through forward besides those of transformers and of the language model.
-PASSED_ON = frozenset({"return_dict", "token_type_ids", "cache_position"})
+PASSED_ON = frozenset({"return_dict", "token_type_ids", "cache_position", "shift_labels"})
 
 
 class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -244,7 +244,7 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         self._check_keywords({**kwargs, **({} if cache is None else {"cache": cache})})
         cache = cache_of({"past_key_values": past_key_values, "cache": cache})
         if step is None:
-            step = self.step(input_ids, inputs_embeds, audio, cache, labels)
+            step = self.step(input_ids, inputs_embeds, audio, cache, labels_of(labels, kwargs.get("shift_labels")))
         arguments = step.texts(self.get_input_embeddings(), input_ids, inputs_embeds)
         optional = {
             "attention_mask": attention_mask,

@@ -100,6 +100,12 @@ def batch_of_two(model):
     return batch_of(model, [f"hear {AUDIO_TOKEN}: what?", f"{AUDIO_TOKEN} then"], [tone(), tone(300)])
 
 
+def labelled(batch):
+    """A batch with labels at every token of the text: neither at padding nor at placeholders."""
+    text = (batch["attention_mask"] != 0) & (batch["input_ids"] != AUDIO_ID)
+    return batch | {"labels": batch["input_ids"].masked_fill(~text, -100)}
+
+
 def logits(model, batch):
     with torch.no_grad():
         return model(**batch).logits

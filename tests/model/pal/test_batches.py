@@ -12,6 +12,7 @@ from support.audio_llm import (
     build_mixed,
     build_pal,
     entry,
+    labelled,
     processor_of,
     three_clips,
     tone,
@@ -72,12 +73,31 @@ def test_one_clip_per_text_needs_no_index(integration):
         assert torch.equal(model(**plain).logits, want)
 
 
-def test_labels_of_placeholders_do_not_count():
+def test_placeholders_have_no_labels():
+    """Whoever counts or smooths labels outside the model would count what it passes over within: they are refused."""
     model = build_pal(entry("whisper", "plits"))
     batch = batch_of(model, [f"a {AUDIO_TOKEN} b", f"{AUDIO_TOKEN} c"], [tone(), tone(200)])
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    text = batch["attention_mask"] != 0
+    with pytest.raises(ValueError, match=r"labels must be -100 at placeholders, got others: labels.masked_fill"):
+        model(**batch, labels=batch["input_ids"].masked_fill(~text, -100))
+    shifted = torch.nn.functional.pad(batch["input_ids"][:, 1:], (0, 1), value=-100)
+    with pytest.raises(ValueError, match=r"labels must be -100 at placeholders"):
+        model(**batch, shift_labels=shifted)
     with torch.no_grad():
-        found = model(**batch, labels=labels)
-        shifted = labels.masked_fill(labels == AUDIO_ID, -100)[:, 1:]
-        want = torch.nn.functional.cross_entropy(found.logits[:, :-1].flatten(0, 1), shifted.flatten())
+        found = model(**labelled(batch))
+        labels = batch["input_ids"].masked_fill(~text | (batch["input_ids"] == AUDIO_ID), -100)[:, 1:]
+        want = torch.nn.functional.cross_entropy(found.logits[:, :-1].flatten(0, 1), labels.flatten())
     torch.testing.assert_close(found.loss, want)
+
+
+def test_clips_in_the_order_of_their_placeholders_need_no_index():
+    """Texts with as many placeholders as their clips have tokens, in order, say by themselves which clips they hear."""
+    model = build_pal(entry("whisper", "plits"), entry("sslam"), dtype=torch.float64)
+    clips = [tone(), tone(300, 0.04), tone(200, 0.3)]
+    for texts in (TEXTS, [f"{AUDIO_TOKEN} {AUDIO_TOKEN}", "none", f"{AUDIO_TOKEN}"], TEXTS[:2]):
+        batch = batch_of(model, texts, clips)
+        with torch.no_grad():
+            assert torch.equal(model(**batch | {"audio_index": None}).logits, model(**batch).logits)
+    batch = batch_of(model, [f"{AUDIO_TOKEN} {AUDIO_TOKEN}", f"{AUDIO_TOKEN}"], clips[:1] * 3)  # one clip, heard thrice
+    with pytest.raises(ValueError, match="audio_index must be given for 1 clips and 2 texts"):
+        model(**batch | {"audio_index": None})

@@ -9,6 +9,7 @@ from support.audio_llm import AUDIO_TOKEN, TEXTS, batch_of, build_pal, entry, op
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from palkernels.model import attach
+from palkernels.model.causal_lm.caches import cache_of
 
 ENTRIES = {
     "lal": ([entry("whisper")], {}),
@@ -17,7 +18,7 @@ ENTRIES = {
     "plits+lal": ([entry("whisper", "plits"), entry("sslam")], {"projection": "per_layer", "layers": [1, 2]}),
     "plits+flamingo": ([entry("whisper", "plits"), entry("sslam", "flamingo")], {"flamingo": {"every": 2}}),
 }
-STEPS = 6
+STEPS = 5
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None}
 PROMPT, CLIPS = [f"hear {AUDIO_TOKEN}: what, and {AUDIO_TOKEN}? then"], [tone(), tone(300, 0.04)]
 
@@ -171,7 +172,7 @@ def by_hand(model, input_ids, generation_config, **settings):
     settings.pop("logits_processor"), settings.pop("stopping_criteria")
     for step in range(STEPS):
         if step:
-            settings["past_key_values"].batch_repeat_interleave(2)
+            cache_of(settings).batch_repeat_interleave(2)
         grown = {name: x.repeat_interleave(2, 0) if isinstance(x, torch.Tensor) else x for name, x in settings.items()}
         inputs = model.prepare_inputs_for_generation(
             input_ids.repeat_interleave(2, 0), next_sequence_length=1 if step else None, is_first_iteration=not step,
@@ -179,7 +180,7 @@ def by_hand(model, input_ids, generation_config, **settings):
         )  # fmt: skip
         outputs = model(**inputs, return_dict=True)
         settings = model._update_model_kwargs_for_generation(outputs, settings)
-        settings["past_key_values"].batch_select_indices(torch.arange(1, 2 * len(input_ids), 2))
+        cache_of(settings).batch_select_indices(torch.arange(1, 2 * len(input_ids), 2))
         input_ids = torch.cat([input_ids, outputs.logits[1::2, -1:].argmax(-1)], dim=1)
     return input_ids
 
@@ -259,7 +260,7 @@ def grown(batch, prompt, answer):
     return batch | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "insert_at": insert_at}
 
 
-def cache_of(model, kind):
+def new_cache(model, kind):
     config = model.config.text_config
     return StaticCache(config=config, max_cache_len=80) if kind == "static" else DynamicCache(config=config)
 
@@ -273,7 +274,7 @@ def text_of(batch):
 def test_a_conversation_goes_on(name, kind):
     """With a second clip or without, by the whole conversation's ids or by its new ones, and in a copy of the cache."""
     model, start, more, plain = conversation(name)
-    cache = cache_of(model, kind)
+    cache = new_cache(model, kind)
     begun = model.generate(**start, **GREEDY | {"max_new_tokens": 3}, past_key_values=cache)
     prompt = start["input_ids"].shape[1]
     answer, cached = begun[:, prompt:], int(cache.get_seq_length())

@@ -8,6 +8,7 @@ from support.audio_llm import (
     batch_of_two,
     build_pal,
     entry,
+    labelled,
     logits,
     processor_of,
     tone,
@@ -21,7 +22,7 @@ def test_what_is_trained():
     def gradients(**settings):
         model = build_pal(entry("whisper", "plits"), entry("sslam"), **settings).train()
         batch = batch_of_two(model)
-        model(**batch, labels=batch["input_ids"]).loss.backward()
+        model(**labelled(batch)).loss.backward()
         return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
     plain, encoders, ffn = gradients(), gradients(freeze_encoders=False), gradients(freeze_ffn=True)
@@ -51,7 +52,7 @@ def test_lora_on_the_language_model(tmp_path):
     assert not torch.allclose(got, plain)
     assert torch.equal(got, logits(inside, batch))
     assert torch.equal(wrapped.generate(**batch, **settings), inside.generate(**batch, **settings))
-    wrapped.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    wrapped.train()(**labelled(batch)).loss.backward()
     grads = [name for name, x in wrapped.named_parameters() if x.grad is not None and x.grad.abs().max() > 0]
     assert sum("lora_B" in name for name in grads) == 9
     for model in (wrapped, inside):
@@ -78,7 +79,7 @@ def test_lora_on_the_whole_model(tmp_path):
     )
     adapted = get_peft_model(build_pal(*entries), lora)
     batch = batch_of_two(adapted.base_model.model)
-    adapted(**batch, labels=batch["input_ids"]).loss.backward()
+    adapted(**labelled(batch)).loss.backward()
     trained = [name for name, parameter in adapted.named_parameters() if parameter.grad is not None]
     assert {("lora" in name, "multi_modal_projector" in name) for name in trained} == {(True, False), (False, True)}
     for parameter in adapted.base_model.model.multi_modal_projector.parameters():
@@ -97,7 +98,7 @@ def test_gradient_checkpointing(entries):
         if checkpoint:
             model.gradient_checkpointing_enable()
         batch = batch_of_two(model)
-        model(**batch, labels=batch["input_ids"]).loss.backward()
+        model(**labelled(batch)).loss.backward()
         return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
 
     plain, again = gradients(False), gradients(True)
@@ -176,7 +177,7 @@ def test_the_trainer_with_texts_and_clips(tmp_path):
     def collate_texts(rows):
         texts, clips = [row["text"] for row in rows], [row["clips"] for row in rows]
         batch = processor(texts, clips, 16_000, padding_side="right")
-        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+        return labelled(dict(batch))
 
     arguments = TrainingArguments(
         tmp_path, max_steps=2, per_device_train_batch_size=4, save_steps=2, eval_strategy="steps", eval_steps=1,
