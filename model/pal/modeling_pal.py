@@ -31,6 +31,7 @@ from palkernels.model.pal.parts import (
     entries_with_tower_configs,
     keep_weights,
     reset_weights,
+    with_attention_of_encoders,
 )
 
 __all__ = ["PalForConditionalGeneration"]
@@ -107,13 +108,10 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a model as transformers does, from safetensors unless ``use_safetensors`` says otherwise.
-
-        Loading forgets what is frozen; what the config says is so again.
-        """
+        """Load a model as transformers does, from safetensors unless ``use_safetensors`` says otherwise."""
         loaded = super().from_pretrained(*args, **{"use_safetensors": True, **kwargs})
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-        model._freeze()
+        model._freeze()  # loading forgets it
         return loaded
 
     @classmethod
@@ -139,8 +137,10 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
             TypeError, ValueError: the parts do not fit each other.
         """
         encoders = entries_with_tower_configs(encoders, towers)
+        settings, attn_implementation = with_attention_of_encoders(settings)
         config = PalConfig(text_config=language_model.config, encoders=encoders, **settings)
         model = cls(config, language_model, towers)
+        model.set_attn_implementation(attn_implementation)
         model.generation_config = copy.deepcopy(language_model.generation_config)
         for part in (model.audio_tower, model.multi_modal_projector, model.layer_projector):
             part.to(device=language_model.device, dtype=language_model.dtype)

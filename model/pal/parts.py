@@ -21,7 +21,8 @@ from palkernels.model.pal.configuration_pal import PalConfig, attention_by_part
 
 __all__ = [
     "build_connectors", "build_towers", "by_entry", "choose_attention", "connect", "entries_with_tower_configs",
-    "keep_weights", "outline_connectors", "reset_weights", "tower_settings", "without_padding",
+    "keep_weights", "outline_connectors", "reset_weights", "tower_settings", "with_attention_of_encoders",
+    "without_padding",
 ]  # fmt: skip
 
 Item = TypeVar("Item")
@@ -127,6 +128,14 @@ def _build_connector(entry: dict[str, Any], input_sizes: list[int], hidden_size:
     return CONNECTORS[entry["connector"]["type"]](**{**widths, "hidden_size": hidden_size, **settings})
 
 
+def with_attention_of_encoders(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a config's settings, whose ``attn_implementation`` asks nothing of a language model that is there already,
+    and what it asks of all parts: a config would change the language model before another part refuses."""
+    names = attention_by_part(settings.get("attn_implementation") or {})
+    settings = {name: value for name, value in settings.items() if name != "attn_implementation"}
+    return settings | ({"attn_implementation": {"encoders": names["encoders"]}} if "encoders" in names else {}), names
+
+
 def choose_attention(
     model: PreTrainedModel,
     language_model: PreTrainedModel,
@@ -140,6 +149,8 @@ def choose_attention(
         ValueError, ImportError: A part has no such implementation. All of them attend as before.
     """
     names, config = attention_by_part(attn_implementation), model.config
+    if not names:
+        return
     own = names.get("", config._attn_implementation)
     own = model._check_and_adjust_attn_implementation(own, allow_all_kernels=allow_all_kernels)
     before = [part.attn_implementation for part in parts]

@@ -144,6 +144,15 @@ def test_from_parts():
     )
     assert names(model) == everywhere("eager")
     assert model.audio_tower[0] is towers[0]
+    language_model = AutoModelForCausalLM.from_config(text_config("gemma2"))
+    with pytest.raises(ValueError, match="one that ClapTower has, got 'sdpa'"):
+        PalForConditionalGeneration.from_parts(language_model, [entry("clap")], attn_implementation="sdpa")
+    assert language_model.config._attn_implementation == "eager"
+    assert not hasattr(language_model, "_palkernels_handle")
+    language_model = AutoModelForCausalLM.from_config(text_config())
+    eager = {"text_config": "eager"}
+    model = PalForConditionalGeneration.from_parts(language_model, [entry("whisper")], attn_implementation=eager)
+    assert names(model) == ["sdpa", "eager", "sdpa", None]
 
 
 def test_a_choice_is_not_saved(tmp_path):
