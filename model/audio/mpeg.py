@@ -92,7 +92,7 @@ def inspect_mpeg(file: BinaryIO, start: int, name: str) -> Inspection | None:
     # Encoders differ on whether the tag's frame counts.
     if stated and walk.frames < stated and walk.incomplete:
         raise cut_short(name, f"{walk.frames} of {stated} frames and a part of one")
-    if stated and walk.frames <= stated + 1:
+    if walk.frames == 0 or (stated and walk.frames <= stated + 1):
         return Inspection()  # what is missing shows when it is decoded
     if walk.incomplete:
         raise cut_short(name, "its last frame is incomplete")

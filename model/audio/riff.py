@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import BinaryIO
 
-from palkernels.model.audio.inspection import Inspection, cut_short
+from palkernels.model.audio.inspection import Inspection, convert_with, cut_short
 from palkernels.model.audio.limits import AudioError
 
 __all__ = ["inspect_riff", "is_riff"]
@@ -15,6 +15,7 @@ UNKNOWN_SIZE = 0x7FFF_0000  # From here on it is what programs write that stream
 MAX_REST = 4_096  # bytes behind the samples that are taken for something else than samples
 MAX_CHUNKS = 1_000  # Real files have a handful.
 KNOWN_CHUNKS = (b"fmt ", b"data", b"fact", b"LIST", b"bext", b"JUNK", b"junk", b"PAD ", b"cue ", b"smpl", b"id3 ")
+MPEG, EXTENSIBLE = (0x50, 0x55), 0xFFFE  # encodings: the length of the first two libsndfile guesses
 TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBE")  # which taggers of MP3 files put behind any file
 
 
@@ -46,6 +47,8 @@ def inspect_riff(file: BinaryIO, size: int, name: str) -> Inspection:
             if long_size is not None:  # libsndfile goes by it, whatever the chunk itself says
                 length = long_size
             return _inspect_samples(file, size, name, order, at, length, long_size is not None, unpadded)
+        if kind == b"fmt " and _encoding(_read(file, at, 26), order) in MPEG:
+            raise AudioError(f"{name} must be WAV, FLAC, OGG or MP3, got MP3 in a WAV file: {convert_with('wav')}")
         if kind == b"ds64" and length >= 16:
             long_size = int(struct.unpack(order + "Q", _read(file, at + 8, 8).ljust(8, b"\0"))[0])
         at += length
@@ -80,6 +83,12 @@ def _inspect_samples(
     if size - end > MAX_REST:  # the header may have been written too early
         raise AudioError(f"{name} must state its length, got {rest}")
     return Inspection(f"{rest}, which are left out")
+
+
+def _encoding(format: bytes, order: str) -> int:
+    """Return the number of the samples' encoding, by the first 26 bytes of the chunk that describes it."""
+    number, extended = (int.from_bytes(format[at : at + 2], "little" if order == "<" else "big") for at in (0, 24))
+    return extended if number == EXTENSIBLE else number
 
 
 def _is_unpadded(file: BinaryIO, at: int) -> bool:

@@ -136,3 +136,17 @@ def test_too_many_chunks(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(wav(chunk(b"junk", b"") * 1_000, chunk(b"data", DATA)))
     assert refusal(path).endswith("must have its samples in the first 1000 chunks, got none there")
+
+
+def test_mp3_in_a_wav_file(tmp_path: Path) -> None:
+    """libsndfile reads it, and guesses its length as it does without a tag."""
+    path = tmp_path / "a"
+    data = write(path, np.concatenate([0.001 * noise(4.0), noise(4.0)]), format="MP3").read_bytes()
+    frames = data[data.index(data[:2], 64) :]
+    plain = struct.pack("<HHIIHHHHIHHH", 0x55, 1, RATE, 4000, 1, 0, 12, 1, 2, 144, 1, 1393)
+    path.write_bytes(chunk(b"RIFF", b"WAVE" + chunk(b"fmt ", plain) + chunk(b"data", frames)))
+    message = "must be WAV, FLAC, OGG or MP3, got MP3 in a WAV file: ffmpeg -i in.wav out.wav converts it"
+    assert refusal(path).endswith(message)
+    extended = struct.pack("<HHIIHHHHI", 0xFFFE, 1, RATE, 4000, 1, 0, 22, 0, 4) + struct.pack("<H", 0x55) + bytes(14)
+    path.write_bytes(chunk(b"RIFF", b"WAVE" + chunk(b"fmt ", extended) + chunk(b"data", frames)))
+    assert refusal(path).endswith(message)
