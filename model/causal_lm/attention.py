@@ -44,7 +44,9 @@ def lal_attention_forward(
     Returns:
         The output (B, T, Hq, D), and None for the attention weights, which the kernels do not form.
     """
-    if lal_request is None:
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    sees_no_audio = lal_request is not None and layer not in lal_request.selected  # it is ours for packed texts alone
+    if lal_request is None or (sees_no_audio and lal_request.plan.packing is None):
         if kwargs.get("audio") is not None:
             raise ValueError(
                 "audio must be given to the attached causal LM itself, got it in a call of another module, or of a "
@@ -65,7 +67,6 @@ def lal_attention_forward(
                 f"{name} must not be given with audio: the kernels are causal over whole rows, packed ones are told by "
                 "position_ids"
             )
-    layer: int = module.layer_idx  # type: ignore[assignment]
     settings: dict[str, Any] = {
         "scale": scaling,
         "softcap": softcap,
@@ -74,9 +75,12 @@ def lal_attention_forward(
     }
     if lal_request.plan.packing is not None:
         texts = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
-        keywords: dict[str, Any] = {**vars(lal_request.packed_span()), **settings}
-        packed_out = lal_attention_varlen(texts[0], texts[1], texts[2], *lal_request.packed_audio_kv(layer), **keywords)
-        lal_request.consumed.add(layer)
+        keywords: dict[str, Any] = {**vars(lal_request.packed_span(sees_no_audio)), **settings}
+        packed_out = lal_attention_varlen(
+            texts[0], texts[1], texts[2], *lal_request.packed_audio_kv(layer, texts[1]), **keywords
+        )
+        if not sees_no_audio:
+            lal_request.consumed.add(layer)
         return packed_out.unsqueeze(0), None
 
     layout, span = lal_request.plan.layout, lal_request.key_span(key.shape[2])
