@@ -76,6 +76,10 @@ class LalHandle(Attached):
             self._take_attention(index)
         patch(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies and pickles which functions the layers run: a copy looks at its own, once."""
+        return {**vars(self), "_forwards": {}}
+
     def _take_attention(self, index: int) -> None:
         """Give one layer's attention a config that names our attention function."""
         attention: Any = self.decoder_layers[index].self_attn
@@ -255,7 +259,7 @@ class LalHandle(Attached):
                 raise RuntimeError("a model that was attached without values must run with audio before it is compiled")
             return
         forwards = {index: forwards_of(self.decoder_layers[index]) for index in self.selected}
-        replaced = [index for index in self.selected if forwards[index] != self._forwards[index]]
+        replaced = [index for index in self.selected if forwards[index] != self._forwards.get(index)]
         for index in sorted({*unchecked, *replaced}):
             try:
                 checks[index] = check_layer(self.model, self.decoder_layers[index], index, self.rotary)
