@@ -44,7 +44,10 @@ def lal_attention_forward(
     Returns:
         The output (B, T, Hq, D), and None for the attention weights, which the kernels do not form.
     """
-    if lal_request is None:
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    request: LalRequest | None = None if lal_request is None else lal_request.request  # type: ignore[assignment]
+    sees_no_audio = request is not None and layer not in request.selected  # it is ours for packed texts alone
+    if request is None or (sees_no_audio and request.plan.packing is None):
         if kwargs.get("audio") is not None:
             raise ValueError(
                 "audio must be given to the attached causal LM itself, got it in a call of another module, or of a "
@@ -56,7 +59,6 @@ def lal_attention_forward(
         stock = _stock_attention(module)
         return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
-    request: LalRequest = lal_request.request  # type: ignore[assignment]
     if dropout:
         raise ValueError(f"attention dropout must be 0 with audio: the kernels do not drop out, got {dropout}")
     for name in UNSUPPORTED_KEYWORDS:
@@ -66,13 +68,14 @@ def lal_attention_forward(
                 f"{name} must not be given with audio: the kernels are causal over whole rows, packed ones are told by "
                 "position_ids"
             )
-    layer: int = module.layer_idx  # type: ignore[assignment]
     settings: dict[str, Any] = {"scale": scaling, "softcap": softcap, "window": sliding_window, "impl": request.impl}
     if request.plan.packing is not None:
         texts = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
-        keywords: dict[str, Any] = {**vars(request.packed_span()), **settings}
-        packed_out = lal_attention_varlen(texts[0], texts[1], texts[2], *request.packed_audio_kv(layer), **keywords)
-        request.consumed.add(layer)
+        keywords: dict[str, Any] = {**vars(request.packed_span(sees_no_audio)), **settings}
+        audio = request.packed_audio_kv(layer, texts[1])
+        packed_out = lal_attention_varlen(texts[0], texts[1], texts[2], *audio, **keywords)
+        if not sees_no_audio:
+            request.consumed.add(layer)
         return packed_out.unsqueeze(0), None
 
     layout, span = request.plan.layout, request.key_span(key.shape[2])

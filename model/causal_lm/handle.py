@@ -74,13 +74,38 @@ class LalHandle(Attached):
         self._forwards = {index: forwards_of(layers[index]) for index in self.selected}
         self._stock_configs: dict[int, Any] = {}
         for index in self.selected:
-            attention: Any = layers[index].self_attn
-            self._stock_configs[index] = attention.config
-            config_with_audio = copy.copy(attention.config)
-            setattr(config_with_audio, STOCK_CONFIG, attention.config)
-            config_with_audio._attn_implementation = ATTENTION_NAME
-            attention.config = config_with_audio
+            self._take_attention(index)
         patch(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies and pickles which functions the layers run: a copy looks at its own, once."""
+        return {**vars(self), "_forwards": {}}
+
+    def _take_attention(self, index: int) -> None:
+        """Give one layer's attention a config that names our attention function."""
+        attention: Any = self.decoder_layers[index].self_attn
+        self._stock_configs[index] = attention.config
+        config = copy.copy(attention.config)
+        setattr(config, STOCK_CONFIG, attention.config)
+        config._attn_implementation = ATTENTION_NAME
+        attention.config = config
+
+    def _take_other_attention(self) -> None:
+        """Let layers that see no audio attend to packed texts, too, for which stock functions would need a mask.
+
+        Raises:
+            ValueError: a layer's attention is more than ours.
+        """
+        for index, layer in enumerate(self.decoder_layers):
+            if index in self._stock_configs:
+                continue
+            try:
+                check_layer(self.model, layer, index, self.rotary)
+            except ValueError as error:
+                raise ValueError(
+                    f"packed sequences must be given to layers that are all like Llama's: {error}"
+                ) from error
+            self._take_attention(index)
 
     def detach(self) -> None:
         if not self.is_attached():
@@ -160,6 +185,7 @@ class LalHandle(Attached):
     def prepared(self, request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
         self.check_layers()
         if request.plan.packing is not None:
+            self._take_other_attention()
             # A mask of four dimensions is taken as it is, so that transformers makes none; no layer looks at it.
             mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=request.texts.device)
             arguments = arguments | {"attention_mask": mask, "use_cache": False}
@@ -177,7 +203,7 @@ class LalHandle(Attached):
             rotated=rotated,
             training=self.model.training,
             rope_by_length=rotated and self.rotary.depends_on_length,
-            packable=len(self.selected) == len(self.decoder_layers),
+            packable=True,
         )
         if plan.holes:
             self.check_holes(texts, keep=keep)
@@ -234,7 +260,7 @@ class LalHandle(Attached):
                 raise RuntimeError("a model that was attached without values must run with audio before it is compiled")
             return
         forwards = {index: forwards_of(self.decoder_layers[index]) for index in self.selected}
-        replaced = [index for index in self.selected if forwards[index] != self._forwards[index]]
+        replaced = [index for index in self.selected if forwards[index] != self._forwards.get(index)]
         for index in sorted({*unchecked, *replaced}):
             try:
                 checks[index] = check_layer(self.model, self.decoder_layers[index], index, self.rotary)

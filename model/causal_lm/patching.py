@@ -244,9 +244,10 @@ class AudioSave(PatchedMethod):
     takes_audio = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = self.by_name(args, kwargs)
-        if self.handle.is_attached() and self.handle.parts is not None and arguments.get("is_main_process", True):
-            self.handle.save_parts(arguments["save_directory"], arguments.get("state_dict"))
+        arguments, handle = self.by_name(args, kwargs), self.handle
+        directory, is_main = arguments.get("save_directory"), arguments.get("is_main_process", True)
+        if handle.is_attached() and handle.parts is not None and directory is not None and is_main:
+            handle.save_parts(directory, arguments.get("state_dict"))
         return self.stock(args, kwargs)
 
 

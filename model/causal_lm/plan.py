@@ -232,7 +232,7 @@ def _packed_positions(state: AudioState, texts: Texts, *, rope_by_length: bool, 
     if texts.batch != 1 or not isinstance(position_ids, Tensor) or texts.prompt is not None or texts.copies > 1:
         raise ValueError(rows)
     reasons = {
-        "the model's layers must all take audio by LAL": not packable,
+        "audio must enter by LAL": not packable,
         "attention_mask must be None": texts.mask is not None,
         "past_key_values must be None or empty": not isinstance(texts.num_cached, int) or texts.num_cached > 0,
         "use_cache must not be True": texts.use_cache is True,

@@ -125,7 +125,7 @@ class LalRequest(Request):
     recompute: bool  # whether K and V are projected again for the backward pass, not kept
     norm_offset: float | None  # of audio_kv, where it takes the layers' weights; None: the modules are called
     _spans: dict[int, KeySpan] = field(default_factory=dict, init=False)  # by the length of a layer's keys
-    _packed_span: PackedSpan | None = field(default=None, init=False)
+    _packed_spans: dict[bool, PackedSpan] = field(default_factory=dict, init=False)  # by whether it is without audio
 
     def positions(self) -> Tensor:
         return self.plan.positions(self.texts, shifted=self.shifted)
@@ -170,11 +170,18 @@ class LalRequest(Request):
         visible_from = None if insert_at is None else insert_at + text_start.unsqueeze(1)
         return KeySpan(text_start, None, visible_from, order)
 
-    def packed_span(self) -> PackedSpan:
-        """Return what lies where in packed texts and their audio: once per forward."""
-        if self._packed_span is None:
-            self._packed_span = self._make_packed_span(cast(Packing, self.plan.packing))
-        return self._packed_span
+    def packed_span(self, without_audio: bool = False) -> PackedSpan:
+        """Return what lies where in packed texts and their audio, or in texts without audio: made once per forward."""
+        if without_audio not in self._packed_spans:
+            packing = cast(Packing, self.plan.packing)
+            if without_audio:
+                span = PackedSpan(
+                    packing.cu_seqlens, torch.zeros_like(packing.cu_seqlens), packing.longest, 0, None, None
+                )
+            else:
+                span = self._make_packed_span(packing)
+            self._packed_spans[without_audio] = span
+        return self._packed_spans[without_audio]
 
     def _make_packed_span(self, packing: Packing) -> PackedSpan:
         layout, tokens = self.plan.layout, self.state.num_tokens
@@ -192,8 +199,13 @@ class LalRequest(Request):
         cu_audio = torch.arange(texts + 1, device=packing.lengths.device) * tokens
         return PackedSpan(packing.cu_seqlens, cu_audio, packing.longest, tokens, index, visible_from)
 
-    def packed_audio_kv(self, index: int) -> AudioKV:
-        """Return K and V of the audio in one layer, rows one after another: (P * N, Hkv, D)."""
+    def packed_audio_kv(self, index: int, text_key: Tensor) -> AudioKV:
+        """Return K and V of the audio in one layer, rows one after another: (P * N, Hkv, D).
+
+        A layer that sees no audio gets no rows, like its text's keys (T, Hkv, D).
+        """
+        if index not in self.selected:
+            return text_key[:0], text_key[:0]
         rows = self.plan.layout.index if self.packed_span().audio_visible_from is not None else None
         key, value = (x if rows is None else x.index_select(0, rows) for x in self.audio_kv(index))
         return key.transpose(1, 2).flatten(0, 1), value.transpose(1, 2).flatten(0, 1)

@@ -6,10 +6,11 @@ from support.attached import KINDS, LENGTHS, audio_state, batch, texts
 from support.oracles import build
 from transformers import DataCollatorWithFlattening, DynamicCache, masking_utils
 
-from palkernels.model import AudioState, LalConfig, attach
+from palkernels.model import AudioState, LalConfig, attach, attach_flamingo
 from palkernels.model.causal_lm import attention
 
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0)
+LAYERS = {"qwen2": (1, 2), "qwen2-window": (0,), "gemma3": (1,)}  # the others: all
 CASES = [
     *(("llama", rope, kind, "sdpa") for rope in ("sequence", "none") for kind in KINDS),
     ("llama", "sequence", "shared, inserted", "triton"),
@@ -17,6 +18,8 @@ CASES = [
     ("mistral-window", "sequence", "two clips", "sdpa"),
     ("gemma2", "sequence", "inserted", "sdpa"),
     ("gemma3", "none", "shared, inserted", "sdpa"),
+    ("qwen2", "sequence", "per layer", "sdpa"),
+    ("qwen2-window", "sequence", "inserted", "sdpa"),
     ("phi3", "sequence", "lengths", "sdpa"),
 ]
 
@@ -28,9 +31,10 @@ def packed():
 def run(family, rope, impl, kind, arguments, mask=None):
     """Logits of all tokens, and gradients of states and weights, in float64."""
     model = build(family, torch.float64).train()
-    attach(model, LalConfig(rope=rope, impl=impl))
-    state = audio_state(kind, torch.float64)
-    leaves = [state.states] if isinstance(state.states, torch.Tensor) else state.states
+    layers = LAYERS.get(family, "all")
+    attach(model, LalConfig(layers, rope, impl))
+    state = audio_state(kind, torch.float64, layers)
+    leaves = [state.states] if isinstance(state.states, torch.Tensor) else [x for x in state.states if x is not None]
     for leaf in leaves:
         leaf.requires_grad_()
     logits = model(**arguments, audio=state).logits
@@ -131,14 +135,32 @@ def test_what_packed_texts_cannot_have():
         model.generate(**packed(), audio=audio_state("prefix", torch.float32), max_new_tokens=1)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (LalConfig(layers=(1, 2)), "for packed sequences the model's layers must all take audio by LAL"),
-        (LalConfig(recompute_audio_kv=True), "recompute_audio_kv must be False with packed sequences"),
-    ],
-)
-def test_settings_that_packed_texts_cannot_have(config, message):
+@torch.no_grad()
+def test_layers_without_audio_stay_stock():
+    """A packed forward lends them our attention; other forwards, and detach, are as before."""
     model = build("llama")
-    attach(model, config)
-    refused(message, model)
+    _, padded, mask = batch(texts(), "left")
+    stock = model(padded, attention_mask=mask).logits
+    handle = attach(model, LalConfig(layers=(1,)))
+    with_audio = model(padded, attention_mask=mask, audio=audio_state("inserted", torch.float32)).logits
+    model(**packed(), audio=audio_state("prefix", torch.float32))
+    assert torch.equal(model(padded, attention_mask=mask).logits, stock)
+    again = model(padded, attention_mask=mask, audio=audio_state("inserted", torch.float32)).logits
+    assert torch.equal(again, with_audio)
+    configs = [layer.self_attn.config for layer in model.model.layers]
+    handle.detach()
+    assert all(layer.self_attn.config is model.config for layer in model.model.layers)
+    assert all(config is not model.config for config in configs)
+
+
+def test_what_cannot_be_packed():
+    model = build("llama")
+    attach(model, LalConfig(recompute_audio_kv=True))
+    refused("recompute_audio_kv must be False with packed sequences", model)
+    model = build("llama")
+    attach_flamingo(model, 1)
+    refused("for packed sequences audio must enter by LAL", model)
+    model = build("llama")
+    attach(model, LalConfig(layers=(1,)))
+    model.model.layers[2].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    refused("packed sequences must be given to layers that are all like Llama's: .* 0 times", model)
