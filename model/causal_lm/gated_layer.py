@@ -101,7 +101,17 @@ class GatedLayer(nn.Module):
         """
         query = self._heads(self.q_proj(self.attention_norm(hidden)))
         unseen = query.detach()  # lal_attention must be given the text's keys
-        attended = lal_attention(query, unseen, unseen, *audio_kv, impl=self.impl, **vars(mask))
+        attended = lal_attention(
+            query,
+            unseen,
+            unseen,
+            *audio_kv,
+            audio_lengths=mask.audio_lengths,
+            audio_index=mask.audio_index,
+            audio_visible_from=mask.audio_visible_from,
+            text_start=mask.text_start,
+            impl=self.impl,
+        )
         updated = hidden + self.attention_gate.tanh() * self.o_proj(attended.transpose(1, 2).flatten(2))
         wide = self.activation(self.up_proj(self.ffn_norm(updated)))
         updated = updated + self.ffn_gate.tanh() * self.down_proj(wide)

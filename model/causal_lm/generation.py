@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.attached import Attached
 from palkernels.model.causal_lm.caches import cache_of
-from palkernels.model.causal_lm.memory import recalled, remember, text_rows
+from palkernels.model.causal_lm.memory import check_complete, recalled, remember, text_rows
 from palkernels.model.causal_lm.plan import check_prompt
 from palkernels.model.causal_lm.request import Carried, Request
 from palkernels.model.causal_lm.state import AudioState
@@ -137,6 +137,7 @@ def generating(handle: Attached, audio: AudioState | None, arguments: Mapping[st
     generation = None
     if audio is not None:
         prompt = _prompt_columns(audio, arguments)
+        check_complete(cache_of(arguments), audio)
         prepare = handle.model.prepare_inputs_for_generation
         if getattr(prepare, "__func__", None) is type(handle.model).prepare_inputs_for_generation:
             raise RuntimeError(

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache
 
 from palkernels.model.causal_lm.caches import CACHE_KEYWORDS, cache_of
+from palkernels.model.causal_lm.facts import DeviceFacts
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.causal_lm.texts import inputs_of
 
@@ -117,6 +118,34 @@ def recalled(arguments: Mapping[str, Any]) -> AudioState | None:
     """
     memory = memory_of(cache_of(arguments))
     return None if memory is None else memory.state_of(inputs_of(arguments).shape[0])
+
+
+def check_complete(cache: Any, state: AudioState) -> None:
+    """Check that the audio of a conversation that goes on is all that its cache has heard, or more. Reads values once.
+
+    Raises:
+        ValueError: some text is given less.
+    """
+    memory = memory_of(cache)
+    heard = None if memory is None else memory.state_of(state.batch_size)
+    if heard is None or heard is state:
+        return
+    given, known = _text_lengths(state), _text_lengths(heard).to(state.device)
+    facts = DeviceFacts()
+    facts.ask("less", (given < known).any())
+    if (facts.read() or {}).get("less"):
+        raise ValueError(
+            f"audio must be all that the conversation has heard, {known.tolist()} tokens of its texts, or be left out, "
+            f"got {given.tolist()}"
+        )
+
+
+def _text_lengths(state: AudioState) -> Tensor:
+    """Return the valid audio tokens of each text (B,)."""
+    lengths = state.lengths
+    if lengths is None:
+        lengths = torch.full((state.num_rows,), state.num_tokens, device=state.device)
+    return lengths if state.index is None else lengths[state.index]
 
 
 def cache_after(cache: Any, outputs: Any) -> Any:

@@ -169,10 +169,10 @@ def _cached(arguments: Mapping[str, Any]) -> int:
 def _first_column(arguments: Mapping[str, Any]) -> int:
     """Return the column of a prompt's first token: 0 where it is the whole conversation, more where the mask is longer,
     and the ids are the new tokens."""
-    mask: Any = arguments.get("attention_mask")
-    prompt: Any = prompt_of(arguments)
-    new = isinstance(mask, Tensor) and mask.ndim == 2 and arguments.get("inputs_embeds") is None
-    return max(mask.shape[1] - prompt.shape[1], 0) if new else 0
+    mask, prompt = arguments.get("attention_mask"), cast(Tensor, prompt_of(arguments))
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or arguments.get("inputs_embeds") is not None:
+        return 0
+    return max(int(mask.shape[1] - prompt.shape[1]), 0)
 
 
 def _whole_of_draft(model: Listener, arguments: Mapping[str, Any]) -> int | None:

@@ -1,7 +1,7 @@
 """The part of an audio LLM that hears: from a batch's clips to what its texts take of them."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,7 @@ __all__ = ["Listener"]
 class Listener:
     """Mixed into :class:`PalForConditionalGeneration`, whose parts and texts it needs."""
 
+    __call__: Callable[..., Any]
     config: PalConfig
     generation_config: Any
     language_model: Any
@@ -110,7 +111,7 @@ class Listener:
         tokens = state = None
         if "plits" in ways:
             rows = audio_rows(ways["plits"], index)
-            tokens = Clips(rows.audio.states[rows.index], rows.audio.lengths[rows.index])
+            tokens = Clips(rows.audio.states[rows.index], rows.audio.lengths[rows.index].to(texts.device))
         inside = ways.get("lal") or ways.get("flamingo")
         if inside is not None and self.attached() is not None:
             state = self._audio_state(inside, index, audio.insert_at)

@@ -136,6 +136,12 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         Raises:
             TypeError, ValueError: the parts do not fit each other.
         """
+        token, vocabulary = settings.get("audio_token_id"), language_model.config.get_text_config().vocab_size
+        if isinstance(token, int) and token >= vocabulary:
+            raise ValueError(
+                f"audio_token_id must be from 0 to {vocabulary - 1}, got {token}: "
+                "language_model.resize_token_embeddings(len(tokenizer)) makes room for a token that was added"
+            )
         encoders = entries_with_tower_configs(encoders, towers)
         settings, attn_implementation = with_attention_of_encoders(settings)
         config = PalConfig(text_config=language_model.config, encoders=encoders, **settings)

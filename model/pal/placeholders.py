@@ -69,8 +69,9 @@ def put_in_place(embeds: Tensor, numbers: Tensor, tokens: Tensor) -> Tensor:
     """
     if not tokens.shape[1]:
         return embeds
+    tokens, numbers = tokens.to(embeds), numbers.to(embeds.device)
     chosen = numbers.clamp(min=0, max=tokens.shape[1] - 1).unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-    return torch.where(numbers.unsqueeze(-1) >= 0, tokens.to(embeds.dtype).gather(1, chosen), embeds)
+    return torch.where(numbers.unsqueeze(-1) >= 0, tokens.gather(1, chosen), embeds)
 
 
 def places_in(embedding: nn.Module, token: int, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:

@@ -65,7 +65,7 @@ def run(rank, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    for name in ("lal", "plits+lal", "flamingo", "summary"):
+    for name in ("plits+lal", "flamingo", "summary"):
         check_ddp(name, rank)
         check_fsdp(name, rank)
     dist.barrier()

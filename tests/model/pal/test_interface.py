@@ -10,13 +10,15 @@ from support.audio_llm import (
     AUDIO_ID,
     INTEGRATIONS,
     TEXTS,
+    TOKENIZER,
     batch_of,
     build_pal,
     entry,
     open_gates,
+    text_config,
     three_clips,
 )
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from palkernels.model import AudioFeatures, PalForConditionalGeneration
@@ -147,6 +149,16 @@ def test_an_assistant_that_cannot_hear_is_named():
     batch = batch_of(model, TEXTS[:1], three_clips()[:1])
     with pytest.raises(ValueError, match="assistant_model must be able to hear the prompt's audio, but"):
         model.generate(**batch, assistant_model=assistant, max_new_tokens=2)
+
+
+def test_an_audio_token_that_the_embeddings_lack():
+    """As where a tokenizer has been given one: the error says how they get it, and then it works."""
+    llm = AutoModelForCausalLM.from_config(text_config(vocab_size=AUDIO_ID))
+    with pytest.raises(ValueError, match=r"audio_token_id must be from 0 to 1, got 2: language_model.resize_token_emb"):
+        PalForConditionalGeneration.from_parts(llm, [entry("whisper", "plits")], audio_token_id=AUDIO_ID)
+    llm.resize_token_embeddings(len(TOKENIZER))
+    model = PalForConditionalGeneration.from_parts(llm, [entry("whisper", "plits")], audio_token_id=AUDIO_ID)
+    assert model(**batch_of(model)).logits.shape[-1] == len(TOKENIZER)
 
 
 @pytest.mark.parametrize("name", INTEGRATIONS)
