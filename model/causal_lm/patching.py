@@ -176,7 +176,8 @@ class AudioForward(PatchedMethod):
             args = args[1:]  # accelerate's unwrap_model binds whatever was its forward to the model
         if not handle.is_attached() or REQUEST_KEYWORD in kwargs:  # one that others put in place of ours calls ours
             return self.stock(args, kwargs, audio)
-        if audio is None and current(handle.model) is None:
+        # A compiled step of generate has its audio from what prepares it, and cannot look for the call around it.
+        if audio is None and (torch.compiler.is_compiling() or current(handle.model) is None):
             audio = recalled(self.by_name(args, kwargs))  # of a conversation that goes on
         if audio is None and handle.model.training and hasattr(handle.decoder_layers[0], "unshard"):
             handle.check_layers()  # FSDP2: another process may have audio, and all must gather weights alike
