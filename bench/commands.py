@@ -10,6 +10,7 @@ import typer
 
 # torch, transformers and matplotlib take seconds to import, so each command imports what it needs.
 from palkernels.bench.errors import UserError
+from palkernels.bench.numbers import parse_counts, parse_seconds
 from palkernels.bench.process import clean_up_when_ended
 
 if TYPE_CHECKING:
@@ -87,6 +88,12 @@ def figure1(
             show_default=False,
         ),
     ] = None,
+    clip_seconds: Annotated[
+        str | None,
+        typer.Option(
+            help="Clips that fill a part of the encoder's window, or none.  [default: 0.8,3,30; 0.8,3 on a CPU]"
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for figure1.json, .csv, .png and .html.")] = Path("figure1-out"),
     seed: Annotated[int | None, typer.Option(help="Seed of all random weights and of the text.  [default: 0]")] = None,
     encoder_checkpoint: Annotated[
@@ -99,14 +106,15 @@ def figure1(
     ] = False,
 ) -> None:
     """Reproduce Figure 1: memory and throughput of PLITS and LAL against audio tokens."""
-    counts = None if audio_tokens is None else _counts("--audio-tokens", audio_tokens)
+    counts = None if audio_tokens is None else parse_counts("--audio-tokens", audio_tokens)
     names = None if methods is None else _methods(methods)
     sizes = _left_out_if_none(
         model=model, audio_tokens=counts, methods=names,
         train_batch=train_batch, infer_batch=infer_batch, new_tokens=new_tokens, serving=serving,
     )  # fmt: skip
+    clips = None if clip_seconds is None else parse_seconds("--clip-seconds", clip_seconds)
     measuring = _left_out_if_none(
-        audio=audio, device=device, dtype=dtype, repeats=repeats, seed=seed,
+        clip_seconds=clips, audio=audio, device=device, dtype=dtype, repeats=repeats, seed=seed,
         encoder_checkpoint=encoder_checkpoint, encoder_size=encoder_size, resume=resume or None,
     )  # fmt: skip
     if simulate:
@@ -146,7 +154,7 @@ def simulate(
 
     Training is in bfloat16, inference in float16.
     """
-    counts, texts = _counts("--audio-tokens", audio_tokens), _counts("--text-tokens", text_tokens)
+    counts, texts = parse_counts("--audio-tokens", audio_tokens), parse_counts("--text-tokens", text_tokens)
     _simulate(
         model=model, layers=layers, methods=_methods(methods), audio_tokens=counts, text_tokens=texts,
         train_batch=train_batch, infer_batch=infer_batch, new_tokens=new_tokens, optimizer=optimizer,
@@ -199,7 +207,7 @@ def doctor(
 
         print(diagnosis())
         return
-    dims = None if head_dims is None else _counts("--head-dims", head_dims)
+    dims = None if head_dims is None else parse_counts("--head-dims", head_dims)
 
     from palkernels.bench.kernels.tiles import report, select
 
@@ -245,7 +253,7 @@ def microbench(
     options = Options(
         models=tuple(model) if model else None,
         ops=tuple(op or OPS),
-        audio_tokens=None if audio_tokens is None else _counts("--audio-tokens", audio_tokens),
+        audio_tokens=None if audio_tokens is None else parse_counts("--audio-tokens", audio_tokens),
         shape=shape,
         dtype=dtype,
         device=device,
@@ -306,10 +314,3 @@ def _console() -> Console:
 
     # Into a pipe or a log rich assumes 80 columns, in which not all tables fit.
     return Console() if sys.stdout.isatty() else Console(width=140)
-
-
-def _counts(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} must be whole numbers separated by commas, got {text!r}") from None
