@@ -280,5 +280,6 @@ def forwards_of(layer: Any) -> tuple[Any, ...]:
     functions = []
     for module in (layer, layer.self_attn):
         classes = (base for base in type(module).__mro__ if not base.__module__.startswith("torch."))
-        functions += [next(classes, type(module)).forward, vars(module).get("forward")]
+        own_class: Any = next(classes, type(module))
+        functions += [own_class.forward, vars(module).get("forward")]
     return (id(layer.self_attn), *functions)
