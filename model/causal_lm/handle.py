@@ -1,7 +1,6 @@
 """The handle of a model that LAL is attached to."""
 
 import copy
-import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -277,8 +276,11 @@ class LalHandle(Attached):
 def forwards_of(layer: Any) -> tuple[Any, ...]:
     """Return the functions that a layer and its attention run, to be compared with those of another time.
 
-    Sharding derives a class, whose forward transformers wraps anew: it is the same one within.
+    FSDP2 derives a class of its own, whose forward is the same one within.
     """
-    modules = (layer, layer.self_attn)
-    functions = [(inspect.unwrap(type(module).forward), vars(module).get("forward")) for module in modules]
+    functions = []
+    for module in (layer, layer.self_attn):
+        classes = (base for base in type(module).__mro__ if not base.__module__.startswith("torch."))
+        own_class: Any = next(classes, type(module))
+        functions += [own_class.forward, vars(module).get("forward")]
     return (id(layer.self_attn), *functions)

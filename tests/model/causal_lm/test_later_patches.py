@@ -136,23 +136,50 @@ def test_what_a_replaced_forward_is_given_is_checked_too():
         assert torch.equal(model(padded, audio=STATE).logits, fresh(padded, audio=STATE).logits)
 
 
-def scaled(attention):
+def test_a_forward_of_the_class_is_the_stock_one_at_once(monkeypatch):
+    model = build("llama")
+    attach(model)
+    _, padded, _ = batch(texts(), "none")
+    want, calls = model(padded, audio=STATE).logits, []
+    stock = type(model).forward
+
+    @functools.wraps(stock)
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    assert torch.equal(model(padded, audio=STATE).logits, want)
+    assert calls == [1]
+
+
+def scaled(attention, monkeypatch):
     stock = attention.forward
     attention.forward = lambda hidden_states, **kwargs: stock(1.1 * hidden_states, **kwargs)
 
 
-def bypassed(attention):
+def bypassed(attention, monkeypatch):
     attention.forward = lambda hidden_states, **kwargs: (hidden_states, None)
 
 
-@pytest.mark.parametrize("change", [scaled, bypassed])
+def scaled_in_the_class(attention, monkeypatch):
+    stock = type(attention).forward
+
+    @functools.wraps(stock)
+    def forward(self, hidden_states, **kwargs):
+        return stock(self, 1.1 * hidden_states if self.layer_idx == 1 else hidden_states, **kwargs)
+
+    monkeypatch.setattr(type(attention), "forward", forward)
+
+
+@pytest.mark.parametrize("change", [scaled, bypassed, scaled_in_the_class])
 @torch.no_grad()
-def test_a_layer_that_computes_something_else_is_refused(change):
+def test_a_layer_that_computes_something_else_is_refused(change, monkeypatch):
     model = build("llama")
     attach(model)
     _, padded, _ = batch(texts(), "none")
     model(padded, audio=STATE)
-    change(model.model.layers[1].self_attn)
+    change(model.model.layers[1].self_attn, monkeypatch)
     for call in (model, lambda *args, **kwargs: model.generate(*args, **kwargs, max_new_tokens=1)):
         with pytest.raises(ValueError, match=r"layer 1 must compute what it did .* first, then attach again \(attach"):
             call(padded, audio=STATE)
