@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from palkernels import lal_attention
@@ -75,12 +76,18 @@ class GatedLayer(nn.Module):
         self.k_proj = nn.Linear(hidden_size, inner, bias=False, **factory)
         self.v_proj = nn.Linear(hidden_size, inner, bias=False, **factory)
         self.o_proj = nn.Linear(inner, hidden_size, bias=False, **factory)
-        self.attention_gate = nn.Parameter(torch.zeros(1, **factory))
+        self.attention_gate = nn.Parameter(torch.empty(1, **factory))
         self.ffn_norm = nn.LayerNorm(hidden_size, **factory)
         self.up_proj = nn.Linear(hidden_size, wide, bias=False, **factory)
         self.activation: nn.Module = ACT2FN[config.activation]
         self.down_proj = nn.Linear(wide, hidden_size, bias=False, **factory)
-        self.ffn_gate = nn.Parameter(torch.zeros(1, **factory))
+        self.ffn_gate = nn.Parameter(torch.empty(1, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Close the gates, so that the model begins as the stock one."""
+        init.zeros_(self.attention_gate)
+        init.zeros_(self.ffn_gate)
 
     def audio_kv(self, states: Tensor) -> AudioKV:
         """Return K and V, both (A, H, N, D), of states (A, N, d)."""

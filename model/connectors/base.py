@@ -6,12 +6,14 @@ the arguments that make another of the same shape, ``CONNECTORS[name](**config)`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
-__all__ = ["Connector", "States"]
+__all__ = ["Connector", "States", "cut_padding", "cut_paddings"]
 
 States = Tensor | tuple[Tensor, ...]  # of one encoder, or of several
 
@@ -28,8 +30,23 @@ class Connector(nn.Module):
     tower_types: ClassVar[tuple[str, ...] | None] = None
     config: dict[str, Any]
 
+    @property
+    def attn_implementation(self) -> str | None:
+        """How it attends, by transformers' name; None where there is one way, or nothing to attend to."""
+        return None
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Attend by "eager", "sdpa" or what else there is of transformers' implementations, where there are several.
+
+        Raises:
+            ValueError, ImportError: There is no such implementation.
+        """
+
     def connect(self, states: States, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return states for the language model, and how many of each clip's are valid.
+
+        Valid states do not depend on padding, neither on its content nor on its length: :func:`cut_padding` may cut it
+        off before.
 
         Args:
             states: (B, N, input size) of one encoder; of several, a tuple with one tensor each.
@@ -75,8 +92,8 @@ def checked_states(states: States, input_size: int) -> Tensor:
 
 
 def checked_lengths(lengths: Tensor | None, states: Tensor) -> Tensor | None:
-    """Return the lengths (B,) as int64, after checking that they fit ``states`` (B, N, ...). Values are checked on the
-    CPU only: elsewhere it would wait for the device.
+    """Return the lengths (B,) as int64, after checking that they fit ``states`` (B, N, ...). Values are checked where
+    :func:`values_are_checked`.
 
     Raises:
         TypeError, ValueError: The lengths are no integers, have another shape or are not from 0 to N.
@@ -88,9 +105,64 @@ def checked_lengths(lengths: Tensor | None, states: Tensor) -> Tensor | None:
     if lengths.shape != states.shape[:1]:
         raise ValueError(f"lengths must have shape ({states.shape[0]},), got {tuple(lengths.shape)}")
     most = states.shape[1]
-    if lengths.device.type == "cpu" and bool(((lengths < 0) | (lengths > most)).any()):
+    if values_are_checked(lengths) and bool(((lengths < 0) | (lengths > most)).any()):
         raise ValueError(f"lengths must be from 0 to {most}, got {lengths.tolist()}")
     return lengths.long()
+
+
+def values_are_checked(lengths: Tensor) -> bool:
+    """Return whether errors look at values: on the CPU only, as elsewhere it would wait for the device."""
+    return lengths.device.type == "cpu" and has_values(lengths)
+
+
+def has_values(*tensors: Tensor) -> bool:
+    """Return whether tensors have values to look at: not under torch.compile, fake or on the meta device."""
+    return not torch.compiler.is_compiling() and not any(tensor.is_meta or is_fake(tensor) for tensor in tensors)
+
+
+def cut_padding(states: States, lengths: Tensor | None) -> States:
+    """Return the states up to the longest clip's last valid one, at least one: (B, max(lengths), input size).
+
+    Of several encoders the first's are cut, which the lengths count. Lengths on a GPU are read, once. Nothing is cut
+    without lengths, where they have no values (under torch.compile, fake tensors), and where they do not fit the
+    states, which :meth:`Connector.connect` then refuses.
+    """
+    (cut,) = cut_paddings([states], [lengths])
+    return cut
+
+
+def cut_paddings(states: Sequence[States], lengths: Sequence[Tensor | None]) -> list[States]:
+    """Return what :func:`cut_padding` makes of the states of several connectors, all lengths read together."""
+    cut = list(states)
+    bounds: dict[int, Tensor] = {}
+    for i, (inputs, valid) in enumerate(zip(cut, lengths, strict=True)):
+        first = _first(inputs)
+        if valid is not None and first is not None and _fit(valid, first) and has_values(valid, first):
+            bounds[i] = torch.stack([valid.min(), valid.max()]).long()
+    if not bounds:
+        return cut
+    device = next(iter(bounds.values())).device
+    values = torch.stack([bound.to(device) for bound in bounds.values()]).tolist()
+    for i, (least, most) in zip(bounds, values, strict=True):
+        inputs, first = cut[i], _first(cut[i])
+        if first is None or least < 0 or most >= first.shape[1]:
+            continue
+        shorter = first[:, : max(most, 1)]
+        cut[i] = shorter if isinstance(inputs, Tensor) else (shorter, *inputs[1:])
+    return cut
+
+
+def _first(states: States) -> Tensor | None:
+    """Return the first encoder's states, None for what is no states."""
+    first = states if isinstance(states, Tensor) else next(iter(states), None)
+    return first if isinstance(first, Tensor) and first.ndim > 1 else None
+
+
+def _fit(lengths: Tensor, states: Tensor) -> bool:
+    """Return whether lengths are integers, one for each of the states' clips, of which there is at least one."""
+    if not isinstance(lengths, Tensor) or lengths.shape != states.shape[:1] or not lengths.numel():
+        return False
+    return not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
 
 
 def valid_mask(lengths: Tensor, states: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from palkernels.model.connectors.audio_grid import CLAP_GRID, SSLAM_GRID, AudioGrid, cell_windows
 from palkernels.model.connectors.base import (
@@ -18,6 +19,7 @@ from palkernels.model.connectors.base import (
     checked_lengths,
     describe,
     valid_mask,
+    values_are_checked,
 )
 from palkernels.model.connectors.mlp import MlpConnector
 
@@ -77,20 +79,28 @@ class LfstConnector(Connector):
             nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width))
             for size in input_sizes
         )
-        self.query = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.query = nn.Parameter(torch.empty(width))
+        self.newline = nn.Parameter(torch.empty(hidden_size))
+        self.reset_parameters()
         slots = [index.shape[1] for index, _ in self.windows]
         self.layers = nn.ModuleList(AggregatorLayer(width, num_heads, slots) for _ in range(depth))
         self.projection = MlpConnector(width, hidden_size)
-        self.newline = nn.Parameter(torch.randn(hidden_size) * hidden_size**-0.5)
+
+    def reset_parameters(self) -> None:
+        """Draw the cells' first state and the newline token."""
+        for token in (self.query, self.newline):
+            init.normal_(token, std=token.numel() ** -0.5)
 
     def forward(self, states: tuple[Tensor, ...], lengths: Tensor | None = None) -> Tensor:
         """Return the states of :meth:`connect`, in the weights' dtype.
 
         With the defaults ((B, 512, 768), (B, 64, 768)) becomes (B, 576, hidden_size). Each encoder's states are in its
-        grid's time-major order. What lies beyond ``lengths`` does not change what is valid.
+        grid's time-major order. What lies beyond ``lengths`` does not change what is valid. The first encoder's may be
+        cut to fewer time steps, as :func:`cut_padding` does: the result has these steps.
         """
         encoders, lengths = self._checked(states, lengths)
-        batch, time, freq = encoders[0].shape[0], self.grids[0].time, self.grids[0].freq
+        batch, freq = encoders[0].shape[0], self.grids[0].freq
+        time = encoders[0].shape[1] // freq
         padded = None
         if lengths is not None:
             padded = ~valid_mask(lengths, encoders[0]).unsqueeze(-1)
@@ -101,7 +111,7 @@ class LfstConnector(Connector):
         else:
             context = encoders[0].masked_fill(padded, 0).sum(dim=1) / lengths.clamp(min=1).unsqueeze(1)
 
-        windows = [(index.to(context.device), seen.to(context.device)) for index, seen in self.windows]
+        windows = [tuple(x[: time * freq].to(context.device) for x in window) for window in self.windows]
         cells = self.query.expand(batch, time * freq, -1)
         for layer in self.layers:
             cells = layer(cells, context, encoders, windows)
@@ -126,12 +136,17 @@ class LfstConnector(Connector):
         if isinstance(states, Tensor) or not all(isinstance(x, Tensor) for x in states):
             raise TypeError(f"states must be a tuple of {len(expected)} tensors, got {describe(states)}")
         shapes = [tuple(x.shape) for x in states]
-        if [shape[1:] for shape in shapes] != [shape[1:] for shape in expected] or len({x[0] for x in shapes}) != 1:
+        wanted = [shape[1:] for shape in expected]
+        count = states[0].shape[1] if states and states[0].ndim == 3 else 0
+        wanted[0] = (min(count, self.grids[0].num_tokens), self.input_sizes[0])
+        if [shape[1:] for shape in shapes] != wanted or len({x[0] for x in shapes}) != 1:
             raise ValueError(f"states must have shapes {_shapes(expected)}, got {_shapes(shapes)}")
         lengths = checked_lengths(lengths, states[0])
         freq = self.grids[0].freq
-        if lengths is not None and lengths.device.type == "cpu" and bool((lengths % freq != 0).any()):
+        if lengths is not None and values_are_checked(lengths) and bool((lengths % freq != 0).any()):
             raise ValueError(f"lengths must be multiples of {freq}, whole time steps, got {lengths.tolist()}")
+        if count % freq or not count:
+            raise ValueError(f"states of the first encoder must be whole time steps of {freq}, got {count} states")
         return list(states), lengths
 
 
@@ -165,7 +180,7 @@ class AggregatorLayer(nn.Module):
         self.to_query = nn.Sequential(nn.LayerNorm(width), linear(width))
         self.to_key = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), linear(width)) for _ in slots)
         self.to_value = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), linear(width)) for _ in slots)
-        self.places = nn.ParameterDict({str(i): torch.randn(n, width) for i, n in enumerate(slots) if n > 1})
+        self.places = Places({str(i): torch.empty(n, width) for i, n in enumerate(slots) if n > 1})
         self.attended = linear(width)
         self.norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(linear(width), nn.GELU(), linear(width))
@@ -202,6 +217,18 @@ class AggregatorLayer(nn.Module):
     def _heads(self, projected: Tensor) -> Tensor:
         """(..., width) to (..., heads, width / heads)."""
         return projected.view(*projected.shape[:-1], self.num_heads, -1)
+
+
+class Places(nn.ParameterDict):
+    """What is added to the tokens of a window, (slots, width) by the encoder's number."""
+
+    def __init__(self, places: Mapping[str, Tensor]) -> None:
+        super().__init__(places)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for place in self.parameters():
+            init.normal_(place)
 
 
 def _shapes(shapes: Sequence[tuple[object, ...]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
+from transformers import initialization as init
 
 from palkernels.model.connectors.base import (
     Connector,
@@ -76,10 +77,28 @@ class QFormerConnector(Connector):
             cross_attention_frequency=cross_attention_frequency,
             encoder_hidden_size=input_size,
         )
-        # Equal queries would stay equal for ever.
-        self.queries = nn.Parameter(torch.randn(1, num_queries, width) * config.initializer_range)
+        self.initializer_range = config.initializer_range
+        self.queries = nn.Parameter(torch.empty(1, num_queries, width))
+        self.reset_parameters()
         self.qformer = Blip2QFormerModel(config)
         self.projection = nn.Linear(width, hidden_size)
+
+    @property
+    def attn_implementation(self) -> str | None:
+        """How the Q-Former attends, by transformers' name."""
+        return self.qformer.config._attn_implementation  # type: ignore[no-any-return]
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Let the Q-Former attend as transformers names it.
+
+        Raises:
+            ValueError, ImportError: It has no such implementation.
+        """
+        self.qformer.set_attn_implementation(attn_implementation)
+
+    def reset_parameters(self) -> None:
+        """Draw the queries: equal ones would stay equal for ever."""
+        init.normal_(self.queries, std=self.initializer_range)
 
     def forward(self, states: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Map (B, N, input_size), N at least 1, to (B, num_queries, hidden_size), in the weights' dtype.

@@ -20,15 +20,16 @@ encoder's window, and nothing depends on the rest of the batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from palkernels.errors import one_line
 from palkernels.model.audio.features import Features
-from palkernels.model.encoders.weights import build_seeded
+from palkernels.model.encoders.weights import build_seeded, tensor_faults
 
 __all__ = ["Tower"]
 
@@ -43,12 +44,15 @@ class Tower(nn.Module):
     global random state is left as it was.
 
     Attributes:
+        layout: What errors call the encoder that the tower reads from checkpoints.
         sampling_rate: Of the waveforms, in Hz.
         hidden_size: Width of the states.
         config: The constructor's arguments, as JSON can hold them.
         features: Turns waveforms into `input_features` and `state_lengths`; see `palkernels.model.audio.features`.
         encoder: The network.
     """
+
+    layout: ClassVar[str]
 
     def __init__(self, make: Callable[[], nn.Module], hidden_size: int, config: dict[str, Any]) -> None:
         super().__init__()
@@ -78,6 +82,29 @@ class Tower(nn.Module):
         """Return what turns waveforms into `input_features` for a tower of this config; needs no weights."""
         raise NotImplementedError
 
+    @property
+    def attn_implementation(self) -> str:
+        """How the encoder attends, by transformers' name."""
+        config: Any = self.encoder.config
+        name: str = config._attn_implementation
+        return name
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Let the encoder attend by "eager", "sdpa" or what else it has of transformers' implementations.
+
+        Raises:
+            ValueError, ImportError: The encoder has no such implementation.
+        """
+        self.encoder.set_attn_implementation(attn_implementation)  # type: ignore[operator]
+
+    def reset_parameters(self) -> None:
+        """Give the weights the values that the constructor draws from the seed, but for those of a checkpoint, which
+        transformers marks."""
+        drawn = type(self)(**self.config)
+        for mine, its in ((self.parameters(), drawn.parameters()), (self.buffers(), drawn.buffers())):
+            for tensor, value in zip(mine, its, strict=True):
+                init.copy_(tensor, value)
+
     def _encode(self, input_features: Tensor) -> Tensor:
         """Return the states of features that have been checked."""
         raise NotImplementedError
@@ -93,6 +120,26 @@ class Tower(nn.Module):
             for module in self.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]
         return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the tensors of another tower of this config's shape, as `torch.nn.Module` does.
+
+        Raises:
+            RuntimeError: With `strict`, tensors are missing, unexpected or of another shape; nothing is loaded.
+        """
+        expected, tower = self.state_dict(), f"this {type(self).__name__}"
+        faults = tensor_faults(expected.keys(), state_dict.keys(), tower, self.layout) if strict else None
+        if faults is not None:
+            if {f"encoder.{name}" for name in state_dict} == expected.keys():
+                faults += "; tower.encoder.load_state_dict takes an encoder's own"
+            elif state_dict.keys() - expected.keys():
+                faults += f"; {type(self).__name__}.from_checkpoint reads a directory with {self.layout}"
+            raise RuntimeError(f"state_dict must hold {faults}")
+        for name, tensor in expected.items():
+            if strict and state_dict[name].shape != tensor.shape:
+                shapes = f"{tuple(tensor.shape)} as its config says, got {tuple(state_dict[name].shape)}"
+                raise RuntimeError(f"state_dict must hold {name} of {tower} with shape {shapes}")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     @property
     def sampling_rate(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,9 +13,13 @@ from transformers import ClapAudioConfig, ClapAudioModel
 
 from palkernels.model.audio.features import ClapFeatures
 from palkernels.model.encoders.base import Tower, configured, plain_settings
+from palkernels.model.encoders.layouts import CLAP
 from palkernels.model.encoders.weights import checkpoint_name, fill, load_config, outline, read_tensors
 
 __all__ = ["ClapTower"]
+
+# Tensors of the models around an encoder: the text's half, projections, the head of a classifier.
+NOT_THE_ENCODER = ("text_model.", "text_projection.", "audio_projection.", "logit_scale_", "classifier.")
 
 
 class ClapTower(Tower):
@@ -32,6 +38,7 @@ class ClapTower(Tower):
         ValueError: A setting is unknown, or no encoder can be built with it.
     """
 
+    layout = CLAP
     SETTINGS = (
         "patch_embeds_hidden_size",
         "depths",
@@ -81,10 +88,11 @@ class ClapTower(Tower):
             if stored[name] != value:
                 raise ValueError(f"{checkpoint_name(directory)} must have {name} {value}, got {stored[name]}")
         tensors = read_tensors(directory, _name_in_encoder)
-        description = "a CLAP audio encoder"
         settings = plain_settings(clap, cls.SETTINGS)
-        tower = outline(lambda: cls(**settings, freeze=freeze), directory, description)
-        fill(tower.encoder, tensors, directory, description)
+        tower = outline(lambda: cls(**settings, freeze=freeze), directory, CLAP)
+        described, counted = list(clap.depths), _depths(tensors)
+        depths = f"; its config.json has depths {described}, its tensors {counted}"
+        fill(tower.encoder, tensors, directory, CLAP, advice=depths if counted and counted != described else "")
         return tower._adopt(tower.encoder)
 
     @classmethod
@@ -92,13 +100,31 @@ class ClapTower(Tower):
         """Return LAION's features; no setting of the tower changes them."""
         return ClapFeatures()
 
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Leave the encoder as it is: transformers has one way for windows with relative positions, "eager".
+
+        Raises:
+            ValueError: Another one is asked for.
+        """
+        if attn_implementation != "eager":
+            raise ValueError('CLAP has "eager" alone')
+
     def _encode(self, input_features: Tensor) -> Tensor:
         grid: Tensor = self.encoder(input_features).last_hidden_state  # (B, width, 2 bands, 32 steps)
         return grid.permute(0, 3, 2, 1).flatten(1, 2)
 
 
 def _name_in_encoder(key: str) -> str | None:
-    """Return a stored tensor's name in `ClapAudioModel`, None for the text model's and the projections'."""
-    if key.startswith(("text_model.", "text_projection.", "audio_projection.", "logit_scale_")):
+    """Return a stored tensor's name in `ClapAudioModel`, None for those of the model around it."""
+    if key.startswith(NOT_THE_ENCODER):
         return None
-    return key.removeprefix("audio_model.")
+    return key.removeprefix("encoder.").removeprefix("audio_model.")
+
+
+def _depths(names: Iterable[str]) -> list[int]:
+    """Return how many blocks each stage has, by the tensors' names."""
+    blocks = {
+        match.groups() for name in names if (match := re.match(r"audio_encoder\.layers\.(\d+)\.blocks\.(\d+)\.", name))
+    }
+    stages = [int(stage) for stage, _ in blocks]
+    return [stages.count(stage) for stage in sorted(set(stages))]

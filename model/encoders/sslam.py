@@ -22,10 +22,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
 
 from palkernels.errors import one_line
 from palkernels.model.audio.features import SslamFeatures
 from palkernels.model.encoders.base import Tower
+from palkernels.model.encoders.layouts import SSLAM, layout_advice
 from palkernels.model.encoders.weights import checkpoint_name, fill, outline, read_json, read_tensors
 
 __all__ = ["SslamEncoder", "SslamTower", "load_sslam"]
@@ -34,7 +37,7 @@ FRAMES, MEL_BINS, PATCH = 1_024, 128, 16
 TIME, FREQUENCY = FRAMES // PATCH, MEL_BINS // PATCH  # the grid of patches
 EPS = 1e-6
 HEAD_WIDTH = 64  # of every published size
-DESCRIPTION = "an SSLAM encoder"
+ATTENTION = ("sdpa", "eager")
 
 # Settings of a published config.json that change what the weights mean, and the one value that this network has.
 REQUIRED_SETTINGS = {
@@ -75,31 +78,55 @@ class SslamEncoder(nn.Module):
         if hidden_size % 4 or hidden_size % num_heads:
             raise ValueError(f"hidden_size must be a multiple of 4 and of num_heads {num_heads}, got {hidden_size}")
         self.sizes = sizes
+        self.config = PreTrainedConfig(attn_implementation="sdpa")  # how the blocks attend, as in transformers' models
         self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(1, hidden_size, PATCH, stride=PATCH)})
-        # Saved with the weights: a buffer that is not would be lost when a model is built without memory and filled.
-        self.fixed_positional_encoder = nn.Module()
-        self.fixed_positional_encoder.register_buffer("positions", _positions(hidden_size))
-        self.extra_tokens = nn.Parameter(torch.randn(1, 1, hidden_size) * 0.02)
+        self.fixed_positional_encoder = Positions(hidden_size)
+        self.extra_tokens = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.reset_parameters()
         self.pre_norm = nn.LayerNorm(hidden_size, EPS)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, self.config) for _ in range(num_layers))
+
+    def reset_parameters(self) -> None:
+        """Draw the CLS token."""
+        init.normal_(self.extra_tokens, std=0.02)
 
     def forward(self, input_features: Tensor) -> Tensor:
         """(B, 1024 frames, 128 mel bins) to (B, 1 + 512, hidden_size): CLS, then the tokens, time-major."""
         x: Tensor = self.local_encoder["proj"](input_features[:, None])  # (B, hidden_size, 64, 8)
-        positions = self.fixed_positional_encoder.get_buffer("positions")
-        x = x.flatten(2).transpose(1, 2) + positions.to(x.dtype)  # from_pretrained(dtype=...) leaves buffers as saved
+        x = self.fixed_positional_encoder(x.flatten(2).transpose(1, 2))
         x = self.pre_norm(torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], dim=1))
         for block in self.blocks:
             x = block(x)
         return x
 
 
+class Positions(nn.Module):
+    """Fixed sines and cosines, (1, 512, width), which are added to the tokens (B, 512, width).
+
+    They are saved with the weights: a buffer that is not would be lost when a model is built without memory and filled.
+    """
+
+    positions: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.empty(1, TIME * FREQUENCY, width, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Compute the sines and cosines."""
+        init.copy_(self.positions, _positions(self.positions.shape[-1]))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.positions.to(tokens.dtype)  # from_pretrained(dtype=...) leaves buffers as saved
+
+
 class Block(nn.Module):
     """A post-norm transformer block, (B, N, width) to the same."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, config)
         self.norm1 = nn.LayerNorm(width, EPS)
         layers = OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width))
         self.mlp = nn.Sequential(layers)
@@ -114,26 +141,32 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all tokens, without a mask."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, config: PreTrainedConfig) -> None:
         super().__init__()
         self.heads = heads
+        self.config = config
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, head width)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        x = nn.functional.scaled_dot_product_attention(query, key, value)
+        if self.config._attn_implementation == "eager":
+            scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+            x = scores.softmax(-1) @ value
+        else:
+            x = nn.functional.scaled_dot_product_attention(query, key, value)
         output: Tensor = self.proj(x.transpose(1, 2).flatten(2))
         return output
 
 
 def _positions(width: int) -> Tensor:
     """Return (1, 512, width): sines and cosines of the frequency index, then of the time index, a quarter each."""
-    rates = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    time, frequency = torch.meshgrid(torch.arange(TIME), torch.arange(FREQUENCY), indexing="ij")
-    angles = [index.reshape(-1, 1) * rates for index in (frequency, time)]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()[None]
+    with torch.device("cpu"):  # whatever the default is: on the meta device there would be no values
+        rates = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+        time, frequency = torch.meshgrid(torch.arange(TIME), torch.arange(FREQUENCY), indexing="ij")
+        angles = [index.reshape(-1, 1) * rates for index in (frequency, time)]
+        return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()[None]
 
 
 def load_sslam(path: Path) -> SslamEncoder:
@@ -157,13 +190,15 @@ def load_sslam(path: Path) -> SslamEncoder:
     cls, positions = tensors.get("extra_tokens"), tensors.get("fixed_positional_encoder.positions")
     if cls is None or cls.ndim != 3 or positions is None:
         stored = f"{len(tensors)} tensors, the first {', '.join(map(repr, sorted(tensors)[:3]))}" if tensors else "none"
+        own = "; they are a tower's state_dict, which load_state_dict of a tower with its config takes"
+        advice = own if "encoder.extra_tokens" in tensors else layout_advice(tensors, SSLAM)
         raise ValueError(
-            f"{checkpoint} must hold extra_tokens (1, 1, width) and positions of {DESCRIPTION}, got {stored}"
+            f"{checkpoint} must hold extra_tokens (1, 1, width) and positions of {SSLAM}, got {stored}{advice}"
         )
     width = cls.shape[-1]
     layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     heads = _settings(path).get("num_heads", width // HEAD_WIDTH)
-    encoder = outline(lambda: SslamEncoder(width, layers, heads), path, DESCRIPTION)
+    encoder = outline(lambda: SslamEncoder(width, layers, heads), path, SSLAM)
     # Positions are stored for longer clips too, 8 to a step of time. Only a grid 8 frequencies wide has these values:
     # those of another grid would load and mean something else.
     expected = _positions(width)
@@ -172,7 +207,7 @@ def load_sslam(path: Path) -> SslamEncoder:
     if positions.shape == expected.shape and not torch.allclose(positions.float(), expected, rtol=0, atol=0.01):
         raise ValueError(f"{checkpoint} must hold the positions of a grid {FREQUENCY} frequencies wide, got others")
     tensors["fixed_positional_encoder.positions"] = positions
-    fill(encoder, tensors, path, DESCRIPTION, f"to fit extra_tokens of width {width}")
+    fill(encoder, tensors, path, SSLAM, f"to fit extra_tokens of width {width}")
     return encoder
 
 
@@ -247,6 +282,8 @@ class SslamTower(Tower):
         ValueError: A size is no positive integer, or `hidden_size` is no multiple of 4 and of `num_heads`.
     """
 
+    layout = SSLAM
+
     def __init__(
         self,
         *,
@@ -279,6 +316,17 @@ class SslamTower(Tower):
     def make_features(cls, config: dict[str, Any]) -> SslamFeatures:
         """Return the filter-bank features, the CLS token counted if the tower has it."""
         return SslamFeatures(config.get("with_cls", False))
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Let the blocks attend by "sdpa" or "eager".
+
+        Raises:
+            ValueError: Another one is asked for.
+        """
+        if attn_implementation not in ATTENTION:
+            raise ValueError('SSLAM has "sdpa" and "eager"')
+        config: Any = self.encoder.config
+        config._attn_implementation = attn_implementation
 
     def _encode(self, input_features: Tensor) -> Tensor:
         states: Tensor = self.encoder(input_features)

@@ -8,7 +8,7 @@ that is no directory for the name of a model to download.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from palkernels.errors import one_line
+from palkernels.model.encoders.layouts import files_in, layout_advice, model_type_advice
 
-__all__ = ["build_seeded", "checkpoint_name", "fill", "load_config", "outline", "read_json", "read_tensors"]
+__all__ = [
+    "build_seeded", "checkpoint_name", "fill", "load_config", "outline", "read_json", "read_tensors", "tensor_faults",
+]  # fmt: skip
 
 Module = TypeVar("Module", bound=nn.Module)
 NAMES_LISTED = 3  # names of tensors that an error spells out; it counts the others
@@ -64,15 +67,23 @@ def load_config(directory: Path, config_class: Any, model_types: tuple[str, ...]
     """
     name = checkpoint_name(directory)
     if not directory.is_dir():
-        raise ValueError(f"{name} must be an existing directory, got none there")
+        raise ValueError(
+            f"{name} must be an existing directory, got {'a file' if directory.exists() else 'none there'}"
+        )
     try:
         model_type = read_json(directory / "config.json")["model_type"]
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{name} must hold a readable config.json, which save_pretrained writes, got {files_in(directory)}"
+        ) from error
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{name} must hold a readable config.json, got {one_line(error, with_type=True)}") from error
     except KeyError:
         model_type = None
     if model_type not in model_types:
-        raise ValueError(f"{name} must hold {description}, got model_type {model_type!r}")
+        raise ValueError(
+            f"{name} must hold {description}, got model_type {model_type!r}{model_type_advice(model_type)}"
+        )
     try:
         return config_class.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # whatever a malformed setting makes transformers raise
@@ -126,12 +137,34 @@ def _files(path: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ValueError("neither model.safetensors nor its index")
+        raise ValueError(f"neither model.safetensors nor its index, which save_pretrained writes, but {files_in(path)}")
     shards = sorted(set(read_json(index)["weight_map"].values()))
     for shard in shards:
         if Path(shard).name != shard:
             raise ValueError(f"a shard outside the directory, {shard!r}")
     return [path / shard for shard in shards]
+
+
+def tensor_faults(
+    expected: Collection[str], names: Collection[str], description: str, layout: str | None = None
+) -> str | None:
+    """Return what an error says a state must hold and what it got instead; None where the names are as expected.
+
+    Args:
+        expected, names: Of the tensors that must be there, and of those that are.
+        description: What the tensors must make up.
+        layout: Of which encoder it is; None: what the description says.
+    """
+    missing, unexpected = set(expected) - set(names), set(names) - set(expected)
+    if not missing and not unexpected:
+        return None
+    faults = [
+        f"{len(wrong)} {fault}, the first {', '.join(map(repr, sorted(wrong)[:NAMES_LISTED]))}"
+        for fault, wrong in (("missing", missing), ("unexpected", unexpected))
+        if wrong
+    ]
+    only = f"{description} and no other" if unexpected else description
+    return f"every tensor of {only}, got {' and '.join(faults)}{layout_advice(names, layout or description)}"
 
 
 def fill(
@@ -140,27 +173,23 @@ def fill(
     path: Path,
     description: str,
     reason: str = "as its config.json says",
+    advice: str = "",
 ) -> None:
     """Give an outline its weights in the outline's dtypes, float32.
 
     Args:
         module: The outline.
         tensors: Every tensor of it and no other, by name.
-        path, description, reason: For errors: the checkpoint, what the module is, and why shapes are as they are.
+        path, description, reason, advice: For errors: the checkpoint, what the module is, why shapes are as they are,
+            and why tensors may be too few or too many.
 
     Raises:
         ValueError: A tensor is missing, unexpected or of another shape, or integers stand where floats must.
     """
     expected = module.state_dict()
-    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    if missing or unexpected:
-        faults = [
-            f"{len(names)} {fault}, the first {', '.join(map(repr, sorted(names)[:NAMES_LISTED]))}"
-            for fault, names in (("missing", missing), ("unexpected", unexpected))
-            if names
-        ]
-        only = f"{description} and no other" if unexpected else description
-        raise ValueError(f"{checkpoint_name(path)} must hold every tensor of {only}, got {' and '.join(faults)}")
+    faults = tensor_faults(expected.keys(), tensors.keys(), description)
+    if faults is not None:
+        raise ValueError(f"{checkpoint_name(path)} must hold {faults}{advice}")
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape:
             raise ValueError(

@@ -15,12 +15,13 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from palkernels.model.audio.features import WhisperFeatures
 from palkernels.model.audio.limits import checked_waveform
 from palkernels.model.encoders.base import Tower, configured, plain_settings
+from palkernels.model.encoders.layouts import WHISPER
 from palkernels.model.encoders.weights import checkpoint_name, fill, load_config, outline, read_tensors
 
 __all__ = ["WHISPER_SIZES", "WhisperAudioEncoder", "WhisperTower"]
 
 # Tensors of the models around an encoder: a decoder, the head of a classifier.
-NOT_THE_ENCODER = ("model.", "decoder.", "proj_out.", "projector.", "classifier.", "layer_weights")
+NOT_THE_ENCODER = ("model.decoder.", "decoder.", "proj_out.", "projector.", "classifier.", "layer_weights")
 
 # The published encoders, as arguments of WhisperTower.
 WHISPER_SIZES: dict[str, dict[str, int]] = {
@@ -54,6 +55,7 @@ class WhisperTower(Tower):
         ValueError: A setting is unknown, or no encoder can be built with it.
     """
 
+    layout = WHISPER
     SETTINGS = (
         "d_model",
         "encoder_layers",
@@ -87,9 +89,10 @@ class WhisperTower(Tower):
             name = checkpoint_name(directory)
             raise ValueError(f"{name} must have {WhisperFeatures.num_states} source positions, got {positions}")
         tensors = read_tensors(directory, _name_in_encoder)
-        description = "a Whisper encoder"
-        encoder = outline(lambda: WhisperEncoder(whisper), directory, description)
-        fill(encoder, tensors, directory, description)
+        encoder = outline(lambda: WhisperEncoder(whisper), directory, WHISPER)
+        layers = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
+        depths = f"; its config.json has encoder_layers {whisper.encoder_layers}, its tensors {layers}"
+        fill(encoder, tensors, directory, WHISPER, advice=depths if layers not in (0, whisper.encoder_layers) else "")
         with torch.device("meta"):
             tower = cls(**plain_settings(whisper, cls.SETTINGS), freeze=freeze)
         return tower._adopt(encoder)

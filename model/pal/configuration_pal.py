@@ -9,11 +9,12 @@ from palkernels.model.causal_lm.config import LalConfig
 from palkernels.model.connectors.registry import CONNECTORS
 from palkernels.model.encoders.registry import TOWERS
 
-__all__ = ["PalConfig"]
+__all__ = ["PalConfig", "attention_by_part"]
 
 INTEGRATIONS = ("lal", "plits", "flamingo")
 PROJECTIONS = ("shared", "per_layer")
 ENTRY_KEYS = ("type", "config", "integration", "connector")
+ATTENTION_KEYS = ("", "text_config", "encoders")
 
 
 class PalConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -43,6 +44,9 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
             no audio enters by PLITS.
         freeze_encoders: whether the encoders keep their weights in training.
         freeze_ffn: whether the language model's FFNs keep their weights in training.
+        attn_implementation: how the parts attend, by transformers' names: one for all of them, or a dict with
+            "text_config", the language model's, and "encoders", that of encoders and connectors. What is not named is
+            as the part's own default is. As in all of transformers it is not saved.
 
     Raises:
         TypeError, ValueError: the parts do not fit each other; the message is one line.
@@ -72,7 +76,8 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
             self.text_config = AutoConfig.for_model(**self.text_config)
         if not isinstance(self.text_config, PreTrainedConfig):
             raise TypeError(f"text_config must be a config or a dict, got {type(self.text_config).__name__}")
-        kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)  # else it would be reset
+        own = self.text_config._attn_implementation
+        kwargs.setdefault("attn_implementation", {"": own, "text_config": own})  # else it would be reset
         if not isinstance(self.encoders, list | tuple) or not self.encoders:
             raise ValueError(f"encoders must be a list of at least one entry, got {self.encoders!r}")
         self.encoders = [_complete_entry(entry, self.text_config.hidden_size) for entry in self.encoders]
@@ -80,6 +85,25 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
         self.layers = "all" if layers == "all" else list(layers)
         self._check()
         super().__post_init__(**kwargs)
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return self._attn_implementation_internal  # type: ignore[no-any-return]
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        names = attention_by_part(value)
+        PreTrainedConfig._attn_implementation.fset(self, value)  # the config's own and the language model's
+        if "encoders" in names:
+            self._encoders_attn_implementation = names["encoders"]
+
+    @property
+    def encoders_attn_implementation(self) -> str | None:
+        """How encoders and connectors are asked to attend; None: each as its own default is."""
+        return self.__dict__.get("_encoders_attn_implementation")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "_encoders_attn_implementation"}
 
     def lal(self) -> LalConfig:
         """Return the settings for ``attach``."""
@@ -122,6 +146,25 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
             raise ValueError("audio_token_id must be given where audio enters by PLITS, got None")
         if token is not None and not (_is_int(token) and 0 <= token < vocabulary):
             raise ValueError(f"audio_token_id must be from 0 to {vocabulary - 1}, got {token!r}")
+
+
+def attention_by_part(attn_implementation: Any) -> dict[str, Any]:
+    """Return what ``attn_implementation`` asks of "", the model itself, of "text_config" and of "encoders", where it
+    asks anything.
+
+    Raises:
+        ValueError: It is a dict with other keys, or "encoders" is no name.
+    """
+    if not isinstance(attn_implementation, dict):
+        return dict.fromkeys(ATTENTION_KEYS, attn_implementation)
+    if not set(attn_implementation) <= set(ATTENTION_KEYS):
+        raise ValueError(
+            f"attn_implementation must have the keys {_names(ATTENTION_KEYS, 'and')}, got {attn_implementation!r}"
+        )
+    encoders = attn_implementation.get("encoders")
+    if encoders is not None and not isinstance(encoders, str):
+        raise ValueError(f'attn_implementation must have a name for "encoders", got {encoders!r}')
+    return attn_implementation
 
 
 def _complete_entry(caller_entry: Any, width: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from palkernels.model.pal.clips import AudioFeatures, Clips, audio_rows, join, s
 from palkernels.model.pal.configuration_pal import PalConfig
 from palkernels.model.pal.hearing import Hearing, Step, recall, step_of
 from palkernels.model.pal.inputs import AudioInputs, clip_index, lengths_by_tower
-from palkernels.model.pal.parts import by_entry, connect
+from palkernels.model.pal.parts import by_entry, connect, without_padding
 from palkernels.model.pal.placeholders import place_of, places_in
 
 __all__ = ["Listener"]
@@ -67,7 +67,8 @@ class Listener:
             raise ValueError(f"input_features must hold a tensor for each of {count} towers, got {len(features)}")
         encoded = [tower(clips) for tower, clips in zip(self.audio_tower, features, strict=True)]
         lengths = lengths_by_tower(audio_lengths, encoded)
-        entries = by_entry(self.config.encoders, list(zip(encoded, lengths, strict=True)))
+        cut = without_padding(self.config.encoders, encoded, lengths)
+        entries = by_entry(self.config.encoders, list(zip(cut, lengths, strict=True)))
         connected: list[Clips] = []
         by_integration: dict[str, list[Clips]] = {}
         for connector, (entry, of_towers) in zip(self.multi_modal_projector, entries, strict=True):

@@ -8,7 +8,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import TransformersKwargs
 
 from palkernels.model.causal_lm.attach import attach
@@ -16,18 +15,24 @@ from palkernels.model.causal_lm.attached import HANDLE
 from palkernels.model.causal_lm.caches import cache_keyword, cache_of
 from palkernels.model.causal_lm.flamingo import FlamingoHandle, attach_flamingo
 from palkernels.model.causal_lm.freezing import freeze_ffn
-from palkernels.model.causal_lm.gated_layer import GatedLayer
 from palkernels.model.causal_lm.handle import LalHandle
 from palkernels.model.causal_lm.memory import cache_after
 from palkernels.model.causal_lm.support import base_model
-from palkernels.model.connectors.base import Connector
 from palkernels.model.pal.clips import AudioFeatures
 from palkernels.model.pal.configuration_pal import PalConfig
 from palkernels.model.pal.generation import LISTEN, STEP, current, generation_of
 from palkernels.model.pal.hearing import labels_of, tied
 from palkernels.model.pal.inputs import AudioInputs
 from palkernels.model.pal.listening import Listener
-from palkernels.model.pal.parts import build_connectors, build_towers, entries_with_tower_configs, keep_weights
+from palkernels.model.pal.parts import (
+    build_connectors,
+    build_towers,
+    choose_attention,
+    entries_with_tower_configs,
+    keep_weights,
+    reset_weights,
+    with_attention_of_encoders,
+)
 
 __all__ = ["PalForConditionalGeneration"]
 
@@ -82,6 +87,8 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         super().__init__(config)
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
+        else:
+            keep_weights(language_model)
         self.language_model = language_model
         run = type(base_model(language_model)).forward
         self._cache_keyword = cache_keyword(run) or "past_key_values"
@@ -96,20 +103,15 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         handle = self.attached()  # refuses a language model that cannot be attached
         if isinstance(handle, FlamingoHandle):
             self.gated_layer = handle.layers
-        for part in (self.multi_modal_projector, self.layer_projector, self.gated_layer):
-            keep_weights(part)
         self._freeze()
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a model as transformers does, from safetensors unless ``use_safetensors`` says otherwise.
-
-        Loading forgets what is frozen; what the config says is so again.
-        """
+        """Load a model as transformers does, from safetensors unless ``use_safetensors`` says otherwise."""
         loaded = super().from_pretrained(*args, **{"use_safetensors": True, **kwargs})
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-        model._freeze()
+        model._freeze()  # loading forgets it
         return loaded
 
     @classmethod
@@ -141,8 +143,10 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
                 "language_model.resize_token_embeddings(len(tokenizer)) makes room for a token that was added"
             )
         encoders = entries_with_tower_configs(encoders, towers)
+        settings, attn_implementation = with_attention_of_encoders(settings)
         config = PalConfig(text_config=language_model.config, encoders=encoders, **settings)
         model = cls(config, language_model, towers)
+        model.set_attn_implementation(attn_implementation)
         model.generation_config = copy.deepcopy(language_model.generation_config)
         for part in (model.audio_tower, model.multi_modal_projector, model.layer_projector):
             part.to(device=language_model.device, dtype=language_model.dtype)
@@ -164,15 +168,19 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         if self.config.freeze_ffn:
             freeze_ffn(self.language_model)
 
+    def set_attn_implementation(self, attn_implementation: Any, allow_all_kernels: bool = False) -> None:
+        """Choose how the parts attend, as ``attn_implementation`` of :class:`PalConfig` does; all of them or none."""
+        parts: Any = [*self.audio_tower, *self.multi_modal_projector]
+        choose_attention(self, base_model(self.language_model), parts, attn_implementation, allow_all_kernels)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # As custom code transformers would pass over a module without tensors of its own; a tower draws its encoder's.
+        super()._initialize_weights(module)
+
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw the weights that a checkpoint lacks."""
-        super()._init_weights(module)
-        if isinstance(module, Connector):  # its queries and the like, which are parameters of no submodule
-            for parameter in module.parameters(recurse=False):
-                init.normal_(parameter, std=0.02)
-        elif isinstance(module, GatedLayer):
-            init.zeros_(module.attention_gate)
-            init.zeros_(module.ffn_gate)
+        """Draw the weights that a checkpoint lacks, as the module's constructor does."""
+        if not reset_weights(module):
+            super()._init_weights(module)
 
     def attached(self) -> LalHandle | FlamingoHandle | None:
         """Attach the language model if it is not, and return its handle; None if none of its layers takes audio."""

@@ -9,17 +9,20 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from palkernels.model.connectors.base import Connector
+from palkernels.errors import one_line
+from palkernels.model.connectors.base import Connector, States, cut_paddings
 from palkernels.model.connectors.registry import CONNECTORS
 from palkernels.model.encoders.base import Tower
 from palkernels.model.encoders.registry import TOWERS
 from palkernels.model.pal.clips import Clips
-from palkernels.model.pal.configuration_pal import PalConfig
+from palkernels.model.pal.configuration_pal import PalConfig, attention_by_part
 
 __all__ = [
-    "build_connectors", "build_towers", "by_entry", "connect", "entries_with_tower_configs", "keep_weights",
-    "outline_connectors", "tower_settings",
+    "build_connectors", "build_towers", "by_entry", "choose_attention", "connect", "entries_with_tower_configs",
+    "keep_weights", "outline_connectors", "reset_weights", "tower_settings", "with_attention_of_encoders",
+    "without_padding",
 ]  # fmt: skip
 
 Item = TypeVar("Item")
@@ -90,20 +93,26 @@ def build_towers(config: PalConfig, towers: Sequence[nn.Module | None] | None = 
         if tower is None:
             tower = tower_class(**{**settings, "freeze": config.freeze_encoders})
         elif not isinstance(tower, tower_class):
-            raise TypeError(f"a tower must be a {tower_class.__name__}, got {type(tower).__name__}")
+            name = tower_class.__name__
+            raise TypeError(f"a tower must be a {name}, got {type(tower).__name__}: {name}.from_checkpoint makes one")
         elif tower.config["freeze"] != config.freeze_encoders:
             raise ValueError(f"towers must have freeze={config.freeze_encoders} as freeze_encoders says, got another")
+        else:
+            keep_weights(tower)
         built.append(tower)
+    set_attention(built, config.encoders_attn_implementation)
     return built
 
 
 def build_connectors(config: PalConfig, towers: Sequence[Tower]) -> list[Connector]:
     """Return one connector per entry of a config, from its towers' width to the language model's."""
     width = config.text_config.hidden_size
-    return [
+    connectors = [
         _build_connector(entry, [tower.hidden_size for tower in entry_towers], width)
         for entry, entry_towers in by_entry(config.encoders, towers)
     ]
+    set_attention(connectors, config.encoders_attn_implementation)
+    return connectors
 
 
 def outline_connectors(encoders: Sequence[dict[str, Any]]) -> list[Connector]:
@@ -117,6 +126,82 @@ def _build_connector(entry: dict[str, Any], input_sizes: list[int], hidden_size:
     widths: dict[str, Any] = {"input_sizes": input_sizes} if len(input_sizes) > 1 else {"input_size": input_sizes[0]}
     settings = entry["connector"]["config"]
     return CONNECTORS[entry["connector"]["type"]](**{**widths, "hidden_size": hidden_size, **settings})
+
+
+def with_attention_of_encoders(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a config's settings, whose ``attn_implementation`` asks nothing of a language model that is there already,
+    and what it asks of all parts: a config would change the language model before another part refuses."""
+    names = attention_by_part(settings.get("attn_implementation") or {})
+    settings = {name: value for name, value in settings.items() if name != "attn_implementation"}
+    return settings | ({"attn_implementation": {"encoders": names["encoders"]}} if "encoders" in names else {}), names
+
+
+def choose_attention(
+    model: PreTrainedModel,
+    language_model: PreTrainedModel,
+    parts: Sequence[Tower | Connector],
+    attn_implementation: Any,
+    allow_all_kernels: bool = False,
+) -> None:
+    """Let the parts of a model attend as ``attn_implementation`` of :class:`PalConfig` says.
+
+    Raises:
+        ValueError, ImportError: A part has no such implementation. All of them attend as before.
+    """
+    names, config = attention_by_part(attn_implementation), model.config
+    if not names:
+        return
+    own = names.get("", config._attn_implementation)
+    own = model._check_and_adjust_attn_implementation(own, allow_all_kernels=allow_all_kernels)
+    before = [part.attn_implementation for part in parts]
+    set_attention(parts, names.get("encoders"))
+    if "text_config" in names:
+        try:
+            language_model.set_attn_implementation(names["text_config"], allow_all_kernels=allow_all_kernels)
+        except (ValueError, ImportError):
+            _set_each(parts, before)
+            raise
+    config._attn_implementation_internal = own
+    config._encoders_attn_implementation = names.get("encoders", config.encoders_attn_implementation)
+
+
+def set_attention(parts: Sequence[Tower | Connector], attn_implementation: str | None) -> None:
+    """Let towers and connectors attend as transformers names it; None: as they do.
+
+    Raises:
+        ValueError: A part has no such implementation. All of them attend as before.
+    """
+    before = [part.attn_implementation for part in parts]
+    for part in parts if attn_implementation is not None else ():
+        try:
+            part.set_attn_implementation(attn_implementation)  # type: ignore[arg-type]
+        except (ValueError, ImportError) as error:
+            _set_each(parts, before)
+            raise ValueError(
+                f"attn_implementation must be one that {type(part).__name__} has, got {attn_implementation!r}: "
+                f'{one_line(error)}; {{"text_config": {attn_implementation!r}}} is the language model\'s alone'
+            ) from error
+
+
+def _set_each(parts: Sequence[Tower | Connector], names: Sequence[str | None]) -> None:
+    for part, name in zip(parts, names, strict=True):
+        if name is not None:
+            part.set_attn_implementation(name)
+
+
+def without_padding(
+    encoders: Sequence[dict[str, Any]], encoded: Sequence[Tensor], lengths: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Return every tower's states for the connectors, cut to the longest clip by ``cut_paddings``.
+
+    Args:
+        encoders: The entries of a config.
+        encoded: (C, N, width) of every tower.
+        lengths: (C,) valid states of every tower; None: all.
+    """
+    entry_states: list[States] = [tuple(states) for _, states in by_entry(encoders, encoded)]
+    entry_lengths = [valid[0] for _, valid in by_entry(encoders, lengths)]
+    return [states for entry in cut_paddings(entry_states, entry_lengths) for states in entry]
 
 
 def connect(connector: Connector, states: Sequence[Tensor], lengths: Tensor | None) -> Clips:
@@ -136,8 +221,23 @@ def connect(connector: Connector, states: Sequence[Tensor], lengths: Tensor | No
 
 
 def keep_weights(part: nn.Module) -> None:
-    """Mark what a constructor has drawn, so that transformers' ``post_init`` does not draw it again."""
+    """Mark a part's weights as they are, so that transformers' ``post_init`` does not draw them anew."""
     for module in part.modules():
-        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if tensors and not any(tensor.is_meta for tensor in tensors):
+        if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
             module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def reset_weights(module: nn.Module) -> bool:
+    """Let a module draw its own weights as its constructor does, but for those of a checkpoint.
+
+    Returns:
+        Whether it can: False where it has weights to draw and no ``reset_parameters``.
+    """
+    whole = isinstance(module, Tower)  # a tower's weights come from its seed together
+    own = [*module.parameters(recurse=whole), *module.buffers(recurse=whole)]
+    if all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
+        return True
+    reset = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
+    return reset is not None

@@ -113,6 +113,19 @@ def test_does_not_depend_on_padding():
         assert torch.equal(got, want)
 
 
+def test_fewer_time_steps():
+    """States of whole time steps alone give what a clip of that length gives, without lengths too."""
+    connector, states = connector_of((COARSE, FINE))
+    whole, _ = connector.connect(states, torch.tensor([6, 6, 6]))
+    cut, lengths = connector.connect((states[0][:, :6], states[1]))
+    assert lengths is None
+    assert cut.shape == (3, 8, 9)
+    torch.testing.assert_close(cut, whole[:, :8], rtol=0, atol=1e-12)
+    for count in (0, 7):
+        with pytest.raises(ValueError, match=rf"^states of the first .* whole time steps of 3, got {count} states$"):
+            connector.connect((states[0][:, :count], states[1]))
+
+
 def test_gradients_reach_both_encoders_and_every_weight():
     connector, states = connector_of((COARSE, FINE))
     for x in states:

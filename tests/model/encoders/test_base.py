@@ -189,12 +189,14 @@ def test_checkpoint_tower_is_frozen_or_not_and_rebuilds(tmp_path: Path, name: st
 def test_refuses_another_models_checkpoint(tmp_path: Path) -> None:
     """A checkpoint of another model is refused, and so are pickled weights."""
     whisper_checkpoint(tmp_path / "whisper")
-    with pytest.raises(ValueError, match=r"must hold a CLAP model, got model_type 'whisper'$"):
+    with pytest.raises(
+        ValueError, match=r"must hold a CLAP model, got model_type 'whisper', which WhisperTower reads$"
+    ):
         ClapTower.from_checkpoint(tmp_path / "whisper")
     with pytest.raises(ValueError, match=r"must hold extra_tokens .* and positions of an SSLAM encoder, got "):
         SslamTower.from_checkpoint(tmp_path / "whisper")
     clap_checkpoint(tmp_path / "clap")
-    with pytest.raises(ValueError, match=r"must hold a Whisper model, got model_type 'clap'$"):
+    with pytest.raises(ValueError, match=r"must hold a Whisper model, got model_type 'clap', which ClapTower reads$"):
         WhisperTower.from_checkpoint(tmp_path / "clap")
     with pytest.raises(ValueError, match=r"must be an existing directory, got none there$"):
         ClapTower.from_checkpoint("laion/clap-htsat-unfused")
@@ -221,3 +223,25 @@ def test_constructor_arguments(name: str, settings: dict[str, Any], message: str
     with pytest.raises(ValueError, match=f"^{re.escape(message)}") as caught:
         TOWERS[name](**settings)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@each
+def test_weights_that_a_checkpoint_lacks_are_the_seeds(towers: dict[str, Tower], name: str) -> None:
+    """A tower built without memory draws what its constructor draws; what transformers marks as loaded is kept."""
+    with torch.device("meta"):
+        tower = TOWERS[name](**SMALL_TOWERS[name])
+    tower.to_empty(device="cpu")
+    loaded = next(tower.parameters())
+    with torch.no_grad():
+        for tensor in (*tower.parameters(), *tower.buffers()):
+            tensor.fill_(7)
+    loaded._is_hf_initialized = True  # type: ignore[attr-defined]
+    state = torch.get_rng_state()
+    tower.reset_parameters()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert bool((loaded == 7).all())
+    with torch.no_grad():
+        loaded.copy_(next(towers[name].parameters()))
+    assert equal(weights(tower), weights(towers[name]))
+    for found, wanted in zip(tower.buffers(), towers[name].buffers(), strict=True):
+        assert torch.equal(found, wanted)

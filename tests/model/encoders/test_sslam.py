@@ -52,9 +52,11 @@ def restated(state: dict[str, Tensor], spectrogram: Tensor, heads: int) -> Tenso
     return x
 
 
-def test_network_is_the_definition_in_float64(encoder: SslamEncoder) -> None:
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_network_is_the_definition_in_float64(encoder: SslamEncoder, attn_implementation: str) -> None:
     """Patches, positions, CLS and post-norm blocks are exact in float64."""
     double = SslamEncoder(WIDTH, LAYERS, HEADS).double().eval()
+    double.config._attn_implementation = attn_implementation
     state = {name: tensor.double() for name, tensor in encoder.state_dict().items()}
     state["fixed_positional_encoder.positions"] = by_formula(WIDTH)[None]
     double.load_state_dict(state)

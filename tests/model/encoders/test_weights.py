@@ -83,7 +83,7 @@ def test_refuses_a_broken_config(tmp_path: Path, content: str) -> None:
 
 def test_refuses_another_model(tmp_path: Path) -> None:
     LlamaConfig().save_pretrained(tmp_path)
-    assert refusal(tmp_path).endswith("must hold a Whisper model, got model_type 'llama'")
+    assert refusal(tmp_path).endswith("must hold a Whisper model, got model_type 'llama', which no tower reads")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from support.audio_llm import (
 from support.oracles import Row, oracle_logits
 
 from palkernels.model import AudioFeatures, LalConfig, attach
+from palkernels.model.connectors.base import cut_padding
 from palkernels.model.pal.clips import Clips
 
 
@@ -132,9 +133,12 @@ def test_lfst_joins_two_encoders(integration):
     with torch.no_grad():
         pair = tuple(tower(x) for tower, x in zip(model.audio_tower, batch["input_features"], strict=True))
         assert batch["audio_lengths"].tolist() == [[16, 2]]
-        out, valid = model.multi_modal_projector[0].connect(pair, batch["audio_lengths"][:, 0])
+        lengths = batch["audio_lengths"][:, 0]
+        whole, _ = model.multi_modal_projector[0].connect(pair, lengths)
+        out, valid = model.multi_modal_projector[0].connect(cut_padding(pair, lengths), lengths)
         found = getattr(model.get_audio_features(batch["input_features"], batch["audio_lengths"]), integration)
         assert torch.equal(found.states, out)
+        torch.testing.assert_close(out, whole[:, :18])
         assert found.lengths.tolist() == valid.tolist() == [18]
         assert int((batch["input_ids"] == AUDIO_ID).sum()) == (18 if integration == "plits" else 0)
         assert model(**batch).logits.isfinite().all()

@@ -121,7 +121,7 @@ def test_from_parts(tmp_path):
     batch = batch_of_two(model)
     assert model.generate(**batch).shape[1] == batch["input_ids"].shape[1] + 3
     model.save_pretrained(tmp_path)
-    again = PalForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager")
+    again = PalForConditionalGeneration.from_pretrained(tmp_path, attn_implementation={"text_config": "eager"})
     assert torch.equal(logits(again, batch), logits(model, batch))
     free = PalForConditionalGeneration.from_pretrained(tmp_path, freeze_encoders=False).train()
     assert all(parameter.requires_grad for parameter in free.audio_tower.parameters())
