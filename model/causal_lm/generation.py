@@ -34,6 +34,7 @@ class Generation:
         self.state = state
         self.unchecked: int | None = prompt  # None once the whole prompt has been checked
         self.request: Request | None = None  # of the last forward
+        self.cache: Any = None  # that remembers the audio
 
     def copies(self, batch: int) -> int:
         """Return how many texts there are per text of the prompt: beams and returned sequences follow each other."""
@@ -64,7 +65,10 @@ class Generation:
         arguments["position_ids"] = request.positions()
         self.request = request
         arguments["audio"] = Carried(request)
-        remember(cache_of(arguments), self.state, text_rows(batch, copies, texts.device))
+        cache = cache_of(arguments)
+        if cache is not self.cache:
+            remember(cache, self.state, text_rows(batch, copies, texts.device))
+            self.cache = cache
 
     def _prompt_that_is_whole(self, mask: Tensor | None) -> int | None:
         """Return the prompt's columns if this forward completes it: a prompt may come in chunks.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palkernels.model.causal_lm.caches import cache_of
 from palkernels.model.causal_lm.generation import generating, prompt_of
-from palkernels.model.causal_lm.memory import Memory, memory_of, remember, text_rows
+from palkernels.model.causal_lm.memory import Memory, forget, memory_of, remember, text_rows
 from palkernels.model.causal_lm.texts import inputs_of
 from palkernels.model.pal.hearing import Hearing, Kept, Step, check_placeholders, recall
 from palkernels.model.pal.inputs import AudioInputs
@@ -48,6 +48,8 @@ class PalGeneration:
         self.model = model
         self.hearing = hearing
         self.kept = None if placeholders is None else Kept(hearing.tokens, placeholders)
+        self.memory: Memory | None = None  # what the cache of the forwards remembers
+        self.cache: Any = None
         # What models that draft for this one hear, by their id: they are called without audio.
         self.assistants: dict[int, tuple[Hearing, Placeholders | None]] = {}
         self._numbers: Tensor | None = None  # (B, columns)
@@ -73,11 +75,11 @@ class PalGeneration:
         batch, count = inputs.shape[:2]
         cache = cache_of(arguments)
         audio = arguments.pop("audio", None)
-        memory = None
-        if self.hearing.state is not None or self.kept is not None:
+        if self.hearing.present and (self.memory is None or cache is not self.cache):
             texts = self._texts(batch)
-            memory = Memory(self.hearing.state, text_rows(batch, batch // texts, inputs.device), self.kept)
-            remember(cache, memory.state, memory.rows, memory.tokens)
+            self.memory = Memory(self.hearing.state, text_rows(batch, batch // texts, inputs.device), self.kept)
+            remember(cache, self.memory.state, self.memory.rows, self.kept)
+            self.cache = cache
         tokens = numbers = None
         first = self._first_column(cache)
         if first is not None:
@@ -85,12 +87,11 @@ class PalGeneration:
             if any(self._columns[first : first + count]):
                 tokens, numbers = self._in_place(first, count, batch)
                 self.placed = True
-        arguments[STEP] = Step(tokens, numbers, audio, memory)
+        arguments[STEP] = Step(tokens, numbers, audio, self.memory)
 
     def _texts(self, batch: int) -> int:
         """Return the number of texts in the prompt, which has as many rows for each."""
-        state, kept = self.hearing.state, self.kept
-        texts = state.batch_size if state is not None else kept.placeholders.table.shape[0]  # type: ignore[union-attr]
+        texts = self.hearing.texts
         if not texts or batch % texts:
             raise ValueError(f"audio must describe the prompt's rows, got {texts} for {batch} text rows")
         return texts
@@ -138,9 +139,11 @@ def generation_of(model: Listener, audio: AudioInputs, arguments: Mapping[str, A
     hearing, placeholders = known or _listen(model, audio, arguments)
     generation = PalGeneration(model, hearing, placeholders, _cached(arguments))
     generation.whole = _whole_of_draft(model, arguments)
-    if hearing.state is not None or hearing.tokens is not None:
+    if hearing.present:
         _check_options_with_audio(model, arguments)
         _prepare_assistant(generation, audio, arguments)
+    elif not _cached(arguments):
+        forget(cache_of(arguments))
     token = _CURRENT.set(generation)
     inner = None
     try:

@@ -27,6 +27,18 @@ class Hearing:
     tokens: Clips | None = None  # (B, N, d) that take the places of each text's placeholders
     state: AudioState | None = None  # what enters the layers
 
+    @property
+    def present(self) -> bool:
+        """Whether there is any audio."""
+        return self.tokens is not None or self.state is not None
+
+    @property
+    def texts(self) -> int:
+        """The number of texts, B; 0 where there is no audio."""
+        if self.state is not None:
+            return self.state.batch_size
+        return 0 if self.tokens is None else self.tokens.lengths.shape[0]
+
 
 @dataclass(frozen=True, eq=False)
 class Kept:
@@ -182,7 +194,7 @@ def step_of(
             placeholders = placeholders.completing(tokens.lengths)
     new = check_placeholders(token, tokens, placeholders, places, labels, complete=complete, where=where)
     memory = None
-    if not isinstance(start, Tensor) and (tokens is not None or hearing.state is not None):
+    if not isinstance(start, Tensor) and hearing.present:
         kept = earlier if not new and earlier is not None and earlier.table.shape[1] <= start else placeholders
         memory = Memory(hearing.state, torch.arange(places.shape[0], device=places.device), Kept(tokens, kept))
     if not new or tokens is None:

@@ -144,7 +144,7 @@ class Listener:
             hearing, places = self.listen(input_ids, inputs_embeds, audio, so_far)
         else:
             places = None if input_ids is None else self.places(input_ids, None)
-        if hearing.state is None and hearing.tokens is None:
+        if not hearing.present:
             forget(cache)
             if memory is None and not audio.has_clips and places is None:
                 self.warn_of_marks(input_ids)

@@ -49,16 +49,16 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
       token that enters by PLITS has a placeholder ``config.audio_token_id`` there, in the order of the clips.
     - input_features: C clips as the tower's ``features`` makes them, (C, ...), or a list of them, one per tower.
     - audio_lengths (C,) or (C, towers): the valid states of each clip; None: all.
-    - audio_index (B, K): the clips of each text in their order, -1 where there is none; None: clip b belongs to text
-      b, and C == B. Texts may share a clip.
+    - audio_index (B, K): the clips of each text in their order, -1 where there is none; None: the clips are heard in
+      their order, each text as many as fill its placeholders; without PLITS clip b belongs to text b, and C == B.
+      Texts may share a clip.
     - insert_at (B,) or (B, K): where the audio of each clip that enters by LAL or Flamingo stands in the text, in
       tokens without padding, not decreasing; None: before the text. Placeholders count as text: with an ``insert_at``
       in front of a clip's placeholders they see its other audio. The paper leaves this open.
 
-    In a sequence that continues a cache, (B, T) are the new tokens. All clips of the conversation are given again,
-    because LAL's audio lies in no text cache; as ``audio_features`` they are not encoded again. PLITS tokens do lie in
-    the cache, and are not looked at where ``input_ids`` has no placeholder. ``generate`` takes the whole conversation
-    and its cache.
+    In a sequence that continues a cache, (B, T) are the new tokens; ``generate`` takes the whole conversation, too. The
+    cache remembers what its texts have heard, and no clips need to be given. Where a turn brings new ones, all clips of
+    the conversation are given, for which ``audio_features`` spares encoding them again.
 
     Args:
         config: the parts and how they go together.

@@ -43,9 +43,7 @@ def test_a_second_turn_without_the_audio(way, kind):
     logits = model(**new, past_key_values=copy.deepcopy(cache)).logits
     torch.testing.assert_close(logits, model(turn, audio=audio).logits[:, cached:])
     less = AudioState(audio.states[:, :4], insert_at=audio.insert_at)  # as where the clips before were left out
-    with pytest.raises(
-        ValueError, match=r"must be all that the conversation has heard, \[5\] tokens .*got \[4\]"
-    ):
+    with pytest.raises(ValueError, match=r"must be all that the conversation has heard, \[5\] tokens .*got \[4\]"):
         model.generate(turn, audio=less, past_key_values=copy.deepcopy(cache), **OPTIONS)
     cache.reset()
     assert memory_of(cache) is None
