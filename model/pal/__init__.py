@@ -13,5 +13,5 @@ AutoConfig.register(PalConfig.model_type, PalConfig)
 AutoModel.register(PalConfig, PalForConditionalGeneration)
 AutoModelForMultimodalLM.register(PalConfig, PalForConditionalGeneration)
 AutoProcessor.register(PalConfig, PalProcessor)
-# By this table of names the Trainer knows that a label is the token before which it stands, where it smooths labels.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(PalConfig.model_type, PalForConditionalGeneration.__name__)
+# Trainer's label smoothing shifts labels for the classes that are named here, and for no other.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[PalConfig.model_type] = PalForConditionalGeneration.__name__

@@ -9,7 +9,7 @@ from palkernels.model.causal_lm.config import LalConfig
 from palkernels.model.connectors.registry import CONNECTORS
 from palkernels.model.encoders.registry import TOWERS
 
-__all__ = ["PalConfig", "attention_by_part"]
+__all__ = ["PalConfig", "attention_by_part", "complete_entry"]
 
 INTEGRATIONS = ("lal", "plits", "flamingo")
 PROJECTIONS = ("shared", "per_layer")
@@ -80,7 +80,7 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
         kwargs.setdefault("attn_implementation", {"": own, "text_config": own})  # else it would be reset
         if not isinstance(self.encoders, list | tuple) or not self.encoders:
             raise ValueError(f"encoders must be a list of at least one entry, got {self.encoders!r}")
-        self.encoders = [_complete_entry(entry, self.text_config.hidden_size) for entry in self.encoders]
+        self.encoders = [complete_entry(entry, self.text_config.hidden_size) for entry in self.encoders]
         layers = self.lal().layers  # sorted, and all of these settings checked
         self.layers = "all" if layers == "all" else list(layers)
         self._check()
@@ -167,12 +167,12 @@ def attention_by_part(attn_implementation: Any) -> dict[str, Any]:
     return attn_implementation
 
 
-def _complete_entry(caller_entry: Any, width: int) -> dict[str, Any]:
+def complete_entry(caller_entry: Any, width: int | None = None) -> dict[str, Any]:
     """Return an entry of ``encoders`` with everything that may be left out, after checking it.
 
     Args:
         caller_entry: The entry as a caller gives it.
-        width: Of the language model's states.
+        width: Of the language model's states; None: not known.
 
     Raises:
         ValueError: The entry is malformed.
@@ -207,7 +207,7 @@ def _complete_entry(caller_entry: Any, width: int) -> dict[str, Any]:
     if any("freeze" in config for config in configs):
         raise ValueError(f"an encoder's config must not say freeze, as freeze_encoders does, got {entry['config']!r}")
     settings = connector.get("config") or {}
-    if settings.get("hidden_size", width) != width:
+    if width is not None and settings.get("hidden_size", width) != width:
         raise ValueError(f"a connector's hidden_size must be the language model's {width}, got {settings}")
     entry["connector"] = {"type": connector["type"], "config": settings}
     return entry

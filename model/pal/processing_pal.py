@@ -1,6 +1,5 @@
 """From texts and clips to the inputs that :class:`PalForConditionalGeneration` takes."""
 
-import os
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -11,18 +10,14 @@ from transformers import BatchFeature, ProcessorMixin
 from palkernels.model.audio.limits import MAX_BYTES
 from palkernels.model.audio.waveforms import waveform
 from palkernels.model.encoders.registry import TOWERS
-from palkernels.model.pal.configuration_pal import PalConfig
+from palkernels.model.pal.configuration_pal import PalConfig, complete_entry
+from palkernels.model.pal.messages import ChatTemplate, conversations_of, template_source, template_variables
+from palkernels.model.pal.options import Options, is_option, read_options
 from palkernels.model.pal.parts import by_entry, outline_connectors, tower_settings
-from palkernels.model.pal.tokenizer import AUDIO_TOKEN
+from palkernels.model.pal.rows import IGNORED, Span, cut, distinct, ends_of_texts, expand, is_list, pad, read_row, table
+from palkernels.model.pal.tokenizer import AUDIO_TOKEN, knows_token
 
 __all__ = ["PalProcessor"]
-
-AUDIO_KEYS = ("audio", "path", "url", "audio_url")  # under which a message's item may hold its clip
-# For tokenizers that bring no template of their own.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
 
 
 class PalProcessor(ProcessorMixin):  # type: ignore[misc]
@@ -33,13 +28,14 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         encoders, summary_tokens: as in the :class:`PalConfig`; ``PalProcessor.from_config`` takes them from it.
         audio_token: the token that stands in a text wherever a clip is heard. If audio enters by PLITS its id is
             ``config.audio_token_id``.
-        chat_template: the template that :meth:`apply_chat_template` renders messages with; None: the tokenizer's own,
-            which need not know of audio.
+        chat_template: the template that :meth:`apply_chat_template` renders messages with, or several by name; None:
+            the tokenizer's own, which need not know of audio.
         max_seconds: the longest clip; None: what the encoder with the shortest window hears. Longer ones are refused.
         max_bytes: the largest file or array.
 
     Raises:
-        ValueError: the tokenizer lacks ``audio_token``, or ``max_seconds`` is more than an encoder hears.
+        ValueError: the tokenizer lacks ``audio_token``, ``max_seconds`` is more than an encoder hears, or an entry of
+            ``encoders`` is malformed.
     """
 
     # Positional: transformers reads the names of positional arguments only when it loads a processor.
@@ -49,18 +45,21 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         encoders: Sequence[dict[str, Any]],
         summary_tokens: int = 0,
         audio_token: str = AUDIO_TOKEN,
-        chat_template: str | None = None,
+        chat_template: Any = None,
         max_seconds: float | None = None,
         max_bytes: int = MAX_BYTES,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
-        self.encoders = list(encoders)
+        self.encoders = [complete_entry(entry) for entry in encoders]
         self.summary_tokens = summary_tokens
         self.audio_token = audio_token
         self.max_bytes = max_bytes
         self.audio_token_id: int = tokenizer.convert_tokens_to_ids(audio_token)
-        if self.audio_token_id is None or self.audio_token_id == tokenizer.unk_token_id:
-            raise ValueError(f"the tokenizer must know {audio_token!r} as one token: add_special_tokens adds it")
+        if not knows_token(tokenizer, audio_token):
+            raise ValueError(
+                f"the tokenizer must know {audio_token!r} as one token, got none: from_config(add_audio_token=True) "
+                f"or tokenizer.add_tokens([{audio_token!r}], special_tokens=True) adds it"
+            )
         self._features = [
             TOWERS[tower_type].make_features(settings) for tower_type, settings in tower_settings(self.encoders)
         ]
@@ -74,17 +73,22 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         self._connectors = outline_connectors(self.encoders)
 
     @classmethod
-    def from_config(cls, tokenizer: Any, config: PalConfig, **settings: Any) -> Self:
+    def from_config(cls, tokenizer: Any, config: PalConfig, add_audio_token: bool = False, **settings: Any) -> Self:
         """Return the processor of a model with this config.
 
         Args:
             tokenizer: the model's.
             config: the model's.
+            add_audio_token: whether to add ``audio_token`` to a tokenizer that lacks it. If audio enters by PLITS, the
+                config must have the id that it gets, which is within the vocabulary that the model has.
             settings: further arguments of the class.
 
         Raises:
             ValueError: the audio token has another id than in the config.
         """
+        token = settings.get("audio_token", AUDIO_TOKEN)
+        if add_audio_token and not knows_token(tokenizer, token):
+            tokenizer.add_tokens([token], special_tokens=True)
         processor = cls(tokenizer, config.encoders, config.summary_tokens, **settings)
         expected, token_id = config.audio_token_id, processor.audio_token_id
         if config.uses("plits") and token_id != expected:
@@ -97,12 +101,9 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         audio: Any = None,
         sampling_rate: int | None = None,
         *,
-        add_special_tokens: bool = True,
-        padding: bool | str = True,
-        padding_side: str = "left",
-        max_length: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        return_tensors: str = "pt",
+        output_labels: bool = False,
+        labels_from: int | Sequence[int] | None = None,
+        **options: Any,
     ) -> BatchFeature:
         """Return one batch for ``forward`` and ``generate``.
 
@@ -110,60 +111,79 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
             text: one text or several, with ``audio_token`` for each clip that is heard there. It becomes as many
                 placeholders as the clip has PLITS tokens; LAL audio stands before them.
             audio: clips in the order of their tokens, or a list of them for each text; a single clip needs no list.
-                Each is (samples,), a float NumPy array or tensor, or the path of a WAV, FLAC, OGG or MP3 file. An
-                object that is given several times is encoded once.
-            sampling_rate: of the arrays, in Hz. Other rates than the encoders' are converted.
-            add_special_tokens: as the tokenizer takes it, but a text that begins with the BOS token gets no second one.
-            padding, padding_side, max_length, pad_to_multiple_of: as ``tokenizer.pad`` takes them.
-            return_tensors: "pt".
+                Each is (samples,), a float NumPy array or tensor; such an array with its rate, as ``datasets`` has it:
+                {"array": ..., "sampling_rate": ...}; torchcodec's AudioDecoder or AudioSamples; or the path of a
+                file. An object that is given several times is encoded once.
+            sampling_rate: of arrays that come without theirs, in Hz. Other rates than the encoders' are converted.
+            output_labels: whether to return labels, of all text.
+            labels_from: where in each text the labels begin, in characters, an ``audio_token`` counting as it is
+                written; one number for all texts or one for each.
+            options: as transformers' processors take them, flat or in ``text_kwargs``, ``audio_kwargs`` and
+                ``common_kwargs``: padding (True, False or "max_length"), padding_side ("left"), max_length, truncation,
+                which cuts text and never a clip, on the tokenizer's ``truncation_side``; pad_to_multiple_of,
+                add_special_tokens (a text that begins with the BOS token gets no second one), return_tensors ("np").
 
         Returns:
             input_ids, attention_mask (B, T), and with audio input_features, audio_lengths (C, towers), audio_index and
-            insert_at (B, K); see :class:`PalForConditionalGeneration`.
+            insert_at (B, K); see :class:`PalForConditionalGeneration`. If asked for, labels (B, T): the ids, and -100
+            at padding, placeholders, before ``labels_from``, and at a text's first token, which nothing foretells.
 
         Raises:
             AudioError: a clip is refused; the message names the limit.
+            TypeError: an option is not known.
             ValueError: clips and tokens do not match, or an argument is none of these.
         """
-        if return_tensors != "pt":
-            raise ValueError(f'return_tensors must be "pt", got {return_tensors!r}')
-        texts = [text] if isinstance(text, str) else list(text)
+        read = read_options(_with_rate(options, sampling_rate), self.tokenizer)
+        texts: list[Any] = list(text) if is_list(text) else [text]
         if not texts or not all(isinstance(one, str) for one in texts):
-            raise ValueError(f"text must be a string or a list of them, got {text!r}")
-        token_ids = [self._tokenize(one, add_special_tokens) for one in texts]
-        clips_of_texts = self._clips_of_texts(audio, [ids.count(self.audio_token_id) for ids in token_ids])
-        clips, index = _distinct(clips_of_texts)
-        features, lengths = self.audio_features(clips, sampling_rate) if clips else (None, None)
+            kinds = sorted({type(one).__name__ for one in texts}) or "none"
+            raise ValueError(f"text must be a string or a list of them, got {kinds}")
+        labels = output_labels or labels_from is not None
+        spans = ends_of_texts(labels_from or 0, texts) if labels else [[] for _ in texts]
+        return self._batch(texts, audio, spans, read, labels=labels)
 
+    def _batch(
+        self,
+        texts: Sequence[str],
+        audio: Any,
+        spans: Sequence[Sequence[Span]],
+        options: Options,
+        labels: bool = False,
+        masks: bool = False,
+    ) -> BatchFeature:
+        """Return a batch, with ``labels`` or ``assistant_masks`` of the spans of each text."""
+        rows = [read_row(self.tokenizer, text, options, marked) for text, marked in zip(texts, spans, strict=True)]
+        clips_of_texts = self._clips_of_texts(audio, [row.ids.count(self.audio_token_id) for row in rows])
+        clips, index = distinct(clips_of_texts)
+        features, lengths = self.audio_features(clips, options.sampling_rate) if clips else (None, None)
         counts = [] if lengths is None else self.num_placeholders(lengths).tolist()
-        expanded, insert_at = [], []
-        for ids, clip_numbers in zip(token_ids, index, strict=True):
-            with_placeholders, places = self._expand(ids, [counts[number] for number in clip_numbers])
-            expanded.append(with_placeholders)
-            insert_at.append(places)
-        data = dict(
-            self.tokenizer.pad(
-                {"input_ids": expanded},
-                padding=padding,
-                max_length=max_length,
-                pad_to_multiple_of=pad_to_multiple_of,
-                padding_side=padding_side,
-                return_tensors="pt",
-            )
-        )
+        rows = [
+            expand(row, self.audio_token_id, [counts[number] for number in numbers])
+            for row, numbers in zip(rows, index, strict=True)
+        ]
+        if options.truncation:
+            side = self.tokenizer.truncation_side
+            rows = [cut(row, options.max_length or 0, side, number) for number, row in enumerate(rows)]
+        input_ids, attention_mask, marks = pad(self.tokenizer, rows, options)
+        data: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if masks:
+            data["assistant_masks"] = marks.long()
+        if labels:
+            marks[torch.arange(len(rows)), attention_mask.argmax(dim=1)] = False
+            data["labels"] = input_ids.masked_fill(~marks, IGNORED)
         if features is not None:
             data["input_features"] = features[0] if len(features) == 1 else features
             data["audio_lengths"] = lengths
-            data["audio_index"] = _table(index, -1)
-            data["insert_at"] = _table(insert_at, 0)
-        return BatchFeature(data)
+            data["audio_index"] = table(index, -1)
+            data["insert_at"] = table([row.places for row in rows], 0)
+        return BatchFeature(_arrays(data) if options.return_tensors == "np" else data)
 
     def audio_features(self, clips: Sequence[Any], sampling_rate: int | None = None) -> tuple[list[Tensor], Tensor]:
         """Return the ``input_features`` of C clips, one tensor per tower, and their ``audio_lengths`` (C, towers).
 
         Args:
-            clips: arrays, tensors or paths, as ``__call__`` takes them.
-            sampling_rate: of the arrays, in Hz.
+            clips: in the forms that ``__call__`` takes.
+            sampling_rate: of arrays that come without theirs, in Hz.
 
         Raises:
             AudioError: a clip is refused; the message names the limit.
@@ -194,39 +214,87 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         conversation: Sequence[Any],
         chat_template: str | None = None,
         *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
         return_dict: bool = True,
         sampling_rate: int | None = None,
+        output_labels: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Render messages as one text, each {"type": "audio"} in a message's content as ``audio_token``.
 
+        A template may take content as a string or go through its parts, and know of audio or not. What else a message
+        holds (tool_calls, name, ...) reaches the template.
+
         Args:
             conversation: messages {"role": ..., "content": a string, or a list of {"type": "text", "text": ...} and
-                {"type": "audio", "audio": an array or a path}}, or several such lists. "path", "url" and "audio_url"
-                may stand for "audio"; nothing is downloaded.
-            chat_template: the template; None: the processor's, or the tokenizer's.
+                {"type": "audio", "audio": a clip as ``__call__`` takes it}}, or several such lists. "path", "url" and
+                "audio_url" may stand for "audio"; nothing is downloaded. A message may be without content.
+            chat_template: the template or its name; None: the processor's, or the tokenizer's.
+            tools, documents: for the template.
             add_generation_prompt: whether the text ends with the beginning of an answer.
+            continue_final_message: whether the last message is left open for the answer to go on with.
+            return_assistant_tokens_mask: whether the batch has ``assistant_masks`` (B, T), 1 at what the assistant
+                says, placeholders excepted.
             tokenize: whether to return the batch that ``__call__`` makes of text and clips instead of the text.
             return_dict: with ``tokenize``, whether to return the whole batch, or its ``input_ids`` alone.
-            sampling_rate: of arrays, in Hz.
-            kwargs: further arguments of the template.
+            sampling_rate: of arrays that come without theirs, in Hz.
+            output_labels: whether the batch has ``labels`` (B, T): the ids of what the assistant says, else -100.
+                A template says by {% generation %} what that is. Without such marks it is what an answer adds to the
+                text that asks for it.
+            processor_kwargs: options of ``__call__``. No special tokens are added unless they say so.
+            kwargs: further variables of the template, or options of ``__call__``.
 
         Raises:
-            ValueError: content of another type, or ``audio_token`` in the text of a message.
+            TypeError: a keyword is neither a variable of the template nor an option.
+            ValueError: content of another type, ``audio_token`` in the text of a message, no turn of the assistant to
+                learn, or a template that leaves out a clip or hides what the assistant says.
         """
-        batched = bool(conversation) and not isinstance(conversation[0], dict)
-        template = chat_template or self.chat_template or self.tokenizer.chat_template or PLAIN_TEMPLATE
-        texts, clips = [], []
-        for messages in conversation if batched else [conversation]:
-            flat, audio = self._flatten(messages)
-            settings = {"add_generation_prompt": add_generation_prompt, "tokenize": False, **kwargs}
-            texts.append(self.tokenizer.apply_chat_template(flat, chat_template=template, **settings))
-            clips.append(audio)
+        source = template_source(self.chat_template, self.tokenizer, chat_template, tools)
+        options = dict(processor_kwargs or {})
+        output_labels = options.pop("output_labels", output_labels)
+        variables, settings = template_variables(source), {}
+        for name, value in kwargs.items():
+            if name in variables:
+                settings[name] = value
+            elif not is_option(name):
+                raise TypeError(f"a keyword must be an option, or a variable of the chat template, got {name!r}")
+            elif name in options:
+                raise ValueError(f"{name} must be given once, got it as a keyword and in processor_kwargs")
+            else:
+                options[name] = value
+        for name, value in (("tools", tools), ("documents", documents)):
+            if value and name not in variables:
+                raise ValueError(f"{name} must be None for a chat template that does not name them, got {len(value)}")
+        read = read_options(_with_rate(options, sampling_rate), self.tokenizer, add_special_tokens=False)
+        marked = output_labels or return_assistant_tokens_mask
+        if marked and not (tokenize and return_dict):
+            raise ValueError("tokenize and return_dict must be True for labels and masks, got False")
+        if continue_final_message and (marked or add_generation_prompt):
+            raise ValueError("continue_final_message must be without generation prompt, labels and masks, got both")
+
+        settings |= {"tools": tools, "documents": documents, "continue_final_message": continue_final_message}
+        template = ChatTemplate(source, self.audio_token, self.tokenizer.special_tokens_map, **settings)
+        dialogues, several = conversations_of(conversation, self.audio_token)
+        if not marked:
+            texts = [template.text(dialogue, add_generation_prompt) for dialogue in dialogues]
+            spans: list[list[Span]] = [[] for _ in texts]
+        else:
+            pairs = [template.text_and_turns(dialogue, add_generation_prompt) for dialogue in dialogues]
+            texts, spans = [text for text, _ in pairs], [turns for _, turns in pairs]
         if not tokenize:
-            return texts if batched else texts[0]
-        batch = self(texts, clips, sampling_rate, add_special_tokens=False)
+            return texts if several else texts[0]
+        if output_labels and not all(spans):
+            silent = spans.index([])
+            raise ValueError(f"a conversation must hold a turn of the assistant to learn, got none in number {silent}")
+        clips = [dialogue.clips for dialogue in dialogues]
+        masks = return_assistant_tokens_mask
+        batch = self._batch(texts, clips, spans, read, labels=output_labels, masks=masks)
         return batch if return_dict else batch["input_ids"]
 
     @property
@@ -235,37 +303,10 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         names = ["input_ids", "attention_mask"]
         return [*names, "input_features", "audio_lengths", "audio_index", "insert_at"]
 
-    def _flatten(self, messages: Sequence[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
-        """Return the messages with strings for content, and the clips that they hold."""
-        flat, clips = [], []
-        for message in messages:
-            content, parts = message["content"], []
-            for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                item_type = item.get("type")
-                clip = next((item[key] for key in AUDIO_KEYS if item.get(key) is not None), None)
-                if item_type == "audio" and clip is not None:
-                    parts.append(self.audio_token)
-                    clips.append(clip)
-                elif item_type == "text" and self.audio_token not in item["text"]:
-                    parts.append(item["text"])
-                else:
-                    in_text = item_type == "text"
-                    got = f"{self.audio_token!r} in a text" if in_text else f"{sorted(item)} of type {item_type!r}"
-                    raise ValueError(f'content must be "text", or "audio" with an array or a path, got {got}')
-            flat.append({**message, "content": "".join(parts)})
-        return flat, clips
-
-    def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Return a text's ids, without a second BOS token."""
-        bos = self.tokenizer.bos_token
-        begun = bool(bos) and text.startswith(bos)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens and not begun)["input_ids"]
-        return ids
-
     def _clips_of_texts(self, audio: Any, counts: list[int]) -> list[list[Any]]:
         """Return the clips of each text, as many as ``counts`` says that it has audio tokens."""
-        clips = [] if audio is None else list(audio) if isinstance(audio, list | tuple) else [audio]
-        by_text = bool(clips) and all(isinstance(item, list | tuple) for item in clips)
+        clips = [] if audio is None else list(audio) if is_list(audio) else [audio]
+        by_text = bool(clips) and all(map(is_list, clips))
         got: Any = [len(of_text) for of_text in clips] if by_text else len(clips)
         expected: Any = counts if by_text else sum(counts)
         if got != expected:
@@ -275,37 +316,18 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         remaining = iter(clips)
         return [[next(remaining) for _ in range(count)] for count in counts]
 
-    def _expand(self, ids: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Return a text's ids with each audio token replaced by its ``counts`` placeholders, and where each stands."""
-        expanded: list[int] = []
-        places: list[int] = []
-        for token in ids:
-            if token == self.audio_token_id:
-                count = counts[len(places)]
-                places.append(len(expanded))
-                expanded += [token] * count
-            else:
-                expanded.append(token)
-        return expanded, places
+
+def _arrays(data: Any) -> Any:
+    """Return tensors as NumPy arrays, in dicts and lists as they are."""
+    if isinstance(data, dict):
+        return {name: _arrays(value) for name, value in data.items()}
+    return [_arrays(value) for value in data] if isinstance(data, list) else data.numpy()
 
 
-def _distinct(clips_of_texts: list[list[Any]]) -> tuple[list[Any], list[list[int]]]:
-    """Return every clip once, and the clips of each text by number."""
-    clips: list[Any] = []
-    numbers: dict[Any, int] = {}
-    index: list[list[int]] = []
-    for clips_of_text in clips_of_texts:
-        index.append([])
-        for clip in clips_of_text:
-            key = os.fspath(clip) if isinstance(clip, str | os.PathLike) else id(clip)
-            if key not in numbers:
-                numbers[key] = len(clips)
-                clips.append(clip)
-            index[-1].append(numbers[key])
-    return clips, index
-
-
-def _table(of_texts: list[list[int]], filler: int) -> Tensor:
-    """Return the numbers of each text as (B, K), filled up to the longest list, K at least 1."""
-    longest = max(1, *map(len, of_texts))
-    return torch.tensor([numbers + [filler] * (longest - len(numbers)) for numbers in of_texts])
+def _with_rate(options: dict[str, Any], sampling_rate: int | None) -> dict[str, Any]:
+    """Return the options with the rate that a keyword of its own gives."""
+    if sampling_rate is None:
+        return options
+    if options.get("sampling_rate") is not None:
+        raise ValueError("sampling_rate must be given once, got it as a keyword and in processor_kwargs")
+    return {**options, "sampling_rate": sampling_rate}
