@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.attached import Attached
-from palkernels.model.causal_lm.caches import cache_of
-from palkernels.model.causal_lm.memory import check_complete, recalled, remember, text_rows
+from palkernels.model.causal_lm.caches import CACHE_KEYWORDS, cache_of
+from palkernels.model.causal_lm.memory import check_complete, recalled, remember, text_lengths, text_rows
 from palkernels.model.causal_lm.plan import check_prompt
 from palkernels.model.causal_lm.request import Carried, Request
 from palkernels.model.causal_lm.state import AudioState
@@ -32,9 +32,14 @@ class Generation:
     def __init__(self, handle: Attached, state: AudioState, prompt: int) -> None:
         self.handle = handle
         self.state = state
+        self.prompt = prompt
         self.unchecked: int | None = prompt  # None once the whole prompt has been checked
         self.request: Request | None = None  # of the last forward
         self.cache: Any = None  # that remembers the audio
+        # Positions behind which RoPE changes, where audio counts for it, and those of the prompt's longest row.
+        shifted = getattr(getattr(handle, "config", None), "rope", None) == "sequence"
+        self.limit = handle.rotary.changes_behind if shifted else None
+        self.longest = 0
 
     def copies(self, batch: int) -> int:
         """Return how many texts there are per text of the prompt: beams and returned sequences follow each other."""
@@ -43,6 +48,30 @@ class Generation:
                 f"audio must describe the prompt's rows, got {self.state.batch_size} for {batch} text rows"
             )
         return batch // self.state.batch_size
+
+    def whole_where_rope_changes(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments for preparing a step; without the cache where its keys have other RoPE frequencies.
+
+        So does Phi-3's own preparation, which counts the text alone.
+
+        Raises:
+            ValueError: the whole text would have to run again, and is not there.
+        """
+        limit, cache, ids = self.limit, cache_of(arguments), arguments["input_ids"]
+        cached = 0 if limit is None or cache is None else int(cache.get_seq_length())
+        if limit is None or not cached:
+            return arguments
+        columns = cached + (arguments.get("next_sequence_length") or ids.shape[1])
+        before, now = (self.longest - self.prompt + count for count in (cached, columns))
+        if (before > limit) == (now > limit):
+            return arguments
+        if ids.shape[1] != columns:
+            raise ValueError(
+                f"input_ids must be the whole text where RoPE changes, behind {limit} positions of text and audio, got "
+                f"{ids.shape[1]} of {columns} tokens (as by prefill_chunk_size or inputs_embeds)"
+            )
+        dropped = {*CACHE_KEYWORDS, "next_sequence_length"}
+        return {name: None if name in dropped else value for name, value in arguments.items()}
 
     def prepare(self, arguments: dict[str, Any], mask: Tensor | None) -> None:
         """Turn one forward's arguments into those with audio; ``mask`` (B, keys so far) is from before it was 4-D.
@@ -149,6 +178,10 @@ def generating(handle: Attached, audio: AudioState | None, arguments: Mapping[st
                 "put back (peft's prompt learning does): detach and attach again"
             )
         generation = Generation(handle, audio, prompt)
+        if generation.limit is not None:
+            mask = arguments.get("attention_mask")
+            text = (mask != 0).sum(dim=1) if isinstance(mask, Tensor) and mask.ndim == 2 else prompt
+            generation.longest = int((text_lengths(audio) + text).max())
     token = _CURRENT.set(generation)  # None too: an assistant's own call sees the text only
     try:
         yield generation

@@ -79,6 +79,8 @@ class Rotary:
         parameters = getattr(config, "rope_parameters", None) or {}
         sets = list(parameters.values()) if by_type else [parameters]
         self.depends_on_length = any((x or {}).get("rope_type") in self.LENGTH_DEPENDENT for x in sets)
+        ends = [x["original_max_position_embeddings"] for x in sets if (x or {}).get("rope_type") == "longrope"]
+        self.changes_behind: int | None = min(ends, default=None)  # positions, where the frequencies change but once
         self.several_dimensions = any("mrope_section" in (x or {}) for x in sets)
 
     def of_layer(self, layer: int, like: Tensor, positions: Tensor) -> Rotation:

@@ -130,7 +130,7 @@ def check_complete(cache: Any, state: AudioState) -> None:
     heard = None if memory is None else memory.state_of(state.batch_size)
     if heard is None or heard is state:
         return
-    given, known = _text_lengths(state), _text_lengths(heard).to(state.device)
+    given, known = text_lengths(state), text_lengths(heard).to(state.device)
     facts = DeviceFacts()
     facts.ask("less", (given < known).any())
     if (facts.read() or {}).get("less"):
@@ -140,7 +140,7 @@ def check_complete(cache: Any, state: AudioState) -> None:
         )
 
 
-def _text_lengths(state: AudioState) -> Tensor:
+def text_lengths(state: AudioState) -> Tensor:
     """Return the valid audio tokens of each text (B,)."""
     lengths = state.lengths
     if lengths is None:

@@ -231,10 +231,12 @@ class AudioPrepare(PatchedMethod):
     takes_audio = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = self.stock(args, kwargs)
         generation = current(self.handle.model)
-        if generation is not None and generation.handle is self.handle:
-            generation.prepare(arguments, kwargs.get("attention_mask"))
+        if generation is None or generation.handle is not self.handle:
+            return self.stock(args, kwargs)
+        given = generation.whole_where_rope_changes(self.by_name(args, kwargs))
+        arguments = self.stock((), given)
+        generation.prepare(arguments, given.get("attention_mask"))
         return arguments
 
 

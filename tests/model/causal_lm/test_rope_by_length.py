@@ -53,3 +53,24 @@ def test_generation_with_long_rope():
         row.ids = torch.cat([row.ids, oracle_logits(stock, row, range(3), "sequence")[-1].argmax().view(1)])
     attach(model)
     assert torch.equal(model.generate(ids, audio=state, max_new_tokens=6, do_sample=False)[0], row.ids)
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 6])
+@torch.no_grad()
+def test_generation_across_the_change(tokens):
+    """Text and audio together pass the change while tokens are generated, before or after the text alone does: all keys
+    then get the other frequencies, as in whole forwards."""
+    model = build("phi3-longrope", torch.float64)
+    ids = texts()[0].repeat(2)[:5][None]
+    generator = torch.Generator().manual_seed(tokens)
+    state = AudioState(
+        torch.randn(1, tokens, WIDTH, dtype=torch.float64, generator=generator), insert_at=torch.tensor([2])
+    )
+    row, stock = rows_of(ids, (5,), state, 3)[0], copy.deepcopy(model)
+    for _ in range(10):
+        row.ids = torch.cat([row.ids, oracle_logits(stock, row, range(3), "sequence")[-1].argmax().view(1)])
+    attach(model)
+    options = {"audio": state, "max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **options)[0], row.ids)
+    with pytest.raises(ValueError, match="input_ids must be the whole text where RoPE changes, behind 12 positions"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), **options)
