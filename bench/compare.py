@@ -103,10 +103,10 @@ def _is_same(a: Row, b: Row) -> bool:
 
 
 def _flat(meta: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return the conditions as text, with those of nested dictionaries under "outer: inner"."""
+    """Return the conditions that there are as text, with those of nested dictionaries under "outer: inner"."""
     flat: dict[str, str] = {}
     for key, condition in meta.items():
-        if key in NOT_COMPARED:
+        if key in NOT_COMPARED or condition is None:
             continue
         if isinstance(condition, dict):
             flat |= _flat(condition, f"{prefix}{key}: ")
