@@ -194,6 +194,16 @@ def serving(document: Document) -> str:
     return f"{table.title}:\n\n{to_markdown(table)}" if table else ""
 
 
+def short_clips(document: Document) -> str:
+    """The run's conditions, and a row for each length of the clips and method."""
+    table, meta = tables.short_clips(document.get("short_clips", [])), document["meta"]
+    if table is None:
+        return ""
+    where = meta["gpu"] or f"{meta['device_name']} with {meta['threads']} threads"
+    conditions = f"{meta['model']}, {depth(meta)}, {meta['encoder']}, on {where}, {meta['date'][:10]}. {table.title}:"
+    return f"{conditions}\n\n{to_markdown(table)}"
+
+
 def microbench(document: Document) -> str:
     """The run's conditions, and a row for each model and operation: our time, and how much longer each peer takes."""
     machine, timed = document["machine_info"], _timed(document)
@@ -296,6 +306,7 @@ ENTRIES = (
     Entry("docs/results.md", "predicted", predicted, ("figure1-h200", SIMULATED[0])),
     Entry("docs/results.md", "figure1-cpu", measured, ("figure1-cpu",)),
     Entry("docs/results.md", "figure1-cpu-llama", measured, ("figure1-cpu-llama-3.2-1b",)),
+    Entry("docs/results.md", "short-clips", short_clips, ("figure1-cpu-clips",)),
     Entry("docs/results.md", "simulated", simulated, SIMULATED, picture=SIMULATED[0]),
     Entry("docs/results.md", "methods", every_method, SIMULATED[:1]),
     Entry("docs/results.md", "paper", paper, SIMULATED[:1]),
