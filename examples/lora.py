@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from palkernels.model import LalConfig, MlpConnector, attach
+from palkernels.model import EncodedAudio, LalConfig, MlpConnector, attach
 
 KINDS, TOKENS, WIDTH = 3, 20, 32  # kinds of sound; audio tokens of a clip; width of the encoder's states
 PROMPT = [5, 6, 7, 8]  # "which sound is it?"
@@ -39,24 +39,27 @@ def batch(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor
     return states, texts, labels
 
 
-def share_right(model: PeftModel, state: object, texts: Tensor) -> float:
+def share_right(model: PeftModel, audio: EncodedAudio, texts: Tensor) -> float:
     with torch.no_grad():
-        logits = model(texts[:, :-1], audio=state).logits[:, -1]
+        logits = model(texts[:, :-1], audio=audio).logits[:, -1]
     return float((logits.argmax(dim=-1) == texts[:, -1]).float().mean())
 
 
 def main() -> None:
-    lora = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(language_model(), lora)
-    handle = attach(model, LalConfig(recompute_audio_kv=True), connector=MlpConnector(WIDTH, 64))
-    trained = [p for p in (*model.parameters(), *handle.connector.parameters()) if p.requires_grad]
+    base = language_model()
+    attach(base, LalConfig(recompute_audio_kv=True), connector=MlpConnector(WIDTH, 64))
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    # peft freezes, and does not save, what it is not told of.
+    lora = LoraConfig(r=8, target_modules=projections, modules_to_save=["palkernels_audio"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    trained = [p for p in model.parameters() if p.requires_grad]
     print(f"trained: {sum(p.numel() for p in trained):,} parameters of adapters and connector")
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
 
     generator = torch.Generator().manual_seed(0)
     for step in range(41):
         states, texts, labels = batch(16, generator)
-        loss = model(texts, labels=labels, audio=handle.state(states)).loss
+        loss = model(texts, labels=labels, audio=EncodedAudio(states)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -65,14 +68,14 @@ def main() -> None:
 
     model.eval()
     states, texts, _ = batch(64, generator)
-    print(f"right: {share_right(model, handle.state(states), texts):.0%} of new clips")
+    print(f"right: {share_right(model, EncodedAudio(states), texts):.0%} of new clips")
 
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)  # the adapters
-        handle.save(directory)  # settings and connector
-        again = PeftModel.from_pretrained(language_model(), directory).eval()
-        loaded = attach(again, directory)
-    print(f"right after loading: {share_right(again, loaded.state(states), texts):.0%}")
+        model.save_pretrained(directory)  # adapters and connector
+        base = language_model()
+        attach(base, LalConfig(), connector=MlpConnector(WIDTH, 64))
+        again = PeftModel.from_pretrained(base, directory).eval()
+    print(f"right after loading: {share_right(again, EncodedAudio(states), texts):.0%}")
 
 
 if __name__ == "__main__":

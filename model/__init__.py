@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from palkernels.model.audio.limits import AudioError
     from palkernels.model.causal_lm.attach import attach
     from palkernels.model.causal_lm.config import LalConfig
+    from palkernels.model.causal_lm.encoded import EncodedAudio
     from palkernels.model.causal_lm.flamingo import FlamingoHandle, attach_flamingo
     from palkernels.model.causal_lm.freezing import freeze_ffn
     from palkernels.model.causal_lm.gated_layer import FlamingoConfig, GatedLayer
@@ -58,6 +59,7 @@ __all__ = [
     "AudioState",
     "ClapTower",
     "Connector",
+    "EncodedAudio",
     "FlamingoConfig",
     "FlamingoHandle",
     "GatedLayer",
@@ -86,6 +88,7 @@ _NAMES_BY_MODULE = {
     "audio.limits": ("AudioError",),
     "causal_lm.attach": ("attach",),
     "causal_lm.config": ("LalConfig",),
+    "causal_lm.encoded": ("EncodedAudio",),
     "causal_lm.flamingo": ("FlamingoHandle", "attach_flamingo"),
     "causal_lm.freezing": ("freeze_ffn",),
     "causal_lm.gated_layer": ("FlamingoConfig", "GatedLayer"),

@@ -6,7 +6,9 @@ the stock functions run.
 """
 
 import os
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel
 from palkernels.model.causal_lm.attached import handle_of
 from palkernels.model.causal_lm.config import LalConfig
 from palkernels.model.causal_lm.handle import LalHandle
-from palkernels.model.causal_lm.saving import load, named_modules
+from palkernels.model.causal_lm.saving import FILE_NAME, load, named_modules
 from palkernels.model.causal_lm.support import base_model
 
 
@@ -36,7 +38,8 @@ def attach(
 
     Args:
         config: the settings, or a directory that :meth:`LalHandle.save` wrote.
-        connector: kept as ``handle.connector``. It turns an encoder's states (A, N, input size) into the model's
+        connector: kept as ``handle.connector``, and by the model as a submodule, ``palkernels_audio``, so that it is
+            trained, moved, sharded and saved with it. It turns an encoder's states (A, N, input size) into the model's
             (A, N, d). From a directory, those in :mod:`palkernels.model.connectors` and Linear are built; another class
             must be given here, and takes the saved weights.
         projectors: kept as ``handle.projectors``. By layer, each turns the connector's output into that layer's states.
@@ -61,6 +64,12 @@ def attach(
             raise ValueError("the model must be detached before a connector or projectors are attached")
         return attached
     handle = LalHandle(model, config, connector, projectors)
+    if saved is None and connector is not None and (Path(model.name_or_path) / FILE_NAME).is_file():
+        warnings.warn(
+            f"the connector keeps the weights that it has, though {model.name_or_path} holds {FILE_NAME}: "
+            f"attach(model, {model.name_or_path!r}) loads it",
+            stacklevel=2,
+        )
     if saved is not None:
         saved.fill()  # only now that nothing is refused any more: modules that were given take the saved weights
     return handle

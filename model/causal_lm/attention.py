@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from palkernels import lal_attention
+from palkernels import lal_attention, lal_attention_varlen
 from palkernels.model.causal_lm.layers import modeling_file
-from palkernels.model.causal_lm.request import Carried, LalRequest
+from palkernels.model.causal_lm.request import Carried
 from palkernels.recompute import recomputed
 
 # "sdpa" or "flex_attention" within the name would trigger transformers' capability checks for those.
@@ -44,23 +44,50 @@ def lal_attention_forward(
     Returns:
         The output (B, T, Hq, D), and None for the attention weights, which the kernels do not form.
     """
-    if lal_request is None:
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    request: Any = None if lal_request is None else lal_request.request  # a LalRequest
+    sees_no_audio = request is not None and layer not in request.selected  # it is ours for packed texts alone
+    if request is None or (sees_no_audio and request.plan.packing is None):
         if kwargs.get("audio") is not None:
-            raise ValueError("audio must be given to the attached causal LM itself, got it in a call of another module")
-        settings = {"sliding_window": sliding_window, "softcap": softcap}
-        kwargs |= {name: setting for name, setting in settings.items() if setting is not None}
+            raise ValueError(
+                "audio must be given to the attached causal LM itself, got it in a call of another module, or of a "
+                "forward that another library put in its place: that library first, Liger for instance, then attach "
+                "again"
+            )
+        given = {"sliding_window": sliding_window, "softcap": softcap}
+        kwargs |= {name: setting for name, setting in given.items() if setting is not None}
         stock = _stock_attention(module)
         return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
-    request: LalRequest = lal_request.request  # type: ignore[assignment]
     if dropout:
         raise ValueError(f"attention dropout must be 0 with audio: the kernels do not drop out, got {dropout}")
     for name in UNSUPPORTED_KEYWORDS:
         setting = kwargs.get(name)
         if setting is not None and setting is not True:
-            raise ValueError(f"{name} must not be given with audio: the kernels are causal over whole rows")
-    layer: int = module.layer_idx  # type: ignore[assignment]
+            raise ValueError(
+                f"{name} must not be given with audio: the kernels are causal over whole rows, packed ones are told by "
+                "position_ids"
+            )
+    settings: dict[str, Any] = {
+        "scale": scaling,
+        "softcap": softcap,
+        "window": sliding_window,
+        "impl": request.impl,
+    }
+    if request.plan.packing is not None:
+        texts = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+        keywords: dict[str, Any] = {**vars(request.packed_span(sees_no_audio)), **settings}
+        packed_out = lal_attention_varlen(
+            texts[0], texts[1], texts[2], *request.packed_audio_kv(layer, texts[1]), **keywords
+        )
+        if not sees_no_audio:
+            request.consumed.add(layer)
+        return packed_out.unsqueeze(0), None
+
     layout, span = request.plan.layout, request.key_span(key.shape[2])
+    if span.order is not None:
+        query = span.order.ordered(query, span.order.queries)
+        key, value = (span.order.ordered(x, span.order.keys) for x in (key, value))
 
     # A layer that is checkpointed as a whole keeps nothing anyway.
     checkpointed = getattr(request.modules[layer], "gradient_checkpointing", False) and module.training
@@ -80,11 +107,10 @@ def lal_attention_forward(
         audio_visible_from=span.visible_from,
         text_start=span.text_start,
         text_end=span.text_end,
-        scale=scaling,
-        softcap=softcap,
-        window=sliding_window,
-        impl=request.impl,
+        **settings,
     )
+    if span.order is not None:
+        out = span.order.as_they_were(out)
     request.consumed.add(layer)
     return out.transpose(1, 2), None
 

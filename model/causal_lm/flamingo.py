@@ -109,6 +109,10 @@ class FlamingoRequest(Request):
             sees_audio = (layout.text_lengths > 0).unsqueeze(1).expand_as(text_index)
         if layout.insert_at is not None:
             visible_from = layout.insert_at + self.plan.start.unsqueeze(1) - texts.num_cached
+            valid = texts.valid() if self.plan.holes else None
+            if valid is not None:  # the column of the token before which the audio stands
+                columns = torch.searchsorted(valid.cumsum(1), (layout.insert_at + 1).contiguous())
+                visible_from = columns - texts.num_cached
             if sees_audio is not None and self.state.num_tokens:
                 sees_audio = sees_audio & (text_index >= layout.insert_at[:, :1])
         text_start = torch.full((texts.batch,), texts.num_queries, device=texts.device)
@@ -183,12 +187,18 @@ class FlamingoHandle(Attached):
         request.consumed.add(index)
         return (hidden, *rest), kwargs
 
-    def forward(self, audio: AudioState, arguments: dict[str, Any]) -> Any:
-        return self.run(self.request(audio, Texts.of(arguments), keep=False), arguments)
+    def check_layers(self) -> None:
+        return  # the new layers are ours, and the model's own see no audio
+
+    def begin(self, audio: AudioState, arguments: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
+        request = self.request(audio, Texts.of(arguments), keep=False)
+        return request, arguments | ({"position_ids": request.positions()} if request.plan.holes else {})
 
     def request(self, state: AudioState, texts: Texts, *, keep: bool) -> FlamingoRequest:
         check_state(state, self.model, len(self.decoder_layers), self.selected)
         if self.model.training:
             check_reentrant(self.decoder_layers)
         plan = make_plan(state, texts, rotated=False, training=self.model.training)
+        if plan.holes:
+            self.check_holes(texts, keep=True)  # stock layers attend to the text
         return FlamingoRequest(state, plan, texts, {} if keep else None, new_layers=self.layers)

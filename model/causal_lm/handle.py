@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.attached import Attached
 from palkernels.model.causal_lm.attention import ATTENTION_NAME, STOCK_CONFIG
+from palkernels.model.causal_lm.audio_parts import CONNECTOR, AudioParts, unwrapped
 from palkernels.model.causal_lm.caches import cache_of
 from palkernels.model.causal_lm.config import LalConfig
+from palkernels.model.causal_lm.encoded import EncodedAudio
 from palkernels.model.causal_lm.fast_path import FastPath
 from palkernels.model.causal_lm.layers import Rotation
 from palkernels.model.causal_lm.patching import patch, unpatch
@@ -43,7 +45,12 @@ class LalHandle(Attached):
         selected: the indices of the layers that take audio.
         connector: turns an encoder's states into the model's; or None.
         projectors: by layer, turn the connector's output into the layer's states; or None.
+        owner: the class of the model that holds this one together with its connectors; None: this one stands alone.
+
+    Connector and projectors are the model's submodule ``palkernels_audio`` until ``detach``.
     """
+
+    owner: str | None = None
 
     def __init__(
         self,
@@ -56,24 +63,48 @@ class LalHandle(Attached):
         layers = list(decoder.layers)
         super().__init__(model, layers, find_rotary(model, decoder), config.selected(len(layers)))
         self.config = config
-        self.connector = connector
-        self.projectors = None if projectors is None else dict(projectors)
-        if self.projectors is not None and set(self.projectors) != set(self.selected):
-            raise ValueError(
-                f"projectors must be given for layers {list(self.selected)}, got {sorted(self.projectors)}"
-            )
+        if projectors is not None and set(projectors) != set(self.selected):
+            raise ValueError(f"projectors must be given for layers {list(self.selected)}, got {sorted(projectors)}")
         check_order(model, layers)
         self._fast_path = FastPath(layers, {i: check_layer(model, layers[i], i, self.rotary) for i in self.selected})
 
+        if connector is not None or projectors is not None:
+            self.add_parts(AudioParts(connector, projectors))
+        self._forwards = {index: forwards_of(layers[index]) for index in self.selected}
         self._stock_configs: dict[int, Any] = {}
         for index in self.selected:
-            attention: Any = layers[index].self_attn
-            self._stock_configs[index] = attention.config
-            config_with_audio = copy.copy(attention.config)
-            setattr(config_with_audio, STOCK_CONFIG, attention.config)
-            config_with_audio._attn_implementation = ATTENTION_NAME
-            attention.config = config_with_audio
+            self._take_attention(index)
         patch(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies and pickles which functions the layers run: a copy looks at its own, once."""
+        return {**vars(self), "_forwards": {}}
+
+    def _take_attention(self, index: int) -> None:
+        """Give one layer's attention a config that names our attention function."""
+        attention: Any = self.decoder_layers[index].self_attn
+        self._stock_configs[index] = attention.config
+        config = copy.copy(attention.config)
+        setattr(config, STOCK_CONFIG, attention.config)
+        config._attn_implementation = ATTENTION_NAME
+        attention.config = config
+
+    def _take_other_attention(self) -> None:
+        """Let layers that see no audio attend to packed texts, too, for which stock functions would need a mask.
+
+        Raises:
+            ValueError: a layer's attention is more than ours.
+        """
+        for index, layer in enumerate(self.decoder_layers):
+            if index in self._stock_configs:
+                continue
+            try:
+                check_layer(self.model, layer, index, self.rotary)
+            except ValueError as error:
+                raise ValueError(
+                    f"packed sequences must be given to layers that are all like Llama's: {error}"
+                ) from error
+            self._take_attention(index)
 
     def detach(self) -> None:
         if not self.is_attached():
@@ -81,7 +112,18 @@ class LalHandle(Attached):
         for index, stock in self._stock_configs.items():
             attention: Any = self.decoder_layers[index].self_attn
             attention.config = stock
+        self.remove_parts()
         unpatch(self)
+
+    @property
+    def connector(self) -> nn.Module | None:
+        module: nn.Module | None = unwrapped(getattr(unwrapped(self.parts), CONNECTOR, None))
+        return module
+
+    @property
+    def projectors(self) -> dict[int, nn.Module] | None:
+        projectors = getattr(unwrapped(self.parts), "projectors", None)
+        return {int(layer): unwrapped(module) for layer, module in projectors.items()} if projectors else None
 
     def state(
         self,
@@ -98,39 +140,58 @@ class LalHandle(Attached):
                 into the valid tokens of its output.
             index, insert_at: as in AudioState.
         """
-        from palkernels.model.connectors.base import Connector  # attach alone needs no connector
-
-        states: Any = encoded
-        if isinstance(self.connector, Connector):
-            states, lengths = self.connector.connect(encoded, lengths)
-        elif self.connector is not None:
-            states = self.connector(encoded)
-        if self.projectors is not None:
-            projectors = (self.projectors.get(layer) for layer in range(len(self.decoder_layers)))
-            states = [None if projector is None else projector(states) for projector in projectors]
+        parts, states = self.parts, cast(Any, encoded)
+        if parts is not None:
+            states, lengths = parts(encoded, lengths)
+        if isinstance(states, dict):
+            states = [states.get(layer) for layer in range(len(self.decoder_layers))]
         return AudioState(states, lengths, index, insert_at)
 
     def save(self, directory: "str | os.PathLike[str]") -> Path:
         """Write settings, connector and projectors to ``directory/lal.safetensors``, for ``attach(model, directory)``.
 
-        The language model is not in it: ``model.save_pretrained`` saves that, as a stock model.
+        The language model is not in it: ``model.save_pretrained`` saves that, and writes this file too where there is
+        a connector or projectors. Under FSDP2 all processes must call it.
+
+        Raises:
+            ValueError: the model belongs to an audio LLM, whose connectors this handle does not hold; or a connector
+                holds peft's adapters.
         """
-        return save(directory, self.model, self.config, self.connector, self.projectors)
+        return self.save_parts(directory, None)
+
+    def save_parts(self, directory: "str | os.PathLike[str]", state_dict: Mapping[str, Tensor] | None) -> Path:
+        """Write the file of :meth:`save`, the weights from the model's state dict if that is given."""
+        if self.owner is not None:
+            raise ValueError(
+                f"handle.save must be called on a model that stands alone: save_pretrained of the {self.owner} saves "
+                "the language model, the connectors and all settings"
+            )
+        return save(directory, self.model, self.config, self.connector, self.projectors, state_dict)
 
     def report(self) -> LalReport:
         """Say per layer whether it sees audio, what attends and why not Triton, what projects and why not audio_kv."""
         return make_report(self.model, self.decoder_layers, self.selected, self.config, self._fast_path.why_not())
 
-    def forward(self, audio: AudioState, arguments: dict[str, Any]) -> Any:
-        request = self.request(audio, Texts.of(arguments), keep=False)
-        return self.run(request, arguments | {"position_ids": request.positions()})
+    def connected(self, audio: object) -> Any:
+        if not isinstance(audio, EncodedAudio) or self._parts is None:
+            return super().connected(audio)
+        return self.state(audio.encoded, audio.lengths, audio.index, audio.insert_at)
 
-    def run(self, request: Request, arguments: dict[str, Any]) -> Any:
-        self._check_new_values()
-        if arguments.get("attention_mask") is None and cache_of(arguments) is None:
+    def begin(self, audio: AudioState, arguments: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
+        request = self.request(audio, Texts.of(arguments), keep=False)
+        return request, arguments | {"position_ids": request.positions()}
+
+    def prepared(self, request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
+        self.check_layers()
+        if request.plan.packing is not None:
+            self._take_other_attention()
+            # A mask of four dimensions is taken as it is, so that transformers makes none; no layer looks at it.
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=request.texts.device)
+            arguments = arguments | {"attention_mask": mask, "use_cache": False}
+        elif arguments.get("attention_mask") is None and cache_of(arguments) is None:
             # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
-            arguments["attention_mask"] = torch.ones_like(arguments["position_ids"])
-        return super().run(request, arguments)
+            arguments = arguments | {"attention_mask": torch.ones_like(arguments["position_ids"])}
+        return super().prepared(request, arguments)
 
     def request(self, state: AudioState, texts: Texts, *, keep: bool) -> LalRequest:
         self._check(state, texts)
@@ -141,7 +202,12 @@ class LalHandle(Attached):
             rotated=rotated,
             training=self.model.training,
             rope_by_length=rotated and self.rotary.depends_on_length,
+            packable=True,
         )
+        if plan.holes:
+            self.check_holes(texts, keep=keep)
+        if plan.packing is not None and self.config.recompute_audio_kv:
+            raise ValueError("recompute_audio_kv must be False with packed sequences, got True")
         request = LalRequest(
             state,
             plan,
@@ -179,11 +245,42 @@ class LalHandle(Attached):
         assert like is not None  # the state was checked
         return self.rotary.of_layers(self.selected, like, plan.layout.positions, longest)
 
-    def _check_new_values(self) -> None:
-        """Compare the layers that attach could not, now that their weights may have values."""
+    def check_layers(self) -> None:
+        """Compare the layers that attach could not, now that their weights may have values, and those whose forward
+        somebody has replaced. Under FSDP2 this gathers weights, so that all processes must do it.
+
+        Raises:
+            ValueError: a layer computes something else than at attach.
+        """
         checks = self._fast_path.checks
         unchecked = [index for index, check in checks.items() if check is None]
-        if unchecked and torch.compiler.is_compiling():
-            raise RuntimeError("a model that was attached without values must run with audio before it is compiled")
-        for index in unchecked:
-            checks[index] = check_layer(self.model, self.decoder_layers[index], index, self.rotary)
+        if torch.compiler.is_compiling():
+            if unchecked:
+                raise RuntimeError("a model that was attached without values must run with audio before it is compiled")
+            return
+        forwards = {index: forwards_of(self.decoder_layers[index]) for index in self.selected}
+        replaced = [index for index in self.selected if forwards[index] != self._forwards.get(index)]
+        for index in sorted({*unchecked, *replaced}):
+            try:
+                checks[index] = check_layer(self.model, self.decoder_layers[index], index, self.rotary)
+            except ValueError as error:
+                if index not in replaced:
+                    raise
+                raise ValueError(
+                    f"layer {index} must compute what it did at attach, but its forward was replaced: apply what "
+                    f"replaces it first, then attach again ({error})"
+                ) from error
+        self._forwards = forwards
+
+
+def forwards_of(layer: Any) -> tuple[Any, ...]:
+    """Return the functions that a layer and its attention run, to be compared with those of another time.
+
+    FSDP2 derives a class of its own, whose forward is the same one within.
+    """
+    functions = []
+    for module in (layer, layer.self_attn):
+        classes = (base for base in type(module).__mro__ if not base.__module__.startswith("torch."))
+        own_class: Any = next(classes, type(module))
+        functions += [own_class.forward, vars(module).get("forward")]
+    return (id(layer.self_attn), *functions)

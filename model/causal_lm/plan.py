@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from palkernels.model.causal_lm.facts import DeviceFacts
+from palkernels.model.causal_lm.packing import Packing
 from palkernels.model.causal_lm.state import DECREASES, AudioState, decreases
 from palkernels.model.causal_lm.texts import Texts, mask_error
 
@@ -97,6 +98,8 @@ class Plan:
     left_padded: bool  # whether a text is, or may be
     right_padded: bool
     begun: bool  # whether every text has a valid key: the first chunks of a prompt may be all padding
+    holes: bool = False  # whether there is padding within a text
+    packing: Packing | None = None  # where texts lie that are packed into one row
 
     @property
     def text_start(self) -> Tensor | None:
@@ -104,43 +107,65 @@ class Plan:
         return self.start if self.left_padded else None
 
     def text_index(self, texts: Texts) -> Tensor:
-        """Return each query's place in its own text (B, T), negative in left padding."""
+        """Return each query's place in its own text (B, T), negative in left padding; of packed texts (1, T)."""
+        if self.packing is not None:
+            return self.packing.text_index.unsqueeze(0)
+        valid = texts.valid() if self.holes else None
+        if valid is not None:
+            return texts.of_queries(valid.cumsum(1)) - 1
         steps = torch.arange(texts.num_queries, device=self.start.device)
         return steps + texts.num_cached - self.start.unsqueeze(1)
 
     def positions(self, texts: Texts, *, shifted: bool) -> Tensor:
         """Return RoPE positions of the texts (B, T), ``shifted`` by the audio that stands before them or not."""
+        if self.packing is not None and shifted:
+            padded = self.packing.padded_index()
+            return self.packing.packed(padded + self.layout.shift(padded))
         text_index = self.text_index(texts).clamp(min=0)
-        if self.right_padded:  # what is not a token must not be the longest position
+        if self.right_padded and not self.holes:  # what is not a token must not be the longest position
             text_index = torch.minimum(text_index, (self.length - 1).clamp(min=0).unsqueeze(1))
         return text_index + self.layout.shift(text_index) if shifted else text_index
 
 
-def make_plan(state: AudioState, texts: Texts, *, rotated: bool, training: bool, rope_by_length: bool = False) -> Plan:
+def make_plan(
+    state: AudioState,
+    texts: Texts,
+    *,
+    rotated: bool,
+    training: bool,
+    rope_by_length: bool = False,
+    packable: bool = False,
+) -> Plan:
     """Check texts and audio against each other, and work out what they mean. Reads values on the device once.
 
     Args:
         rotated: whether audio keys take RoPE.
         training: whether the model trains, so that the texts are whole.
         rope_by_length: whether RoPE depends on the longest position, which must then be the text's.
+        packable: whether the model can run packed texts, for each of which there is audio.
 
     Raises:
         ValueError: they do not fit each other.
     """
-    if texts.batch != texts.copies * state.batch_size:
-        raise ValueError(f"audio must describe the batch's {texts.batch} text rows, got {state.batch_size}")
     facts = DeviceFacts()
-    start, length = _ask_about_mask(facts, texts)
     layout = AudioLayout.of(state, texts.copies, rotated=rotated)
+    packing = None
+    if texts.batch != texts.copies * state.batch_size:
+        position_ids = _packed_positions(state, texts, rope_by_length=rope_by_length, packable=packable)
+        packing = Packing.of(facts, position_ids, state.batch_size)
+        start, length = torch.zeros_like(packing.lengths), packing.lengths
+    else:
+        start, length = _ask_about_mask(facts, texts)
     plan = Plan(layout, start, length, left_padded=texts.mask is not None, right_padded=False, begun=texts.mask is None)
 
-    whole = _whole_lengths(texts, length, training)
+    whole = _whole_lengths(texts, length, training) if packing is None else length
     _ask_about_insertion(facts, state, texts, whole)
-    _ask_about_positions(facts, texts, plan)
     first_alike = None
-    if layout.audio_rows is not None and not torch.compiler.is_compiling():  # how many differ depends on values
-        first_alike = _first_alike(state)
-        facts.ask("different", (first_alike == torch.arange(state.batch_size, device=state.device)).sum())
+    if packing is None:
+        _ask_about_positions(facts, texts, plan)
+        if layout.audio_rows is not None and not torch.compiler.is_compiling():  # how many differ depends on values
+            first_alike = _first_alike(state)
+            facts.ask("different", (first_alike == torch.arange(state.batch_size, device=state.device)).sum())
     reach = longest = length
     if rope_by_length:
         reach = (length + layout.text_lengths).max() - 1
@@ -151,6 +176,10 @@ def make_plan(state: AudioState, texts: Texts, *, rotated: bool, training: bool,
     if known is None:
         return plan
     _raise_if_wrong(known, state, texts, whole)
+    if packing is not None:
+        if known["packed texts"] != state.batch_size or known["packed positions differ"]:
+            raise _positions_error(texts, known["packed texts"], state)
+        return replace(plan, packing=packing.with_longest(known["longest"]))
     if known.get("positions differ"):
         raise _positions_error(texts)
     begun = bool(known.get("begun", True))
@@ -162,14 +191,14 @@ def make_plan(state: AudioState, texts: Texts, *, rotated: bool, training: bool,
     if first_alike is not None:
         layout = layout.sharing(first_alike, known["different"])
     left_padded, right_padded = (bool(known.get(f"{side} padded")) for side in ("left", "right"))
-    return Plan(layout, start, length, left_padded, right_padded, begun)
+    return Plan(layout, start, length, left_padded, right_padded, begun, holes=bool(known.get("holes")))
 
 
 def check_prompt(state: AudioState, texts: Texts) -> None:
     """Check a prompt that is whole with this forward, where a plan was made of its first chunks.
 
     Raises:
-        ValueError: the prompt is padded on the right or empty, or the audio stands behind it.
+        ValueError: the prompt is padded on the right, has holes or is empty, or the audio stands behind it.
     """
     facts = DeviceFacts()
     _, length = _ask_about_mask(facts, texts)
@@ -178,25 +207,48 @@ def check_prompt(state: AudioState, texts: Texts) -> None:
     known = facts.read()
     if known is not None:
         _raise_if_wrong(known, state, texts, whole)
+        if known.get("holes"):
+            raise ValueError(
+                "attention_mask must mark one run of tokens per row where a prompt with audio comes in chunks, got a "
+                "mask with holes"
+            )
+
+
+def _packed_positions(state: AudioState, texts: Texts, *, rope_by_length: bool, packable: bool) -> Tensor:
+    """Return the positions (1, T) of packed texts, one for each row of audio; raise where there can be none."""
+    position_ids = texts.position_ids
+    rows = f"audio must describe the batch's {texts.batch} text rows, got {state.batch_size}"
+    if texts.batch != 1 or not isinstance(position_ids, Tensor) or texts.prompt is not None or texts.copies > 1:
+        raise ValueError(rows)
+    reasons = {
+        "audio must enter by LAL": not packable,
+        "attention_mask must be None": texts.mask is not None,
+        "past_key_values must be None or empty": not isinstance(texts.num_cached, int) or texts.num_cached > 0,
+        "use_cache must not be True": texts.use_cache is True,
+        "RoPE must not depend on the longest position": rope_by_length,
+        "the forward must not be compiled": torch.compiler.is_compiling(),
+        "position_ids must be (1, T)": tuple(position_ids.shape) != (1, texts.num_queries),
+        "no text may be empty": state.batch_size > texts.num_queries,
+    }
+    wrong = [reason for reason, holds in reasons.items() if holds]
+    if wrong:
+        raise ValueError(f"{rows}; for packed sequences {', '.join(wrong)}")
+    return position_ids
 
 
 def _ask_about_mask(facts: DeviceFacts, texts: Texts) -> tuple[Tensor, Tensor]:
     """Return the first valid key (B,) and the number of valid keys (B,) of each text."""
-    width = texts.num_keys
-    if texts.mask is None:
+    width, valid = texts.num_keys, texts.valid()
+    if valid is None:
         start = torch.zeros(texts.batch, dtype=torch.long, device=texts.device)
         return start, start + width
-    valid = texts.mask != 0
-    columns = torch.arange(valid.shape[1], device=valid.device)
-    if isinstance(width, Tensor):  # the cache is preallocated, and the mask may be as long
+    if isinstance(width, Tensor):
         facts.ask("mask is short", width > valid.shape[1])
-        valid = valid & (columns < width)
     length = valid.sum(dim=1)
     # A text without any valid key starts behind its end.
     start = torch.where(length > 0, valid.int().argmax(dim=1), width)
-    end = start + length
-    run = (columns >= start.unsqueeze(1)) & (columns < end.unsqueeze(1))
-    facts.ask("holes", (run != valid).any())
+    end = torch.where(length > 0, valid.shape[1] - valid.int().flip(1).argmax(dim=1), width)
+    facts.ask("holes", (end - start != length).any())
     facts.ask("left padded", (start > 0).any())
     facts.ask("right padded", (end < width).any())
     facts.ask("begun", (length > 0).all())
@@ -209,7 +261,7 @@ def _whole_lengths(texts: Texts, length: Tensor, training: bool) -> Tensor | Non
         if texts.mask is None:
             return torch.full_like(length, texts.prompt)[:: texts.copies]
         return (texts.mask[:, : texts.prompt] != 0).sum(dim=1)[:: texts.copies]
-    whole = (training or texts.uncached) and texts.copies == 1
+    whole = (training or texts.use_cache is False) and texts.copies == 1
     return length if whole else None
 
 
@@ -229,17 +281,26 @@ def _ask_about_positions(facts: DeviceFacts, texts: Texts, plan: Plan) -> None:
     shapes = ((1, texts.num_queries), (texts.batch, texts.num_queries))
     if not isinstance(position_ids, Tensor) or tuple(position_ids.shape) not in shapes:
         raise _positions_error(texts)
-    text_index = plan.text_index(texts)
-    is_token = (text_index >= 0) & (text_index < plan.length.unsqueeze(1))
+    valid = texts.valid()
+    if valid is None:
+        text_index = plan.text_index(texts)
+        is_token = torch.ones_like(text_index, dtype=torch.bool)
+    else:
+        text_index, is_token = texts.of_queries(valid.cumsum(1)) - 1, texts.of_queries(valid)
     facts.ask("positions differ", ((position_ids != text_index) & is_token).any())
 
 
-def _positions_error(texts: Texts) -> ValueError:
+def _positions_error(texts: Texts, packed: int | None = None, state: AudioState | None = None) -> ValueError:
     position_ids = texts.position_ids
     got = position_ids.tolist() if isinstance(position_ids, Tensor) else type(position_ids).__name__
+    if state is not None:
+        return ValueError(
+            f"position_ids must count each of {state.batch_size} packed sequences, which audio describes, from 0, got "
+            f"{packed} in {got}"
+        )
     return ValueError(
-        "position_ids must count each row's own text from 0 with audio, (B, T) (packed sequences are not supported), "
-        f"got {got}"
+        "position_ids must count each row's own text from 0 with audio, (B, T), or each packed sequence of a single "
+        f"row, for each of which audio must describe one text, got {got}"
     )
 
 
@@ -247,8 +308,6 @@ def _raise_if_wrong(known: dict[str, int], state: AudioState, texts: Texts, whol
     """Raise the first thing that is wrong with the mask and with where the audio stands."""
     if known.get("mask is short"):
         raise mask_error(texts.mask, texts.batch, texts.num_cached, texts.num_queries)
-    if known.get("holes"):
-        raise ValueError("attention_mask must mark one run of tokens per row with audio, got a mask with holes")
     if texts.prompt is not None and known.get("right padded"):
         raise ValueError("generate must be given a prompt without right padding: pad on the left")
     if known.get("empty"):

@@ -3,13 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from palkernels.model.causal_lm.fast_path import project_fused
 from palkernels.model.causal_lm.layers import AudioKV, Rotation, project_audio, rotate
+from palkernels.model.causal_lm.packing import Packing
 from palkernels.model.causal_lm.plan import Plan
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.causal_lm.texts import Texts
@@ -71,6 +73,44 @@ class KeySpan:
     text_start: Tensor | None  # (B,)
     text_end: Tensor | None  # (B,)
     visible_from: Tensor | None  # (B, N)
+    order: "Order | None" = None  # where there is padding within a text: with it, padding comes first
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """Keys and queries of each text in an order in which padding comes first, and tokens as they were.
+
+    So a row has one run of tokens at its end, the queries' among them, and is computed as it would be alone.
+    """
+
+    keys: Tensor  # (B, S)
+    queries: Tensor  # (B, T)
+
+    @classmethod
+    def of(cls, valid: Tensor, valid_queries: Tensor) -> "Order":
+        """Return the order by which keys (B, S) and which queries (B, T) are tokens."""
+        return cls(*(mask.int().argsort(dim=1, stable=True) for mask in (valid, valid_queries)))
+
+    @staticmethod
+    def ordered(tensor: Tensor, order: Tensor) -> Tensor:
+        """Return (B, H, S, D) with S in another order."""
+        return tensor.gather(2, order[:, None, :, None].expand_as(tensor))
+
+    def as_they_were(self, out: Tensor) -> Tensor:
+        """Return the queries' results (B, H, T, D) in their own order."""
+        return self.ordered(out, self.queries.argsort(dim=1))
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSpan:
+    """How packed texts read audio rows that lie one after another; as lal_attention_varlen takes it."""
+
+    cu_seqlens: Tensor  # (B + 1,)
+    cu_audio: Tensor  # (P + 1,)
+    max_seqlen: int
+    max_audio: int
+    audio_index: Tensor | None  # (B,)
+    audio_visible_from: Tensor | None  # (P * N,)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -85,6 +125,7 @@ class LalRequest(Request):
     recompute: bool  # whether K and V are projected again for the backward pass, not kept
     norm_offset: float | None  # of audio_kv, where it takes the layers' weights; None: the modules are called
     _spans: dict[int, KeySpan] = field(default_factory=dict, init=False)  # by the length of a layer's keys
+    _packed_spans: dict[bool, PackedSpan] = field(default_factory=dict, init=False)  # by whether it is without audio
 
     def positions(self) -> Tensor:
         return self.plan.positions(self.texts, shifted=self.shifted)
@@ -102,6 +143,8 @@ class LalRequest(Request):
         return self._spans[room]
 
     def _key_span(self, room: int) -> KeySpan:
+        if self.plan.holes:
+            return self._key_span_with_holes(room)
         num_keys, text_start, text_end, visible_from = self.texts.num_keys, self.plan.text_start, None, None
         dropped: int | Tensor
         if isinstance(num_keys, Tensor):
@@ -119,6 +162,53 @@ class LalRequest(Request):
         if text_start is not None:
             text_start = (text_start - dropped).clamp(min=0)
         return KeySpan(text_start, text_end, visible_from)
+
+    def _key_span_with_holes(self, room: int) -> KeySpan:
+        valid, insert_at = cast(Tensor, self.texts.valid()), self.plan.layout.insert_at
+        order = Order.of(pad(valid[:, :room], (0, max(room - valid.shape[1], 0))), self.texts.of_queries(valid))
+        text_start = room - valid.sum(dim=1)
+        visible_from = None if insert_at is None else insert_at + text_start.unsqueeze(1)
+        return KeySpan(text_start, None, visible_from, order)
+
+    def packed_span(self, without_audio: bool = False) -> PackedSpan:
+        """Return what lies where in packed texts and their audio, or in texts without audio: made once per forward."""
+        if without_audio not in self._packed_spans:
+            packing = cast(Packing, self.plan.packing)
+            if without_audio:
+                span = PackedSpan(
+                    packing.cu_seqlens, torch.zeros_like(packing.cu_seqlens), packing.longest, 0, None, None
+                )
+            else:
+                span = self._make_packed_span(packing)
+            self._packed_spans[without_audio] = span
+        return self._packed_spans[without_audio]
+
+    def _make_packed_span(self, packing: Packing) -> PackedSpan:
+        layout, tokens = self.plan.layout, self.state.num_tokens
+        index, visible_from = layout.index, None
+        if layout.lengths is not None or layout.insert_at is not None:
+            # Each text has a row of keys of its own; its padding is seen from behind the text's end on.
+            texts, index = packing.lengths.shape[0], None
+            is_token = torch.arange(tokens, device=packing.lengths.device) < layout.text_lengths.unsqueeze(1)
+            visible_from = torch.zeros_like(is_token, dtype=torch.int64)
+            if layout.insert_at is not None:
+                visible_from = layout.insert_at
+            visible_from = torch.where(is_token, visible_from, packing.longest).flatten()
+        else:
+            texts = self.state.num_rows
+        cu_audio = torch.arange(texts + 1, device=packing.lengths.device) * tokens
+        return PackedSpan(packing.cu_seqlens, cu_audio, packing.longest, tokens, index, visible_from)
+
+    def packed_audio_kv(self, index: int, text_key: Tensor) -> AudioKV:
+        """Return K and V of the audio in one layer, rows one after another: (P * N, Hkv, D).
+
+        A layer that sees no audio gets no rows, like its text's keys (T, Hkv, D).
+        """
+        if index not in self.selected:
+            return text_key[:0], text_key[:0]
+        rows = self.plan.layout.index if self.packed_span().audio_visible_from is not None else None
+        key, value = (x if rows is None else x.index_select(0, rows) for x in self.audio_kv(index))
+        return key.transpose(1, 2).flatten(0, 1), value.transpose(1, 2).flatten(0, 1)
 
     def project(self, index: int) -> AudioKV:
         if self.norm_offset is None:

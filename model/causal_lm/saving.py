@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from palkernels.errors import one_line
+from palkernels.model.causal_lm.audio_parts import CONNECTOR, NAME
 from palkernels.model.causal_lm.config import LalConfig
 from palkernels.model.causal_lm.layers import head_dim_of
 
 FILE_NAME = "lal.safetensors"
 METADATA = "palkernels"
 FORMAT = 1
-CONNECTOR = "connector"
 
 
 def buildable() -> dict[str, type[nn.Module]]:
@@ -51,9 +51,18 @@ def save(
     config: LalConfig,
     connector: nn.Module | None,
     projectors: Mapping[int, nn.Module] | None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write ``directory/lal.safetensors``, whole or not at all, and return its path."""
+    """Write ``directory/lal.safetensors``, whole or not at all, and return its path.
+
+    Args:
+        state_dict: the model's, from which the weights are taken; None: from the modules.
+
+    Raises:
+        ValueError: a module holds peft's adapters, or the state dict lacks its weights.
+    """
     modules = named_modules(connector, projectors)
+    states = {name: _weights(name, module, state_dict) for name, module in modules.items()}
     settings = {
         "format": FORMAT,
         "model": fingerprint(model),
@@ -62,8 +71,8 @@ def save(
     }
     tensors = {
         f"{name}.{key}": tensor.detach().cpu().contiguous().clone()
-        for name, module in modules.items()
-        for key, tensor in module.state_dict().items()
+        for name, weights in states.items()
+        for key, tensor in weights.items()
     }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +143,20 @@ def named_modules(connector: nn.Module | None, projectors: Mapping[int, nn.Modul
     """Return the modules by their names in a file."""
     modules = {} if connector is None else {CONNECTOR: connector}
     return modules | {f"projectors.{layer}": module for layer, module in (projectors or {}).items()}
+
+
+def _weights(name: str, module: nn.Module, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Return a module's weights, gathered where they are sharded."""
+    weights = module.state_dict()
+    if any(".base_layer." in f".{key}" for key in weights):
+        raise ValueError(f"{name} must hold no adapters to be saved: peft's merge_and_unload() merges them")
+    keys = {key: f"{NAME}.{name}.{key}" for key in weights}
+    if state_dict is not None and not state_dict.keys().isdisjoint(keys.values()):  # a stock one has none of them
+        missing = sorted(set(keys.values()) - state_dict.keys())
+        if missing:
+            raise ValueError(f"state_dict must hold the weights of the {name}, got none for {', '.join(missing)}")
+        weights = {key: state_dict[full] for key, full in keys.items()}
+    return {key: x.full_tensor() if hasattr(x, "full_tensor") else x for key, x in weights.items()}
 
 
 def _describe(module: nn.Module) -> dict[str, Any]:

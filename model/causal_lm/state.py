@@ -146,6 +146,11 @@ class AudioState:
         return self._tensors()[0].device
 
     @property
+    def requires_grad(self) -> bool:
+        """Whether a backward pass goes on into what made the states."""
+        return any(tensor.requires_grad for tensor in self._tensors())
+
+    @property
     def checks_values(self) -> bool:
         """Whether the state has looked at values: on another device that would wait for everything queued there, and
         ``torch.compile`` has none."""

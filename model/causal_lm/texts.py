@@ -21,7 +21,7 @@ class Texts:
     device: torch.device
     mask: Tensor | None  # (B, keys so far, or more where the cache is preallocated), not 0 where there is a token
     position_ids: object  # as given; None: none were
-    uncached: bool  # whether the caller asks for no cache, so that no text can follow
+    use_cache: object  # as given; False: the caller asks for no cache, so that no text can follow
     output_attentions: bool  # whether the caller asks for attention weights
     copies: int  # texts that follow each other for every text of the prompt (beams, returned sequences)
     prompt: int | None  # the prompt's columns, where this forward completes the prompt of a generate call
@@ -48,7 +48,7 @@ class Texts:
             inputs.device,
             mask,
             position_ids=arguments.get("position_ids"),
-            uncached=arguments.get("use_cache") is False,
+            use_cache=arguments.get("use_cache"),
             output_attentions=bool(arguments.get("output_attentions")),
             copies=copies,
             prompt=prompt,
@@ -71,6 +71,22 @@ class Texts:
                 f"a layer must have the {self.num_keys} text keys that the forward's arguments tell of, got {room}: "
                 "the cache is not where it is looked for in this version of transformers"
             )
+
+    def valid(self) -> Tensor | None:
+        """Return which keys so far are tokens, bool (B, keys or more); None: all."""
+        if self.mask is None:
+            return None
+        valid = self.mask != 0
+        if isinstance(self.num_keys, Tensor):  # the cache is preallocated, and the mask may be as long
+            valid = valid & (torch.arange(valid.shape[1], device=valid.device) < self.num_keys)
+        return valid
+
+    def of_queries(self, of_keys: Tensor) -> Tensor:
+        """Return the new texts' part (B, T) of what there is for every key."""
+        if isinstance(self.num_cached, int):
+            return of_keys[:, self.num_cached : self.num_cached + self.num_queries]
+        columns = torch.arange(self.num_queries, device=of_keys.device) + self.num_cached
+        return of_keys.index_select(1, columns)
 
 
 def inputs_of(arguments: Mapping[str, Any]) -> Tensor:

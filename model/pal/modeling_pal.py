@@ -185,7 +185,10 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
     def attached(self) -> LalHandle | FlamingoHandle | None:
         """Attach the language model if it is not, and return its handle; None if none of its layers takes audio."""
         if self.config.lal_layers():
-            return attach(self.language_model, self.config.lal())
+            lal = attach(self.language_model, self.config.lal())
+            if lal.owner is None:
+                lal.owner = type(self).__name__
+            return lal
         if not self.config.uses("flamingo"):
             return None
         if self.gated_layer:

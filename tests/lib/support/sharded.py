@@ -1,4 +1,4 @@
-"""Run one of two processes that train an attached model sharded by FSDP2, and save loss and gradients."""
+"""Run one of two processes that train an attached model by FSDP2 or DDP, and save loss and gradients."""
 
 import os
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from palkernels.model import AudioState, attach
+from palkernels.model import AudioState, EncodedAudio, MlpConnector, attach
 from support.oracles import build
 
 
@@ -55,3 +55,42 @@ def run(rank, world, folder, empty):
         torch.save(results, f"{folder}/found.pt")
     dist.barrier()
     os._exit(0)  # an orderly end of Python aborts at times, while a thread of gloo's still runs
+
+
+def with_connector():
+    """A model in training with a connector, and a batch for each of two processes: the second's is without audio."""
+    model = build("llama", torch.float64).train()
+    torch.manual_seed(1)
+    handle = attach(model, connector=MlpConnector(10, 64).double())
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 101, (2, 2, 8), generator=generator)
+    encoded = torch.randn(2, 6, 10, generator=generator, dtype=torch.float64)
+    return model, handle, ({"input_ids": ids[0], "audio": EncodedAudio(encoded)}, {"input_ids": ids[1]})
+
+
+def run_with_connector(rank, world, folder, how):
+    """``how``: "ddp", "fsdp2" (the connector in the model's group) or "fsdp2 apart" (in a group of its own)."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    model, _, batches = with_connector()
+    wrapped = model
+    if how == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        mesh = dist.init_device_mesh("cpu", (world,))
+        if how == "fsdp2 apart":
+            fully_shard(model.palkernels_audio, mesh=mesh)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    batch = batches[rank]
+    for _ in range(2):  # DDP complains in the second step of what had no gradient in the first
+        model.zero_grad()
+        wrapped(**batch, labels=batch["input_ids"]).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in gradients.items()}
+    if rank == 0:
+        torch.save(gradients, f"{folder}/found.pt")
+    dist.barrier()
+    os._exit(0)

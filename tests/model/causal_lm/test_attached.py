@@ -11,5 +11,5 @@ def test_a_handle_must_say_how_its_layers_take_audio():
         def detach(self):
             pass
 
-    with pytest.raises(TypeError, match=r"abstract methods '?forward'?, '?request'?"):
+    with pytest.raises(TypeError, match=r"abstract methods '?begin'?, '?check_layers'?, '?request'?"):
         Incomplete(build("llama"), [], None, ())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.audio_llm import build_pal, entry
 from support.oracles import build
 
 from palkernels.model import LalConfig, LfstConnector, MlpConnector, QFormerConnector, attach
@@ -139,3 +140,13 @@ def test_projectors_for_every_layer():
     attach(model)
     with pytest.raises(ValueError, match="must be detached before a connector or projectors are attached"):
         attach(model, connector=parts()[0])
+
+
+def test_a_handle_of_an_audio_llm_says_who_saves_it(tmp_path):
+    """It holds no connector, and so would write a file that gives none back."""
+    model = build_pal(entry("sslam"))
+    handle = attach(model.language_model, model.config.lal())
+    with pytest.raises(ValueError, match="save_pretrained of the PalForConditionalGeneration saves the language model"):
+        handle.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert not any("palkernels_audio" in name for name in model.state_dict())
