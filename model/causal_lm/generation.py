@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.attached import Attached
+from palkernels.model.causal_lm.caches import cache_of
 from palkernels.model.causal_lm.plan import check_prompt
 from palkernels.model.causal_lm.request import Request
 from palkernels.model.causal_lm.state import AudioState
@@ -84,7 +85,7 @@ def check_unchanged(request: Request, arguments: dict[str, Any]) -> None:
     if not isinstance(prepared, int):
         return  # counted on the device
     inputs = inputs_of(arguments)
-    num_keys = count_cached(arguments.get("past_key_values"), inputs.device) + inputs.shape[1]
+    num_keys = count_cached(cache_of(arguments), inputs.device) + inputs.shape[1]
     if num_keys != prepared:
         raise RuntimeError(
             f"a forward with audio must run the text that was prepared, {prepared} tokens with the cached ones, "

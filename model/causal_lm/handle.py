@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.attached import Attached
 from palkernels.model.causal_lm.attention import ATTENTION_NAME, STOCK_CONFIG
+from palkernels.model.causal_lm.caches import cache_of
 from palkernels.model.causal_lm.config import LalConfig
 from palkernels.model.causal_lm.fast_path import FastPath
 from palkernels.model.causal_lm.layers import Rotation
@@ -126,7 +127,7 @@ class LalHandle(Attached):
 
     def run(self, request: Request, arguments: dict[str, Any]) -> Any:
         self._check_new_values()
-        if arguments.get("attention_mask") is None and arguments.get("past_key_values") is None:
+        if arguments.get("attention_mask") is None and cache_of(arguments) is None:
             # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
             arguments["attention_mask"] = torch.ones_like(arguments["position_ids"])
         return super().run(request, arguments)

@@ -103,6 +103,7 @@ class LalRequest(Request):
         else:
             dropped = max(num_keys - room, 0)
             if num_keys < room:
+                self.texts.check_room(room)
                 text_end = torch.full((self.texts.batch,), num_keys, device=self.texts.device)
         if self.plan.layout.insert_at is not None:
             visible_from = self.plan.layout.insert_at - dropped

@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from palkernels.errors import one_line
+from palkernels.model.causal_lm.caches import CACHE_KEYWORDS, cache_keyword
 from palkernels.model.causal_lm.fast_path import (
     LayerCheck,
     describe_norms,
@@ -21,13 +23,15 @@ from palkernels.model.causal_lm.fast_path import (
 from palkernels.model.causal_lm.layers import AudioKV, Rotary, project_audio, rotate
 from palkernels.model.causal_lm.request import REQUEST_KEYWORD
 from palkernels.model.causal_lm.state import AudioState
+from palkernels.model.causal_lm.steps import why_not_stepped
 
 PROBE_NAME = "palkernels_probe"
 # What an attention function may be given besides tensors and mask: ours honours these, or they change nothing.
 KNOWN_KEYWORDS = frozenset(
     {"key", "value", "attention_mask", "scaling", "dropout", "sliding_window", "softcap", "position_ids"}
-    | {"position_embeddings", "past_key_values", "use_cache", "cache_position"}
+    | {"position_embeddings", "use_cache", "cache_position", *CACHE_KEYWORDS}
 )
+CHECK_TOKENS, CHECK_CACHED = 4, 3  # that a layer is run on, behind those in its cache
 CHECK_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4, torch.float64: 1e-8}
 
 
@@ -65,6 +69,9 @@ def find_decoder(model: PreTrainedModel) -> Any:
         raise refusal(model, f"its decoder has no {' and no '.join(missing)}")
     if not getattr(model, "_supports_attention_backend", False):
         raise refusal(model, "its attention function cannot be chosen")
+    reason = why_not_stepped(model)
+    if reason is not None:
+        raise refusal(model, f"{reason} (transformers {transformers.__version__})")
     return decoder
 
 
@@ -134,19 +141,30 @@ def check_reentrant(layers: Sequence[nn.Module]) -> None:
             )
 
 
-class _Recorder:
-    """Stands in for a cache and for a request: notes what a layer caches, and how it calls its attention."""
+class _Cache(DynamicCache):
+    """A cache that holds keys already, and notes what a layer adds to it and gets from it."""
 
     def __init__(self) -> None:
-        self.cached: list[tuple[Tensor, Tensor]] = []
+        super().__init__()
+        self.added: list[AudioKV] = []
+        self.returned: list[AudioKV] = []
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> AudioKV:
+        if not self.added:
+            super().update(key[:, :, :CHECK_CACHED], value[:, :, :CHECK_CACHED], *args, **kwargs)
+        self.added.append((key, value))
+        self.returned.append(super().update(key, value, *args, **kwargs))
+        return self.returned[-1]
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return super().get_seq_length(*args, **kwargs) if self.added else CHECK_CACHED
+
+
+class _Recorder:
+    """Stands in for a request: notes how a layer calls its attention."""
+
+    def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
-
-    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.cached.append((key, value))
-        return key, value
-
-    def get_seq_length(self, *args: Any) -> int:
-        return 0
 
 
 def _probe_attention(
@@ -213,17 +231,18 @@ def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Ro
     if any(x.type == "meta" for x in (device, *devices_of(layer))):
         return None
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, 4, weight.shape[1], generator=generator).to(device, weight.dtype)
+    states = torch.randn(1, CHECK_TOKENS, weight.shape[1], generator=generator).to(device, weight.dtype)
     with _unsharded(layer), torch.no_grad(), torch.autocast(device.type, enabled=False):
         return _compare(model, layer, index, rotary, states)
 
 
 def _compare(model: PreTrainedModel, layer: Any, index: int, rotary: Rotary, states: Tensor) -> LayerCheck | None:
-    """Compare a layer, whose weights are there, on states (1, 4, d); see :func:`check_layer`."""
+    """Compare a layer, whose weights are there, on states (1, 4, d) behind cached ones; see :func:`check_layer`."""
     attention = layer.self_attn
-    positions = torch.arange(4, device=states.device).unsqueeze(0)
-    mask = torch.zeros(1, 1, 4, 4, device=states.device, dtype=states.dtype)
-    recorder = _Recorder()
+    positions = torch.arange(CHECK_CACHED, CHECK_CACHED + CHECK_TOKENS, device=states.device).unsqueeze(0)
+    mask = torch.zeros(1, 1, CHECK_TOKENS, CHECK_CACHED + CHECK_TOKENS, device=states.device, dtype=states.dtype)
+    recorder, cache = _Recorder(), _Cache()
+    keyword = cache_keyword(layer.forward, type(model).prepare_inputs_for_generation)
     stock_config = attention.config
     attention.config = copy.copy(stock_config)
     attention.config._attn_implementation = PROBE_NAME
@@ -235,9 +254,8 @@ def _compare(model: PreTrainedModel, layer: Any, index: int, rotary: Rotary, sta
             states,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=recorder,
             position_embeddings=rotation,
-            **{REQUEST_KEYWORD: recorder},
+            **{str(keyword): cache, REQUEST_KEYWORD: recorder},
         )
         key, value = project_audio(layer, states)
         key = rotate(attention, key, rotation)
@@ -246,7 +264,9 @@ def _compare(model: PreTrainedModel, layer: Any, index: int, rotary: Rotary, sta
     finally:
         attention.config, layer.gradient_checkpointing = stock_config, checkpointed
 
-    reason = _difference(recorder, mask, (key, value)) or _other_attention(recorder.calls[0], stock_config, index)
+    reason = _difference(recorder, cache, mask, (key, value)) or _other_attention(
+        recorder.calls[0], stock_config, index
+    )
     if reason:
         raise refusal(model, reason)
     if not (bool(key.any()) and bool(value.any())):
@@ -255,13 +275,17 @@ def _compare(model: PreTrainedModel, layer: Any, index: int, rotary: Rotary, sta
     return LayerCheck(find_norm_offset(layer, states, rotation, (key, value), tolerance), describe_norms(layer))
 
 
-def _difference(recorder: _Recorder, mask: Tensor, ours: AudioKV) -> str | None:
+def _difference(recorder: _Recorder, cache: _Cache, mask: Tensor, ours: AudioKV) -> str | None:
     """Return what in a layer's keys, values and mask is not as we would have it, or None."""
-    if len(recorder.calls) != 1 or len(recorder.cached) != 1:
+    if len(recorder.calls) != 1:
         return f"a layer calls its attention function {len(recorder.calls)} times"
-    call, cached = recorder.calls[0], recorder.cached[0]
-    if call["key"] is not cached[0] or call["value"] is not cached[1]:
+    if len(cache.added) != 1:
+        return f"a layer puts its keys and values into its cache {len(cache.added)} times"
+    call, cached = recorder.calls[0], cache.added[0]
+    if call["key"] is not cache.returned[0][0] or call["value"] is not cache.returned[0][1]:
         return "a layer changes its keys or values after caching them"
+    if call["key"].shape[2] != CHECK_CACHED + CHECK_TOKENS:
+        return f"a layer has {call['key'].shape[2]} keys for {CHECK_TOKENS} tokens behind {CHECK_CACHED} in its cache"
     if call["attention_mask"] is not mask:
         return "a layer changes its attention mask"
     for name, got, want in zip(("keys", "values"), ours, cached, strict=True):

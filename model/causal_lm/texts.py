@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+
+from palkernels.model.causal_lm.caches import cache_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +25,7 @@ class Texts:
     output_attentions: bool  # whether the caller asks for attention weights
     copies: int  # texts that follow each other for every text of the prompt (beams, returned sequences)
     prompt: int | None  # the prompt's columns, where this forward completes the prompt of a generate call
+    grows: bool  # whether there is no cache, or one that holds no more keys than it counts
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], copies: int = 1, prompt: int | None = None) -> "Texts":
@@ -32,7 +36,8 @@ class Texts:
         """
         inputs = inputs_of(arguments)
         batch, num_queries = inputs.shape[:2]
-        num_cached = count_cached(arguments.get("past_key_values"), inputs.device)
+        cache = cache_of(arguments)
+        num_cached = count_cached(cache, inputs.device)
         mask = arguments.get("attention_mask")
         if mask is not None:
             _check_mask(mask, batch, num_cached, num_queries)
@@ -47,12 +52,25 @@ class Texts:
             output_attentions=bool(arguments.get("output_attentions")),
             copies=copies,
             prompt=prompt,
+            grows=cache is None or isinstance(cache, DynamicCache),
         )
 
     @property
     def num_keys(self) -> int | Tensor:
         """Text keys once this forward's are cached, too."""
         return self.num_cached + self.num_queries
+
+    def check_room(self, room: int) -> None:
+        """Check that a layer with keys (B, Hkv, room, D), more than there are text keys, has a preallocated cache.
+
+        Raises:
+            RuntimeError: its keys come from a cache that was not found among the arguments.
+        """
+        if self.grows:
+            raise RuntimeError(
+                f"a layer must have the {self.num_keys} text keys that the forward's arguments tell of, got {room}: "
+                "the cache is not where it is looked for in this version of transformers"
+            )
 
 
 def inputs_of(arguments: Mapping[str, Any]) -> Tensor:

@@ -11,6 +11,7 @@ from transformers import initialization as init
 
 from palkernels.model.causal_lm.attach import attach
 from palkernels.model.causal_lm.attached import HANDLE
+from palkernels.model.causal_lm.caches import cache_of
 from palkernels.model.causal_lm.flamingo import FlamingoHandle, attach_flamingo
 from palkernels.model.causal_lm.freezing import freeze_ffn
 from palkernels.model.causal_lm.gated_layer import GatedLayer
@@ -244,7 +245,8 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
             The language model's output: loss, logits (B, T, vocabulary), past_key_values.
         """
         audio = AudioInputs(input_features, audio_lengths, audio_index, insert_at, audio_features)
-        arguments = self._with_audio(input_ids, inputs_embeds, audio, past_key_values)
+        cache = cache_of({"past_key_values": past_key_values, **kwargs})
+        arguments = self._with_audio(input_ids, inputs_embeds, audio, cache)
         if "inputs_embeds" in arguments:
             arguments.pop("input_ids", None)
         placeholders = None if input_ids is None else self._placeholders(input_ids)

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from palkernels.model import LalConfig, attach
+from palkernels.model.causal_lm.caches import CACHE_KEYWORDS
 
 SECTIONS = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
 
@@ -43,17 +44,18 @@ def other_attention(doubled):
         def __init__(self, cache):
             self.cache = cache
 
-        def update(self, key, value, *args):
-            key, value = self.cache.update(key, value, *args)
+        def update(self, key, value, *args, **kwargs):
+            key, value = self.cache.update(key, value, *args, **kwargs)
             return key * 2, value
 
     class Other(LlamaAttention):
-        def forward(self, hidden_states, past_key_values=None, **kwargs):
+        def forward(self, hidden_states, **kwargs):
             if doubled == "cached":
-                return super().forward(hidden_states, past_key_values=Cache(past_key_values), **kwargs)
+                keyword = next(keyword for keyword in CACHE_KEYWORDS if keyword in kwargs)
+                return super().forward(hidden_states, **kwargs | {keyword: Cache(kwargs[keyword])})
             hook = getattr(self, doubled).register_forward_hook(lambda module, args, out: out * 2)
             try:
-                return super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
+                return super().forward(hidden_states, **kwargs)
             finally:
                 hook.remove()
 

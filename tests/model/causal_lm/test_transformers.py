@@ -9,6 +9,8 @@ from support.oracles import FAMILIES, build
 from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from palkernels.model.causal_lm.caches import CACHE_KEYWORDS
+
 
 @pytest.fixture(params=FAMILIES)
 def model(request):
@@ -40,7 +42,8 @@ def test_layers_are_called_as_the_self_check_calls_them(model):
     assert len(seen) == 6, "one attention call per layer, by AttentionInterface"
     for count, keywords in calls:
         assert count == 1, "hidden states are the layer's only positional argument"
-        assert {"attention_mask", "position_embeddings", "position_ids", "past_key_values"} <= set(keywords), "keywords"
+        assert {"attention_mask", "position_embeddings", "position_ids"} <= set(keywords), "keywords"
+        assert len({*CACHE_KEYWORDS} & set(keywords)) == 1, "the cache's keyword"
         assert keywords["our_keyword"] is model, "unknown keywords reach the layers"
     for shape, keywords in attention:
         assert shape[2] == 3, "queries are (B, H, T, D)"
