@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.layers import Rotary
-from palkernels.model.causal_lm.request import REQUEST_KEYWORD, Request
+from palkernels.model.causal_lm.request import REQUEST_KEYWORD, Carried, Request
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.causal_lm.texts import Texts
 
@@ -62,7 +62,7 @@ class Attached(ABC):
             RuntimeError: a layer that should take the audio did not.
         """
         request.consumed, request.ran = set(), True
-        outputs = self.stock("forward")(**arguments, **{REQUEST_KEYWORD: request})
+        outputs = self.stock("forward")(**arguments, **{REQUEST_KEYWORD: Carried(request)})
         if request.consumed != set(self.selected):
             missed = sorted(set(self.selected) - request.consumed)
             raise RuntimeError(f"every selected layer must take the audio, but layers {missed} did not")

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from palkernels import lal_attention
 from palkernels.model.causal_lm.layers import modeling_file
-from palkernels.model.causal_lm.request import LalRequest
+from palkernels.model.causal_lm.request import Carried, LalRequest
 from palkernels.recompute import recomputed
 
 # "sdpa" or "flex_attention" within the name would trigger transformers' capability checks for those.
@@ -30,7 +30,7 @@ def lal_attention_forward(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    lal_request: LalRequest | None = None,
+    lal_request: Carried | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to audio and text, by transformers' signature; without a request call the stock function.
@@ -52,6 +52,7 @@ def lal_attention_forward(
         stock = _stock_attention(module)
         return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
+    request: LalRequest = lal_request.request  # type: ignore[assignment]
     if dropout:
         raise ValueError(f"attention dropout must be 0 with audio: the kernels do not drop out, got {dropout}")
     for name in UNSUPPORTED_KEYWORDS:
@@ -59,15 +60,15 @@ def lal_attention_forward(
         if setting is not None and setting is not True:
             raise ValueError(f"{name} must not be given with audio: the kernels are causal over whole rows")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    layout, span = lal_request.plan.layout, lal_request.key_span(key.shape[2])
+    layout, span = request.plan.layout, request.key_span(key.shape[2])
 
     # A layer that is checkpointed as a whole keeps nothing anyway.
-    checkpointed = getattr(lal_request.modules[layer], "gradient_checkpointing", False) and module.training
-    if lal_request.recompute and torch.is_grad_enabled() and not checkpointed:
-        states = lal_request.states_of(layer)
-        audio_key, audio_value = recomputed(lambda _: lal_request.project(layer), states)
+    checkpointed = getattr(request.modules[layer], "gradient_checkpointing", False) and module.training
+    if request.recompute and torch.is_grad_enabled() and not checkpointed:
+        states = request.states_of(layer)
+        audio_key, audio_value = recomputed(lambda _: request.project(layer), states)
     else:
-        audio_key, audio_value = lal_request.audio_kv(layer)
+        audio_key, audio_value = request.audio_kv(layer)
     out = lal_attention(
         query,
         key,
@@ -82,9 +83,9 @@ def lal_attention_forward(
         scale=scaling,
         softcap=softcap,
         window=sliding_window,
-        impl=lal_request.impl,
+        impl=request.impl,
     )
-    lal_request.consumed.add(layer)
+    request.consumed.add(layer)
     return out.transpose(1, 2), None
 
 

@@ -4,13 +4,27 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-CACHE_KEYWORDS = ("cache", "past_key_values")  # since transformers 5.24, which understands the other too; until 5.23
+from transformers import GenerationMixin
+
+# Since transformers 5.24, which understands the other one, too; until 5.23, which hears of no other.
+_NEW, _OLD = "cache", "past_key_values"
+_RENAMED = _NEW in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_KEYWORDS = (_NEW, _OLD) if _RENAMED else (_OLD,)
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
-    """Return the cache among a call's arguments by name, or None. Of two, that which transformers would take."""
-    given = (arguments.get(keyword) for keyword in CACHE_KEYWORDS)
-    return next((cache for cache in given if cache is not None), None)
+    """Return the cache among a call's arguments by name, or None.
+
+    Raises:
+        ValueError: there are two.
+    """
+    given = {keyword: arguments[keyword] for keyword in CACHE_KEYWORDS if arguments.get(keyword) is not None}
+    if len({id(cache) for cache in given.values()}) > 1:
+        raise ValueError(
+            f"a forward with audio must be given one cache, got {' and '.join(given)}: somebody adds one (peft's "
+            "prompt learning does)"
+        )
+    return next(iter(given.values()), None)
 
 
 def cache_keyword(*functions: Callable[..., Any]) -> str | None:

@@ -22,7 +22,7 @@ from palkernels.model.causal_lm.layers import AudioKV, head_dim_of
 from palkernels.model.causal_lm.patching import patch, unpatch
 from palkernels.model.causal_lm.plan import make_plan
 from palkernels.model.causal_lm.report import implementation
-from palkernels.model.causal_lm.request import REQUEST_KEYWORD, Request
+from palkernels.model.causal_lm.request import REQUEST_KEYWORD, Carried, Request
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.causal_lm.support import (
     base_model,
@@ -166,13 +166,14 @@ class FlamingoHandle(Attached):
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Run the new layer, if one stands before this layer of the model, which never sees the request."""
-        request: FlamingoRequest | None = kwargs.get(REQUEST_KEYWORD)
-        if request is None:
+        carried: Carried | None = kwargs.get(REQUEST_KEYWORD)
+        if carried is None:
             return None
         kwargs = {name: argument for name, argument in kwargs.items() if name != REQUEST_KEYWORD}
         if index not in self.selected:
             return args, kwargs
         hidden, *rest = args
+        request: FlamingoRequest = carried.request  # type: ignore[assignment]
         run_layer = partial(request.run_layer, index)
         checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training
         if checkpointed and not HOOKS_ARE_CHECKPOINTED:

@@ -17,6 +17,13 @@ from palkernels.model.causal_lm.texts import Texts
 REQUEST_KEYWORD = "lal_request"  # of the layers: transformers hands it through untouched, as it is no tensor
 
 
+class Carried:
+    """A request as layers are handed it: no dataclass, which FSDP2 would look into and copy."""
+
+    def __init__(self, request: "Request") -> None:
+        self.request = request
+
+
 @dataclass(eq=False)
 class Request(ABC):
     """One forward's audio, ready for every layer that takes it."""

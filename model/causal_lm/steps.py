@@ -55,7 +55,8 @@ def _why_step_differs(model: PreTrainedModel, keyword: str) -> str | None:
         is_first_iteration=False,
     )
     if cache_of(prepared) is not cache:
-        return f"a step of its generate keeps its cache in none of {', '.join(CACHE_KEYWORDS)}, but in {list(prepared)}"
+        names = " or ".join(CACHE_KEYWORDS)
+        return f"a step of its generate does not keep its cache as {names}, but in {', '.join(prepared)}"
     try:
         texts = Texts.of(prepared)
     except ValueError as error:

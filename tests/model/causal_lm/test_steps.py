@@ -12,6 +12,7 @@ from palkernels.model.causal_lm import caches
 from palkernels.model.causal_lm.caches import CACHE_KEYWORDS, cache_keyword, cache_of
 
 KEYWORD = cache_keyword(LlamaForCausalLM.forward)
+NAMES = " or ".join(CACHE_KEYWORDS)
 
 
 def renamed(arguments, old, new):
@@ -65,9 +66,9 @@ class NoPositions(Prepared):
 
 
 MOVED = {
-    CacheRenamed: r"its forward takes no cache or past_key_values \(transformers 5",
+    CacheRenamed: rf"its forward takes no {NAMES} \(transformers 5",
     MaskRenamed: "its forward takes no attention_mask",
-    CacheInParts: "a step of its generate keeps its cache in none of cache, past_key_values, but in ",
+    CacheInParts: f"a step of its generate does not keep its cache as {NAMES}, but in ",
     WholeText: "a step of its generate cannot be read: attention_mask must be 2-D",
     MaskOfTheStep: "a step of its generate cannot be read: attention_mask must be 2-D",
     NoPositions: "a step of its generate has no position_ids",
@@ -148,10 +149,17 @@ def test_every_name_that_transformers_takes_is_read(keyword):
 
 
 def test_the_cache_among_arguments():
-    new, old = object(), object()
-    assert cache_of({"cache": new, "past_key_values": old}) is new  # transformers 5.24 drops the other
-    assert cache_of({"cache": None, "past_key_values": old}) is old
-    assert cache_of({}) is None
-    assert cache_keyword(lambda cache: None) == "cache"
+    cache, other = object(), object()
+    assert cache_of({KEYWORD: cache}) is cache
+    assert cache_of({"past_key_values": cache, "unknown": other}) is cache
+    assert cache_of({KEYWORD: None}) is None
     assert cache_keyword(lambda **kwargs: None, lambda past_key_values: None) == "past_key_values"
     assert cache_keyword(lambda **kwargs: None) is None
+
+
+@pytest.mark.skipif(len(CACHE_KEYWORDS) == 1, reason="this transformers knows one name")
+def test_two_caches_are_refused():
+    cache, other = object(), object()
+    assert cache_of(dict.fromkeys(CACHE_KEYWORDS, cache)) is cache
+    with pytest.raises(ValueError, match="must be given one cache, got cache and past_key_values"):
+        cache_of(dict(zip(CACHE_KEYWORDS, (cache, other), strict=True)))
