@@ -2,15 +2,16 @@
 # make figure1-all  measure it with every method, into figure1-all-out/
 # make simulate     predict Figure 1 at full size for two GPUs, without a GPU, into simulate-out/
 # make lint         format, types and the direction of imports, on the installed wheel
-# make test         lint, then every test, on the installed wheel
+# make test         lint, then every test, on the installed wheel, with the newest versions (constraints.txt)
+# make test-oldest  the tests of kernels and models with the oldest ones (constraints-oldest.txt), in .venv-oldest
 # make aot          compile every tile in every dtype for sm_80, sm_90 and sm_100 (make test: bfloat16, some of them)
 # make mutants      run seeded faults in the kernels, which the tests must catch, into tests/mutants/outcome.json
-# make compat       the model layer's tests with the oldest transformers that is supported
 # make clean        remove everything that these made
 
-PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin
 SOURCES := pyproject.toml README.md LICENSE $(shell find palkernels model bench -type f \
 	-not -path '*/__pycache__/*' -not -path 'bench/results/*')
 # Triton's interpreter multiplies with NumPy, and NumPy with the OpenBLAS kernels of the processor. Some of these sum less
@@ -18,11 +19,12 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find palkernels model bench 
 BLAS := $(if $(shell grep -m 1 -o avx512f /proc/cpuinfo 2>/dev/null),OPENBLAS_CORETYPE=SkylakeX)
 # Two workers, a file to each: what a file makes once is made once. In the order of the files: by the number of tests,
 # which is the default, files of few but long tests would come last.
-PYTEST := OMP_NUM_THREADS=1 $(BLAS) $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+pytest = OMP_NUM_THREADS=1 $(BLAS) $(1)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: figure1 figure1-all simulate test lint aot mutants compat clean
+.NOTPARALLEL:
+.PHONY: figure1 figure1-all simulate test test-oldest lint aot mutants clean
 
 figure1: .venv/installed
 	$(BIN)/palkernels figure1
@@ -34,7 +36,10 @@ simulate: .venv/installed
 	$(BIN)/palkernels simulate
 
 test: lint
-	PALKERNELS_TEST_WHEEL=1 $(PYTEST)
+	PALKERNELS_TEST_WHEEL=1 $(call pytest,$(BIN))
+
+test-oldest: .venv-oldest/installed
+	PALKERNELS_TEST_WHEEL=1 $(call pytest,$(OLDEST)) tests/attention tests/kernels tests/projection tests/model
 
 aot: .venv/installed
 	PALKERNELS_AOT=all $(BIN)/pytest tests/kernels/test_aot.py
@@ -48,24 +53,19 @@ lint: .venv/installed
 mutants: .venv/installed
 	$(BLAS) $(BIN)/python tests/mutants/run.py
 
-compat: .venv/compat
-	PYTHONPATH=$(CURDIR)/.venv/compat $(PYTEST) tests/model
-
-.venv/compat: .venv/installed
-	rm -rf $@ $@.part
-	PIP_CONSTRAINT= $(BIN)/pip install --quiet --target $@.part 'transformers==5.17.*' 'numpy<2.4'
-	mv $@.part $@
-
+.venv-oldest/installed: export PIP_CONSTRAINT := $(CURDIR)/constraints-oldest.txt
+.venv/installed: constraints.txt
+.venv-oldest/installed: constraints-oldest.txt
 # Installs the wheel and its pinned dependencies; after a change of the sources it reinstalls the wheel alone.
-.venv/installed: constraints.txt $(SOURCES)
-	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 must be on the PATH" >&2; exit 1; }
-	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+.venv/installed .venv-oldest/installed: $(SOURCES)
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer must be on the PATH" >&2; exit 1; }
+	test -x $(@D)/bin/pip || $(PYTHON) -m venv $(@D)
 	rm -rf build dist
-	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(@D)/bin/pip wheel --quiet --no-deps --wheel-dir dist .
 	rm -rf build *.egg-info
-	$(BIN)/pip install --progress-bar on "$$(ls dist/palkernels-*.whl)[all]"
-	$(BIN)/pip install --quiet --no-deps --force-reinstall dist/palkernels-*.whl
+	$(@D)/bin/pip install --progress-bar on "$$(ls dist/palkernels-*.whl)[all]"
+	$(@D)/bin/pip install --quiet --no-deps --force-reinstall dist/palkernels-*.whl
 	touch $@
 
 clean:
-	rm -rf .venv build dist figure1-out figure1-all-out simulate-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist figure1-out figure1-all-out simulate-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""What is installed here, what devices there are, and which implementations of the attention they can run."""
+"""What is installed here and whether it is tested, what devices there are, and what of the attention they can run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 import torch
 
 from palkernels import unsupported_reasons
-from palkernels.bench import machine
+from palkernels.bench import machine, versions
 from palkernels.bench.options import dtype_name
 from palkernels.bench.report.document import GIB
 
@@ -20,9 +20,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def diagnosis() -> str:
     """Return the report of `palkernels doctor`."""
-    lines = ["versions", f"  python        {platform.python_version()}"]
-    for name in PACKAGES:
-        lines.append(f"  {name:12}  {machine.package_version(name) or 'not installed'}")
+    lines = ["versions"]
+    installed = {"python": platform.python_version()} | {name: machine.package_version(name) for name in PACKAGES}
+    for name, version in installed.items():
+        untested = None if version is None else versions.against(name, version)
+        lines.append(f"  {name:12}  {version or 'not installed'}{f' ({untested})' if untested else ''}")
 
     bf16 = "with" if machine.cpu_has_bf16() else "without"
     available = machine.available_bytes()
@@ -43,6 +45,10 @@ def diagnosis() -> str:
     if len(devices) == 1:
         lines.append(f"  no GPU: {_why_no_gpu()}")
 
+    lines += ["", "ptxas, which assembles the Triton kernels"]
+    for capability in versions.CAPABILITIES:
+        lines += _assembler(capability)
+
     lines += ["", "implementations of lal_attention, in inference and training"]
     for device in devices:
         for impl in IMPLEMENTATIONS:
@@ -54,6 +60,17 @@ def _why_no_gpu() -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return "this PyTorch is built without CUDA"
     return "PyTorch finds no CUDA device"
+
+
+def _assembler(capability: int) -> list[str]:
+    """Return a line saying which ptxas compiles for a compute capability, and one with what is known against it."""
+    try:
+        ptxas = versions.find_assembler(capability)
+    except RuntimeError as error:
+        return [f"  sm_{capability:<4}  none: {error}"]
+    of = "triton's own" if ptxas.variable is None else f"{ptxas.variable}={ptxas.path}"
+    known = ptxas.against()
+    return [f"  sm_{capability:<4}  {ptxas.version}, {of}"] + ([f"    {known}"] if known else [])
 
 
 def _implementation(device: str, impl: str) -> list[str]:

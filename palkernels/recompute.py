@@ -48,7 +48,7 @@ def recomputed(
     def make_and_save(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # In the dtype that attention computes in: else it would copy them under autocast, and keep the copies.
         key, value = (made.to(dtypes.computed_in(made, made.device)) for made in make(states))
-        anchor: Tensor = _Save.apply(key.new_empty(0).requires_grad_(), key.detach(), value.detach())  # type: ignore[no-untyped-call]
+        anchor: Tensor = _Save.apply(key.new_empty(0).requires_grad_(), key.detach(), value.detach())
         return key, value, anchor
 
     # The checkpoint looks for the device at its argument, and saves it, which inference tensors cannot be.

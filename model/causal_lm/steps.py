@@ -32,7 +32,7 @@ def why_not_stepped(model: PreTrainedModel) -> str | None:
     keyword = cache_keyword(prepare)
     if keyword is None:
         return f"its generate prepares steps with no {' or '.join(CACHE_KEYWORDS)}"
-    if is_fake(model.get_input_embeddings().weight):  # type: ignore[operator,union-attr]
+    if is_fake(model.get_input_embeddings().weight):
         return None  # it never gets values, so no step of it is wrong
     return _why_step_differs(model, keyword)
 

@@ -141,7 +141,7 @@ def check_reentrant(layers: Sequence[nn.Module]) -> None:
             )
 
 
-class _Cache(DynamicCache):
+class _Cache(DynamicCache):  # type: ignore[misc]
     """A cache that holds keys already, and notes what a layer adds to it and gets from it."""
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ def merged_attention(
         tensor if tensor.stride(-1) == 1 else tensor.contiguous()
         for tensor in (query, key, value, audio_key, audio_value)
     )
-    out, lse = _MergedAttention.apply(query, key, value, audio_key, audio_value, settings)  # type: ignore[no-untyped-call]
+    out, lse = _MergedAttention.apply(query, key, value, audio_key, audio_value, settings)
     return out, lse
 
 
