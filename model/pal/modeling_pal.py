@@ -11,7 +11,7 @@ from transformers import initialization as init
 
 from palkernels.model.causal_lm.attach import attach
 from palkernels.model.causal_lm.attached import HANDLE
-from palkernels.model.causal_lm.caches import cache_of
+from palkernels.model.causal_lm.caches import CACHE_KEYWORDS, cache_of
 from palkernels.model.causal_lm.flamingo import FlamingoHandle, attach_flamingo
 from palkernels.model.causal_lm.freezing import freeze_ffn
 from palkernels.model.causal_lm.gated_layer import GatedLayer
@@ -246,6 +246,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         """
         audio = AudioInputs(input_features, audio_lengths, audio_index, insert_at, audio_features)
         cache = cache_of({"past_key_values": past_key_values, **kwargs})
+        kwargs = {keyword: argument for keyword, argument in kwargs.items() if keyword not in CACHE_KEYWORDS}
         arguments = self._with_audio(input_ids, inputs_embeds, audio, cache)
         if "inputs_embeds" in arguments:
             arguments.pop("input_ids", None)
@@ -255,7 +256,7 @@ class PalForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ig
         optional = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            CACHE_KEYWORDS[0]: cache,
             "labels": labels,
             "use_cache": use_cache,
         }
