@@ -25,8 +25,8 @@ OPTIONS = dict.fromkeys(CAPABILITIES, FEATURES) if EVERYTHING else {80: ("all",)
 # Bytes per thread that ptxas may keep on the stack: a few scalars that it parks outside the inner loops. A tile that
 # spills its accumulators takes hundreds.
 STACK = {80: 32, 90: 0, 100: 16}
-# Chosen by their time on an H200 with Triton 3.6 (bench/LOG.md), though they spill; by how much depends on the ptxas that
-# a Triton brings. Triton's series -> (kernel, head dim, register limit) -> bytes.
+# Chosen by their time on an H200 with Triton 3.6 (bench/LOG.md), though they spill; how much depends on the ptxas that
+# Triton brings. Triton's series -> (kernel, head dim, register limit) -> bytes.
 MEASURED = {
     "3.6": {("key_gradient", 64, 168): 104, ("key_gradient", 128, None): 112},  # ptxas 12.8
     "3.8": {("key_gradient", 64, 168): 208, ("key_gradient", 128, None): 192},  # 12.9
