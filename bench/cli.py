@@ -15,6 +15,7 @@ except ModuleNotFoundError:
 
 # torch, transformers and matplotlib take seconds to import, so each command imports what it needs.
 from palkernels.bench.errors import UserError
+from palkernels.bench.numbers import parse_counts, parse_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,6 +95,12 @@ def figure1(
             show_default=False,
         ),
     ] = None,
+    clip_seconds: Annotated[
+        str | None,
+        typer.Option(
+            help="Clips that fill a part of the encoder's window, or none.  [default: 0.8,3,30; 0.8,3 on a CPU]"
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for figure1.json, .csv, .png and .html.")] = Path("figure1-out"),
     seed: Annotated[int | None, typer.Option(help="Seed of all random weights and of the text.  [default: 0]")] = None,
     encoder_checkpoint: Annotated[
@@ -106,14 +113,15 @@ def figure1(
     ] = False,
 ) -> None:
     """Reproduce Figure 1: memory and throughput of PLITS and LAL against audio tokens."""
-    counts = None if audio_tokens is None else _counts("--audio-tokens", audio_tokens)
+    counts = None if audio_tokens is None else parse_counts("--audio-tokens", audio_tokens)
     names = None if methods is None else _methods(methods)
     sizes = _left_out_if_none(
         model=model, audio_tokens=counts, methods=names,
         train_batch=train_batch, infer_batch=infer_batch, new_tokens=new_tokens, serving=serving,
     )  # fmt: skip
+    clips = None if clip_seconds is None else parse_seconds("--clip-seconds", clip_seconds)
     measuring = _left_out_if_none(
-        audio=audio, device=device, dtype=dtype, repeats=repeats, seed=seed,
+        clip_seconds=clips, audio=audio, device=device, dtype=dtype, repeats=repeats, seed=seed,
         encoder_checkpoint=encoder_checkpoint, encoder_size=encoder_size, resume=resume or None,
     )  # fmt: skip
     if simulate:
@@ -152,7 +160,7 @@ def simulate(
 
     Training is in bfloat16, inference in float16.
     """
-    counts, texts = _counts("--audio-tokens", audio_tokens), _counts("--text-tokens", text_tokens)
+    counts, texts = parse_counts("--audio-tokens", audio_tokens), parse_counts("--text-tokens", text_tokens)
     _simulate(
         model=model, layers=layers, methods=_methods(methods), audio_tokens=counts, text_tokens=texts,
         train_batch=train_batch, infer_batch=infer_batch, new_tokens=new_tokens, optimizer=optimizer,
@@ -204,7 +212,7 @@ def doctor(
 
         typer.echo(diagnosis())
         return
-    dims = None if head_dims is None else _counts("--head-dims", head_dims)
+    dims = None if head_dims is None else parse_counts("--head-dims", head_dims)
 
     from palkernels.bench.kernels.tiles import report, select
 
@@ -248,7 +256,7 @@ def microbench(
     options = Options(
         models=tuple(model) if model else None,
         ops=tuple(op or OPS),
-        audio_tokens=None if audio_tokens is None else _counts("--audio-tokens", audio_tokens),
+        audio_tokens=None if audio_tokens is None else parse_counts("--audio-tokens", audio_tokens),
         shape=shape,
         dtype=dtype,
         device=device,
@@ -306,13 +314,6 @@ def _console() -> Console:
 
     # Into a pipe or a log rich assumes 80 columns, in which not all tables fit.
     return Console() if sys.stdout.isatty() else Console(width=140)
-
-
-def _counts(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} must be whole numbers separated by commas, got {text!r}") from None
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -12,7 +12,7 @@ __all__ = ["CAPABILITIES", "PTXAS_FIXED", "TESTED", "Assembler", "against", "fin
 
 # The oldest and the newest series. Both ends are tested, by constraints-oldest.txt and constraints.txt.
 TESTED = {
-    "python": ("3.11", "3.11"),
+    "python": ("3.11", "3.13"),
     "torch": ("2.11", "2.14"),
     "triton": ("3.6", "3.8"),
     "transformers": ("5.17", "5.24"),

@@ -33,6 +33,7 @@ from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.experiments.measure import SERVING, Bench, measure_point, measure_serving
 from palkernels.bench.experiments.optimizer import LEARNING_RATE
 from palkernels.bench.experiments.settings import Options, Settings, fit_time, reductions, run_conditions, settle
+from palkernels.bench.experiments.short_clips import measure_short_clips
 from palkernels.bench.instruments import estimate
 from palkernels.bench.instruments.rates import Rates, measure_rates
 from palkernels.bench.methods import METHODS, MODES
@@ -73,8 +74,9 @@ def run(options: Options, console: Console) -> Path:
         with limit, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers renames what both of its versions have
             bench = _build(options, settings, waveform)
-            settings = bench.settings = fit_time(options, settings, sum(_expected_seconds(bench, rates).values()))
+            settings = bench.settings = fit_time(options, settings, _total_seconds(bench, rates))
             document: dict[str, Any] = {"meta": _meta(options, settings, bench, audio_file), "rows": [], "serving": []}
+            document["short_clips"] = []
             if before is not None:
                 settings = bench.settings = _resume(document, before, settings)
             _introduce(document["meta"], bench, rates, console)
@@ -112,6 +114,7 @@ def _resume(document: dict[str, Any], before: dict[str, Any], settings: Settings
     document |= {
         "rows": [row for rows in whole for row in rows],
         "serving": before.get("serving", []),
+        "short_clips": before.get("short_clips", []),
         "meta": {**old, "complete": False},
     }
     return replace(settings, repeats=old["repeats"])
@@ -151,7 +154,7 @@ def _build(options: Options, settings: Settings, waveform: Tensor) -> Bench:
     except (TypeError, ValueError) as error:
         raise UserError(one_line(error)) from error
     digest = _digest(waveform.numpy().tobytes())
-    bench = Bench(settings, llm.model, connector, clips, llm.weights, encoder.size, encoder.weights, digest)
+    bench = Bench(settings, llm.model, connector, clips, encoder.cpu(), waveform, llm.weights, digest)
     bench.parameters = [*llm.model.parameters(), *connector.parameters()]
     return bench
 
@@ -160,9 +163,9 @@ def _introduce(meta: dict[str, Any], bench: Bench, rates: Rates, console: Consol
     """Say what is measured, what was reduced to suit a CPU, and how long it will take."""
     lines = (
         f"{meta['model']}, {depth(meta)}, {meta['dtype']}, on {meta['device']}; LLM weights {meta['llm_weights']}",
-        f"Whisper {bench.encoder_size}, encoder weights {meta['encoder_weights']}",
+        f"Whisper {bench.encoder.size}, encoder weights {meta['encoder_weights']}",
         meta["reductions"],
-        f"Estimated time: {_duration(sum(_expected_seconds(bench, rates).values()))}",
+        f"Estimated time: {_duration(_total_seconds(bench, rates))}",
     )
     for line in filter(None, lines):
         _say(console, line)
@@ -181,7 +184,7 @@ def _sweep(bench: Bench, rates: Rates, console: Console, document: dict[str, Any
     done = {(row["mode"], row["audio_tokens"]) for row in rows}
     bar = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*bar, console=console, transient=True) as progress:
-        task = progress.add_task("", total=sum(expected.values()))
+        task = progress.add_task("", total=_total_seconds(bench, rates))
         for mode, count in expected:
             progress.update(task, description=f"{mode}, {count} audio tokens")
             if (mode, count) not in done:
@@ -200,6 +203,15 @@ def _sweep(bench: Bench, rates: Rates, console: Console, document: dict[str, Any
                 serving += measure_serving(bench, clips, questions)
                 _say(progress.console, f"serving, {questions} questions about {clips} clips: done")
                 results.write_all(out, {FILES[0]: results.json_text(document)})
+        bench.release_training()
+        clips = document["short_clips"]
+        for seconds, duration in _expected_of_clips(bench, rates).items():
+            progress.update(task, description=f"clips of {seconds:g} s")
+            if seconds not in {row["seconds"] for row in clips}:
+                clips += measure_short_clips(bench, seconds)
+                _say(progress.console, f"clips of {seconds:g} s: done")
+                results.write_all(out, {FILES[0]: results.json_text(document)})
+            progress.advance(task, duration)
 
 
 def _expected_seconds(bench: Bench, rates: Rates) -> dict[tuple[str, int], float]:
@@ -224,6 +236,28 @@ def _expected_seconds(bench: Bench, rates: Rates) -> dict[tuple[str, int], float
                 total += seconds
             # And the memory pass. On a GPU it is two, one of them under the tracker, and kernels are compiled in it.
             expected[mode, count] = total * (settings.repeats[mode] + (5 if on_gpu else 1))
+    return expected
+
+
+def _total_seconds(bench: Bench, rates: Rates) -> float:
+    return sum(_expected_seconds(bench, rates).values()) + sum(_expected_of_clips(bench, rates).values())
+
+
+def _expected_of_clips(bench: Bench, rates: Rates) -> dict[float, float]:
+    """Return the seconds of all passes with clips that fill a part of the window, by their length; the encoder's own
+    are left out."""
+    settings, expected = bench.settings, {}
+    config, text, batch = settings.llm.config, settings.text_tokens, settings.batch["train"]
+    for seconds in settings.clip_seconds:
+        valid = bench.encoder.features.state_length(round(seconds * bench.encoder.sampling_rate))
+        total = 0.0
+        for sample, logits in (
+            (estimate.Sample(valid, 0, text, batch), text + valid),
+            (estimate.Sample(0, valid, text, batch), text),
+        ):
+            size = sum(p.nbytes for p in bench.parameters)
+            total += estimate.train_seconds(config, rates, sample, logits, size)
+        expected[seconds] = total * (settings.repeats["train"] + 1)
     return expected
 
 
@@ -254,8 +288,8 @@ def _meta(options: Options, settings: Settings, bench: Bench, audio_file: str) -
         "threads": torch.get_num_threads(),
         **run_conditions(settings.llm),
         "llm_weights": bench.llm_weights,
-        "encoder": f"whisper-{bench.encoder_size}",
-        "encoder_weights": bench.encoder_weights,
+        "encoder": f"whisper-{bench.encoder.size}",
+        "encoder_weights": bench.encoder.weights,
         "connector": f"MLP, random (seed {settings.seed})",
         "audio_file": audio_file,
         "digests": {"model config": _digest(settings.llm.config.to_json_string()), "audio": bench.audio_digest},

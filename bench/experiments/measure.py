@@ -23,6 +23,7 @@ from palkernels.bench.methods import Batch, Method
 from palkernels.bench.report import document as results
 from palkernels.bench.report.roles import BASELINE, OURS
 from palkernels.bench.report.serving import serving_row
+from palkernels.model.encoders.whisper import WhisperAudioEncoder
 from palkernels.op_costs import plain_function, scratch_bytes
 
 __all__ = ["COMPARED", "SERVING", "Bench", "measure_point", "measure_serving"]
@@ -39,9 +40,9 @@ class Bench:
     model: Any
     connector: nn.Module
     clips: dict[int, Tensor]  # audio tokens -> encoder states (N, width)
+    encoder: WhisperAudioEncoder
+    waveform: Tensor  # the clip (samples,)
     llm_weights: str
-    encoder_size: str
-    encoder_weights: str
     audio_digest: str
     parameters: list[nn.Parameter] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None

@@ -21,6 +21,7 @@ __all__ = [
     "Options", "Settings", "check_length", "check_methods", "fit_time", "reductions", "run_conditions", "settle",
 ]  # fmt: skip
 
+LEAST_SECONDS, WINDOW_SECONDS = 0.1, 30.0  # of a clip for Whisper
 PACKAGES = ("palkernels", "torch", "triton", "transformers", "liger-kernel")
 
 
@@ -45,6 +46,7 @@ class Options:
     encoder_checkpoint: Path | None = None
     encoder_size: str = "tiny"
     serving: bool | None = None
+    clip_seconds: tuple[float, ...] | None = None
     resume: bool = False
 
 
@@ -58,16 +60,18 @@ class Defaults:
     new_tokens: int
     repeats: dict[str, int]
     methods: tuple[str, ...]
+    clip_seconds: tuple[float, ...]
 
 
 GPU_DEFAULTS = Defaults(
-    "llama-3.2-1b", (128, 512, 1500), {"train": 8, "infer": 12}, 32, {"train": 10, "infer": 10}, tuple(METHODS)
-)
+    "llama-3.2-1b", (128, 512, 1500), {"train": 8, "infer": 12}, 32, {"train": 10, "infer": 10}, tuple(METHODS),
+    (0.8, 3.0, 30.0),
+)  # fmt: skip
 # On a CPU a small LLM runs whole, and audio, batches and repeats shrink so that a run takes minutes on two cores. The
 # training batch is 2: at 1 the gradients of the tied embedding, which every method has, can weigh more than all that
 # PLITS adds, and the total peaks are equal.
 CPU_DEFAULTS = Defaults(
-    "smollm2-135m", (128, 256, 512), {"train": 2, "infer": 2}, 8, {"train": 2, "infer": 5}, (BASELINE, OURS)
+    "smollm2-135m", (128, 256, 512), {"train": 2, "infer": 2}, 8, {"train": 2, "infer": 5}, (BASELINE, OURS), (0.8, 3.0)
 )
 CPU_LAYERS = 2  # of any other model
 # The repeats shrink too if the run would take more seconds than this, as it does on two cores.
@@ -90,6 +94,7 @@ class Settings:
     repeats: dict[str, int]  # by mode
     seed: int
     serving: bool
+    clip_seconds: tuple[float, ...]  # of clips that fill a part of the encoder's window
 
     @property
     def dtype_name(self) -> str:
@@ -127,6 +132,7 @@ def settle(options: Options) -> Settings:
         repeats={mode: options.repeats or number for mode, number in defaults.repeats.items()},
         seed=options.seed,
         serving=not on_cpu if options.serving is None else options.serving,
+        clip_seconds=defaults.clip_seconds if options.clip_seconds is None else options.clip_seconds,
     )
     check_length(llm, max(settings.audio_tokens) + options.text_tokens + settings.new_tokens)
     return settings
@@ -187,6 +193,11 @@ def _check(options: Options) -> None:
     check_text_tokens((options.text_tokens,))
     if options.methods is not None:
         check_methods(options.methods)
+    if not all(LEAST_SECONDS <= seconds <= WINDOW_SECONDS for seconds in options.clip_seconds or ()):
+        raise UserError(
+            f"--clip-seconds must be from {LEAST_SECONDS} to {WINDOW_SECONDS:g}, Whisper's window, or none, "
+            f"got {', '.join(f'{x:g}' for x in options.clip_seconds or ())}"
+        )
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed must be from 0 to 2**63 - 1, got {options.seed}")
     if options.dtype != "auto":

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from palkernels.bench.methods.base import Batch, Method, Style, decoding_arguments, one_per_text, ones_mask
 from palkernels.model import AudioState, LalConfig, attach
+from palkernels.model.causal_lm.caches import CACHE_KEYWORDS
 from palkernels.model.causal_lm.layers import Rotary, project_audio, rotate
 
 __all__ = ["Lal", "LalEager"]
@@ -78,7 +79,7 @@ class LalEager(Method):
         text = model.get_input_embeddings()(batch.input_ids)
         cache = self.cache(model, connector, batch)
         mask = ones_mask(len(batch.labels), batch.states.shape[1] + batch.labels.shape[1], batch.labels.device)
-        arguments = {"labels": batch.labels, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        arguments = {"labels": batch.labels, "attention_mask": mask, CACHE_KEYWORDS[0]: cache, "use_cache": True}
         loss: Tensor = model(inputs_embeds=text, **arguments).loss
         return loss
 
@@ -87,7 +88,8 @@ class LalEager(Method):
         cached = batch.input_ids.new_zeros(len(batch.input_ids), batch.states.shape[1])
         ids = torch.cat([cached, batch.input_ids], dim=1)
         cache = self.cache(model, connector, batch)
-        tokens: Tensor = model.generate(input_ids=ids, past_key_values=cache, **decoding_arguments(ids, new_tokens))
+        options = {CACHE_KEYWORDS[0]: cache, **decoding_arguments(ids, new_tokens)}
+        tokens: Tensor = model.generate(input_ids=ids, **options)
         return tokens[:, ids.shape[1] :]
 
     def as_keys(self, audio_tokens: int) -> int:

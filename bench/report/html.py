@@ -47,7 +47,7 @@ def report_page(document: dict[str, Any]) -> str:
     for count, points in by_text.items():
         suffixes = (f", {count:,} text tokens", str(count)) if len(by_text) > 1 else ("", "")
         sections += _point_sections(meta, points, *suffixes)
-    sections += [_lengths(document), _serving(document)]
+    sections += [_lengths(document), _serving(document), _short_clips(document)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -165,6 +165,15 @@ def _serving(document: dict[str, Any]) -> Section | None:
         "Questions about clips, answered in one batch; LAL keeps a clip's keys and values once for all its questions."
     ]
     return None if table is None else Section("serving", "Serving", words, tables=[table])
+
+
+def _short_clips(document: dict[str, Any]) -> Section | None:
+    table = tables.short_clips(document.get("short_clips", []))
+    words = [
+        "Whole audio LLMs, encoder and connector included, on clips that fill a part of the encoder's window. PLITS "
+        "has a token for each valid state; LAL leaves the other states out, too."
+    ]
+    return None if table is None else Section("short-clips", "Clips shorter than the window", words, tables=[table])
 
 
 def _picture(figure: Figure, description: str) -> tuple[str, str]:

@@ -20,7 +20,8 @@ from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OU
 from palkernels.bench.report.table import Column, Table, change, factor, gib, number
 
 __all__ = [
-    "breakdown", "every_point", "exponents", "gains", "levers", "paper", "serving", "steps", "summary",
+    "breakdown", "every_point", "exponents", "gains", "levers", "paper", "serving", "short_clips", "steps",
+    "summary",
 ]  # fmt: skip
 
 MEMORY_GROUPS = {MEMORY: "peak memory", ABOVE_STATIC: "above static"}
@@ -247,6 +248,31 @@ def serving(rows: list[Row]) -> Table | None:
             ours, base = (figure(key, clips, questions, name, device) for name in (method, BASELINE))
             cells.append(number(None if ours is None else scale * ours))
             cells.append(write(None if method == BASELINE else relative(ours, base)))
+    return table
+
+
+def short_clips(rows: list[Row]) -> Table | None:
+    """Training steps of whole audio LLMs on clips that fill a part of the encoder's window."""
+    if not rows:
+        return None
+    first = rows[0]
+    columns = [Column("clip, s"), Column(f"states of {first['window_tokens']:,}"), Column("method", text=True)]
+    columns += [Column("samples/s", "throughput"), Column(against(BASELINE), "throughput")]
+    by_cores = first["processor_seconds_per_sample"] is not None
+    columns += [Column("a sample", "CPU seconds"), Column(against(BASELINE), "CPU seconds")] if by_cores else []
+    title = f"Whole models, training: batch {first['batch_size']}, {first['text_tokens']} text tokens, {first['dtype']}"
+    table = Table(title, columns)
+    index = {(row["seconds"], row["method"]): row for row in rows}
+    for (seconds, method), row in index.items():
+        base = index.get((seconds, BASELINE))
+        cells = [f"{seconds:g}", f"{row['audio_tokens']:,}", label(method)]
+        rate, spent = row["samples_per_second"]["p50"], row["processor_seconds_per_sample"]
+        rates = None if method == BASELINE or base is None else relative(rate, base["samples_per_second"]["p50"])
+        cells += [number(rate), factor(rates)]
+        if by_cores:
+            both = None if method == BASELINE or base is None else relative(spent, base["processor_seconds_per_sample"])
+            cells += [number(spent), change(both)]
+        table.rows.append(cells)
     return table
 
 

@@ -25,12 +25,17 @@ NARROWEST = 12  # width at which columns of text stop shrinking where a table is
 
 
 def print_points(document: dict[str, Any], console: Console) -> None:
-    """Print a table for each number of text tokens and mode of a result document, and notes that explain them."""
+    """Print a table for each number of text tokens and mode of a result document, one of clips that fill a part of the
+    window, and notes that explain them."""
     for points in Points.by_text_tokens(document["rows"]).values():
         for mode in MODES:
             if points.counts(mode):
                 print_table(tables.summary(points, mode), console)
                 console.print()
+    clips = tables.short_clips(document.get("short_clips", []))
+    if clips is not None:
+        print_table(clips, console)
+        console.print()
     for note in _notes(document):
         console.print(Text(note))
 

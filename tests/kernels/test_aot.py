@@ -5,6 +5,7 @@ bfloat16 on Hopper, and on Ampere with every option, which takes the most regist
 """
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,14 @@ OPTIONS = dict.fromkeys(CAPABILITIES, FEATURES) if EVERYTHING else {80: ("all",)
 # Bytes per thread that ptxas may keep on the stack: a few scalars that it parks outside the inner loops. A tile that
 # spills its accumulators takes hundreds.
 STACK = {80: 32, 90: 0, 100: 16}
-# Chosen by their time on an H200 (bench/LOG.md), though they spill: (kernel, head dim, register limit) -> bytes.
-MEASURED = {("key_gradient", 64, 168): 104, ("key_gradient", 128, None): 112}
+# Chosen by their time on an H200 with Triton 3.6 (bench/LOG.md), though they spill; how much depends on the ptxas that
+# Triton brings. Triton's series -> (kernel, head dim, register limit) -> bytes.
+MEASURED = {
+    "3.6": {("key_gradient", 64, 168): 104, ("key_gradient", 128, None): 112},  # ptxas 12.8
+    "3.8": {("key_gradient", 64, 168): 208, ("key_gradient", 128, None): 192},  # 12.9
+    "3.9": {("key_gradient", 64, 168): 120, ("key_gradient", 128, None): 8, ("forward", 128, 168): 16},  # 13.4
+}
+SERIES = ".".join(version("triton").split(".")[:2])
 ODD_GROUP = 8  # more of it where rows divide into groups of 7, as with padding
 
 
@@ -81,7 +88,8 @@ def test_does_not_spill(compiled, capability):
         odd = ODD_GROUP if row["features"] == "padding" else 0
         allowed = STACK[capability] + odd
         if capability == 90 and row["dtype"] != "float32" and row["features"] != "all":
-            allowed = MEASURED.get((row["kernel"], row["head_dim"], row["tile"]["max_registers"]), allowed)
+            measured = MEASURED.get(SERIES, MEASURED["3.9"])
+            allowed = measured.get((row["kernel"], row["head_dim"], row["tile"]["max_registers"]), allowed)
         assert row["stack_bytes"] <= allowed, row
 
 

@@ -15,6 +15,7 @@ import soundfile
 import torch
 from rich.console import Console
 from support.figure1 import FILES, run, small, tiny_config
+from support.towers import whisper_checkpoint
 
 from palkernels.bench import machine, presets
 from palkernels.bench.experiments import figure1, measure
@@ -109,7 +110,9 @@ def test_the_defaults_fit_eighty_columns(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(presets.PRESETS, "smollm2-135m", tiny_config)
     monkeypatch.setattr(machine, "cpu_has_bf16", lambda: True)  # the longer of both dtypes' names
     text = io.StringIO()
-    figure1.run(Options(device="cpu", out=tmp_path / "out"), Console(width=80, file=text))
+    whisper_checkpoint(tmp_path / "whisper")
+    options = Options(device="cpu", out=tmp_path / "out", encoder_checkpoint=tmp_path / "whisper")
+    figure1.run(options, Console(width=80, file=text))
     lines = text.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == "smollm2-135m, all 3 layers, bfloat16, on cpu; LLM weights random (seed 0)"
@@ -218,3 +221,28 @@ def test_all_methods_and_serving(tiny: Path, tmp_path: Path, monkeypatch: pytest
     for row in serving:
         assert row["first_token_seconds"] > 0
         assert row["tokens_per_second"] is None or row["tokens_per_second"] > 0  # two tokens may drown in noise
+
+
+def test_clips_that_fill_a_part_of_the_window(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole models train on clips of 0.8 and 3 s: 40 and 150 of the encoder's 1,500 states are valid."""
+    out = tmp_path / "out"
+    whisper_checkpoint(tmp_path / "whisper")
+    arguments = ["--audio-tokens", 16, "--repeats", 1, "--clip-seconds", "0.8,3"]
+    arguments += ["--encoder-checkpoint", tmp_path / "whisper"]
+    assert run(*small(tiny, out), *arguments) == 0
+    rows = json.loads((out / "figure1.json").read_text())["short_clips"]
+    assert [(row["seconds"], row["audio_tokens"], row["method"]) for row in rows] == [
+        (seconds, states, method) for seconds, states in ((0.8, 40), (3.0, 150)) for method in ("plits", "lal")
+    ]
+    assert all(row["window_tokens"] == 1500 and row["batch_size"] == 2 for row in rows)
+    assert all(row["samples_per_second"]["p50"] > 0 and row["processor_seconds_per_sample"] > 0 for row in rows)
+    assert "Whole models, training: batch 2, 16 text tokens" in capsys.readouterr().out
+    assert run(*small(tiny, out), *arguments, "--resume") == 0
+    assert json.loads((out / "figure1.json").read_text())["short_clips"] == rows  # measured once
+
+
+@pytest.mark.parametrize("text", ["0", "31", "1,x", "nan"])
+def test_clips_that_no_window_holds_are_refused(text: str, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(*small(tiny, out), "--clip-seconds", text) == 2
+    assert not out.exists()

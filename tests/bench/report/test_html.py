@@ -176,6 +176,12 @@ def test_serving_that_was_measured_names_no_device() -> None:
     assert table[-1][2:] == ["LAL", "100", "-75.0 %", "50.0", "-75.0 %", "1,500", "1.50x"]
 
 
+def test_clips_that_fill_a_part_of_the_window() -> None:
+    shown = page(documents.measured() | {"short_clips": documents.short_clips()})
+    (table,) = shown.tables["short-clips"]
+    assert ["0.8", "40", "LAL", "3.00", "1.50x", "0.700", "-30.0 %"] in table
+
+
 def test_sections_without_data_are_left_out() -> None:
     always = {"", "conditions", "methods", "figure-1", "points"}
     report = page(documents.measured())

@@ -53,3 +53,18 @@ def test_markdown() -> None:
         r"| a\|b | 1.00 | 2 |",
         "| c | out of memory |  |",
     ]
+
+
+def test_clips_that_fill_a_part_of_the_window() -> None:
+    table = tables.short_clips(documents.short_clips())
+    assert table is not None
+    assert table.rows == [
+        ["0.8", "40", "PLITS", "2.00", "", "1.00", ""],
+        ["0.8", "40", "LAL", "3.00", "1.50x", "0.700", "-30.0 %"],
+        ["30", "1,500", "PLITS", "0.500", "", "4.00", ""],
+        ["30", "1,500", "LAL", "1.00", "2.00x", "1.00", "-75.0 %"],
+    ]
+    on_gpu = tables.short_clips(documents.short_clips(on_gpu=True))
+    assert on_gpu is not None
+    assert [row[3:] for row in on_gpu.rows] == [["2.00", ""], ["3.00", "1.50x"], ["0.500", ""], ["1.00", "2.00x"]]
+    assert tables.short_clips([]) is None

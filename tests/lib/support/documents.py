@@ -128,3 +128,24 @@ def simulated() -> dict[str, Any]:
         for method, seconds, rate, size in (("plits", 0.2, 1000.0, 400), ("lal", 0.05, 1500.0, 100))
     ]
     return {"meta": meta, "rows": rows, "lengths": lengths, "serving": serving, "exponents": exponents}
+
+
+def short_clips(*, on_gpu: bool = False) -> list[dict[str, Any]]:
+    """PLITS and LAL on clips of 0.8 and 30 s."""
+    return [
+        {
+            "method": method,
+            "seconds": seconds,
+            "audio_tokens": round(50 * seconds),
+            "window_tokens": 1500,
+            "text_tokens": 128,
+            "batch_size": 4,
+            "dtype": "bfloat16",
+            "samples_per_second": {"p50": rate, "samples": [rate]},
+            "processor_seconds_per_sample": None if on_gpu else spent,
+            "status": "ok",
+        }
+        for method, seconds, rate, spent in (
+            ("plits", 0.8, 2.0, 1.0), ("lal", 0.8, 3.0, 0.7), ("plits", 30.0, 0.5, 4.0), ("lal", 30.0, 1.0, 1.0),
+        )
+    ]  # fmt: skip
