@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from palkernels import lal_attention, lal_attention_varlen
 from palkernels.model.causal_lm.layers import modeling_file
-from palkernels.model.causal_lm.request import Carried, LalRequest
+from palkernels.model.causal_lm.request import Carried
 from palkernels.recompute import recomputed
 
 # "sdpa" or "flex_attention" within the name would trigger transformers' capability checks for those.

@@ -12,7 +12,7 @@ from palkernels.model.causal_lm.attached import HANDLE, Attached
 from palkernels.model.causal_lm.caches import cache_of
 from palkernels.model.causal_lm.encoded import EncodedAudio
 from palkernels.model.causal_lm.generation import check_unchanged, current, generate
-from palkernels.model.causal_lm.memory import cache_after, recalled, remember, text_rows
+from palkernels.model.causal_lm.memory import cache_after, memory_of, recalled, remember, text_rows
 from palkernels.model.causal_lm.request import REQUEST_KEYWORD, Carried, Request
 from palkernels.model.causal_lm.state import AudioState
 
@@ -159,7 +159,7 @@ class PatchedMethod:
             TypeError: there is some.
         """
         for name, value in kwargs.items():
-            misnamed = isinstance(value, AudioState | EncodedAudio | Carried) and name != REQUEST_KEYWORD
+            misnamed = isinstance(value, AudioState | EncodedAudio | Request | Carried) and name != REQUEST_KEYWORD
             foreign = value is not None and any(part in name for part in FOREIGN_KEYWORDS)
             if misnamed or (foreign and name not in self.known):
                 raise TypeError(f"{self.name} must be given audio as audio=AudioState(...), got {name}=")
@@ -170,15 +170,14 @@ class AudioForward(PatchedMethod):
 
     name = "forward"
 
-    def __call__(self, *args: Any, audio: "AudioState | EncodedAudio | Carried | None" = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, audio: AudioState | EncodedAudio | Carried | None = None, **kwargs: Any) -> Any:
         handle = self.handle
         if args and args[0] is handle.model:
             args = args[1:]  # accelerate's unwrap_model binds whatever was its forward to the model
         if not handle.is_attached() or REQUEST_KEYWORD in kwargs:  # one that others put in place of ours calls ours
             return self.stock(args, kwargs, audio)
-        # A compiled step of generate has its audio from what prepares it, and cannot look for the call around it.
-        if audio is None and (torch.compiler.is_compiling() or current(handle.model) is None):
-            audio = recalled(self.by_name(args, kwargs))  # of a conversation that goes on
+        if audio is None:
+            audio = self.recalled({**dict(zip(self.positional, args, strict=False)), **kwargs})
         if audio is None and handle.model.training and hasattr(handle.decoder_layers[0], "unshard"):
             handle.check_layers()  # FSDP2: another process may have audio, and all must gather weights alike
         if audio is None and handle.parts is None:
@@ -188,13 +187,20 @@ class AudioForward(PatchedMethod):
         outputs = handle.stock(self.name)(**arguments)
         if request is not None:
             handle.check_consumed(request)
-            if not isinstance(audio, Carried):
+            if not isinstance(audio, Carried) and request.plan.packing is None:
                 rows = text_rows(request.texts.batch, 1, request.texts.device)
                 remember(cache_after(cache_of(arguments), outputs), request.state, rows)
         return outputs
 
+    def recalled(self, arguments: dict[str, Any]) -> AudioState | None:
+        """Return what a conversation that goes on has heard, but for the forwards of a generate call."""
+        if memory_of(cache_of(arguments)) is None:
+            return None
+        within_generate = not torch.compiler.is_compiling() and current(self.handle.model) is not None
+        return None if within_generate else recalled(arguments)
+
     def prepared(
-        self, args: tuple[Any, ...], *, audio: "AudioState | EncodedAudio | Carried | None" = None, **kwargs: Any
+        self, args: tuple[Any, ...], *, audio: AudioState | EncodedAudio | Carried | None = None, **kwargs: Any
     ) -> tuple[Request | None, dict[str, Any]]:
         """Return what the stock forward is given, by name, and its request if it has audio."""
         handle, arguments = self.handle, self.by_name(args, kwargs)

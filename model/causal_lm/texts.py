@@ -60,6 +60,18 @@ class Texts:
         """Text keys once this forward's are cached, too."""
         return self.num_cached + self.num_queries
 
+    def check_room(self, room: int) -> None:
+        """Check that a layer with keys (B, Hkv, room, D), more than there are text keys, has a preallocated cache.
+
+        Raises:
+            RuntimeError: its keys come from a cache that was not found among the arguments.
+        """
+        if self.grows:
+            raise RuntimeError(
+                f"a layer must have the {self.num_keys} text keys that the forward's arguments tell of, got {room}: "
+                "the cache is not where it is looked for in this version of transformers"
+            )
+
     def valid(self) -> Tensor | None:
         """Return which keys so far are tokens, bool (B, keys or more); None: all."""
         if self.mask is None:
@@ -75,18 +87,6 @@ class Texts:
             return of_keys[:, self.num_cached : self.num_cached + self.num_queries]
         columns = torch.arange(self.num_queries, device=of_keys.device) + self.num_cached
         return of_keys.index_select(1, columns)
-
-    def check_room(self, room: int) -> None:
-        """Check that a layer with keys (B, Hkv, room, D), more than there are text keys, has a preallocated cache.
-
-        Raises:
-            RuntimeError: its keys come from a cache that was not found among the arguments.
-        """
-        if self.grows:
-            raise RuntimeError(
-                f"a layer must have the {self.num_keys} text keys that the forward's arguments tell of, got {room}: "
-                "the cache is not where it is looked for in this version of transformers"
-            )
 
 
 def inputs_of(arguments: Mapping[str, Any]) -> Tensor:

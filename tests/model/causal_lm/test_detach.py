@@ -85,7 +85,9 @@ def test_what_wraps_an_attached_model_outlives_detach():
 def test_accelerate_prepares_and_unwraps():
     """unwrap_model binds the forward that it finds to the model once more."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer before this test has said how it computes
     model, keywords = attached("llama", "inserted")
     want = model(**keywords).logits, model(keywords["input_ids"]).logits
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
