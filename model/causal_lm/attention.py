@@ -45,7 +45,7 @@ def lal_attention_forward(
         The output (B, T, Hq, D), and None for the attention weights, which the kernels do not form.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
-    request: LalRequest | None = None if lal_request is None else lal_request.request  # type: ignore[assignment]
+    request: Any = None if lal_request is None else lal_request.request  # a LalRequest
     sees_no_audio = request is not None and layer not in request.selected  # it is ours for packed texts alone
     if request is None or (sees_no_audio and request.plan.packing is None):
         if kwargs.get("audio") is not None:
