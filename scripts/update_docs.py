@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from palkernels.bench.kernels.output import timed_twice
 from palkernels.bench.kernels.peers import OURS as OUR_KERNELS
 from palkernels.bench.methods import DEFAULT_METHODS
 from palkernels.bench.report import plot, tables
@@ -117,25 +118,6 @@ def predicted(measurement: Document, simulation: Document) -> str:
     return to_markdown(table)
 
 
-def again(before: Document, now: Document) -> str:
-    """A row for each model and operation that was timed twice: our time and flash's multiple then and now, and the
-    host's time of both now."""
-    peer, first, second = "cat + SDPA (flash)", _timed(before), _timed(now)
-    columns = [Column("", text=True), Column("", text=True)]
-    columns += [Column(date, "us") for date in ("2026-11-24", "again")]
-    columns += [Column(date, peer) for date in ("2026-11-24", "again")]
-    columns += [Column("host us"), Column("host us", peer)]
-    table = Table("", columns)
-    for (operation, model, name), ours in second.items():
-        if name == OUR_KERNELS:
-            old, theirs = first[operation, model, name], [x[operation, model, peer] for x in (first, second)]
-            cells = [f"{1e6 * row['p50_seconds']:.1f}" for row in (old, ours)]
-            cells += [f"{row['slower_than_ours']:.2f}x" for row in theirs]
-            cells += [f"{1e6 * row['host_seconds']:.0f}" for row in (ours, theirs[1])]
-            table.rows.append([model, operation, *cells])
-    return to_markdown(table)
-
-
 def simulated(*documents: Document) -> str:
     """The conditions, and a row for each mode, model and number of audio tokens."""
     meta = documents[0]["meta"]
@@ -159,6 +141,10 @@ def simulated(*documents: Document) -> str:
         f"optimizer: {meta['optimizer']}. Peak memory in GiB, LAL's change of it, and LAL's throughput as a multiple:"
     )
     return f"{conditions}\n\n{to_markdown(table)}"
+
+
+def timed_again(before: Document, now: Document) -> str:
+    return to_markdown(timed_twice(_timed(before), _timed(now), before["datetime"][:10]))
 
 
 def every_method(document: Document) -> str:
@@ -313,7 +299,7 @@ ENTRIES = (
     Entry("docs/results.md", "levers", levers, SIMULATED[:1]),
     Entry("docs/results.md", "serving", serving, SIMULATED[:1]),
     Entry("docs/kernels.md", "microbench-h200", microbench, ("microbench-h200",)),
-    Entry("docs/kernels.md", "microbench-h200-again", again, ("microbench-h200", "microbench-h200-again")),
+    Entry("docs/kernels.md", "microbench-h200-again", timed_again, ("microbench-h200", "microbench-h200-again")),
     Entry("bench/LOG.md", "goals-h200", goals, ("microbench-h200",)),
 )
 PICTURES = ("figure1-cpu", "figure1-h200", *SIMULATED)

@@ -15,7 +15,7 @@ import soundfile
 import torch
 from rich.console import Console
 from support.figure1 import FILES, run, small, tiny_config
-from support.towers import whisper_checkpoint
+from support.towers import SMALL_TOWERS, whisper_checkpoint
 
 from palkernels.bench import machine, presets
 from palkernels.bench.experiments import figure1, measure
@@ -23,6 +23,7 @@ from palkernels.bench.experiments.settings import Options
 from palkernels.bench.methods import DEFAULT_METHODS, METHODS, Method
 from palkernels.bench.methods.lal import Lal
 from palkernels.bench.methods.plits import Plits
+from palkernels.model.encoders.whisper import WHISPER_SIZES
 
 
 def test_writes_four_files_and_nothing_else(measured: tuple[dict[str, Any], Path, str]) -> None:
@@ -110,9 +111,8 @@ def test_the_defaults_fit_eighty_columns(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(presets.PRESETS, "smollm2-135m", tiny_config)
     monkeypatch.setattr(machine, "cpu_has_bf16", lambda: True)  # the longer of both dtypes' names
     text = io.StringIO()
-    whisper_checkpoint(tmp_path / "whisper")
-    options = Options(device="cpu", out=tmp_path / "out", encoder_checkpoint=tmp_path / "whisper")
-    figure1.run(options, Console(width=80, file=text))
+    monkeypatch.setitem(WHISPER_SIZES, "tiny", SMALL_TOWERS["whisper"])
+    figure1.run(Options(device="cpu", out=tmp_path / "out"), Console(width=80, file=text))
     lines = text.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == "smollm2-135m, all 3 layers, bfloat16, on cpu; LLM weights random (seed 0)"
