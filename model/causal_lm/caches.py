@@ -27,6 +27,18 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
     return next(iter(given.values()), None)
 
 
+def prepared_whole(prepare: Callable[..., dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``prepare`` makes of a step's arguments by name; all of the text where it drops the cache.
+
+    Phi-3 does so where its frequencies change. Some versions of transformers then leave the last token alone.
+    """
+    arguments = prepare(**given)
+    if given.get("next_sequence_length") is None or cache_of(given) is None or cache_of(arguments) is not None:
+        return arguments
+    dropped = {*CACHE_KEYWORDS, "next_sequence_length"}
+    return prepare(**{name: None if name in dropped else argument for name, argument in given.items()})
+
+
 def cache_keyword(*functions: Callable[..., Any]) -> str | None:
     """Return the keyword of the cache in the first function that names one, or None where none does."""
     named = ({*inspect.signature(function).parameters} for function in functions)

@@ -18,7 +18,7 @@ class DeviceFacts:
     @property
     def asked(self) -> bool:
         """Whether there is anything to read."""
-        return bool(self._asked)
+        return len(self._asked) > 0
 
     def ask(self, name: str, fact: Tensor) -> None:
         """Note a bool or an integer, a tensor of one element, to be read under ``name``."""

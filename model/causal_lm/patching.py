@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from palkernels.model.causal_lm.attached import HANDLE, Attached
-from palkernels.model.causal_lm.caches import cache_of
+from palkernels.model.causal_lm.caches import cache_of, prepared_whole
 from palkernels.model.causal_lm.encoded import EncodedAudio
 from palkernels.model.causal_lm.generation import check_unchanged, current, generate
 from palkernels.model.causal_lm.memory import cache_after, memory_of, recalled, remember, text_rows
@@ -241,7 +241,7 @@ class AudioPrepare(PatchedMethod):
         if generation is None or generation.handle is not self.handle:
             return self.stock(args, kwargs)
         given = generation.whole_where_rope_changes(self.by_name(args, kwargs))
-        arguments = self.stock((), given)
+        arguments = prepared_whole(self.handle.stock(self.name), given)
         generation.prepare(arguments, given.get("attention_mask"))
         return arguments
 

@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs
 
 from palkernels.model.causal_lm.attach import attach
 from palkernels.model.causal_lm.attached import HANDLE
-from palkernels.model.causal_lm.caches import cache_keyword, cache_of
+from palkernels.model.causal_lm.caches import cache_keyword, cache_of, prepared_whole
 from palkernels.model.causal_lm.flamingo import FlamingoHandle, attach_flamingo
 from palkernels.model.causal_lm.freezing import freeze_ffn
 from palkernels.model.causal_lm.handle import LalHandle
@@ -321,12 +321,8 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         if columns is not None:
             kwargs.setdefault("next_sequence_length", None)
             kwargs["next_sequence_length"] = kwargs["next_sequence_length"] or columns
-        arguments: dict[str, Any] = base_model(self.language_model).prepare_inputs_for_generation(
-            input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
+        arguments = prepared_whole(base_model(self.language_model).prepare_inputs_for_generation, given)
         if generation is not None:
             generation.prepare(arguments)
         return arguments

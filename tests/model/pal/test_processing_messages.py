@@ -153,7 +153,11 @@ def test_conversations_are_rendered_as_by_qwen2_audio(processor, name):
     lal = PalProcessor(TOKENIZER, [entry("sslam")])
     for messages in (conversation, [conversation, conversation[:1]], conversation[1:2]):
         more = {"add_generation_prompt": True}
-        want = own.apply_chat_template(messages, **more)
+        try:
+            want = own.apply_chat_template(messages, **more)
+        except TypeError:  # transformers 5.17 renders no message without content
+            assert name in WITHOUT_TEXT
+            continue
         assert processor.apply_chat_template(messages, own.chat_template, **more) == want
         batch = lal.apply_chat_template(messages, own.chat_template, **more, tokenize=True, sampling_rate=16_000)
         texts = [want] if isinstance(want, str) else want
