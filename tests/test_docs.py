@@ -183,3 +183,14 @@ def test_the_readme_is_one_screen():
     assert len(re.findall(r"^!\[", text, re.MULTILINE)) == 1
     for command in ("make figure1", "make test"):
         assert command in text
+
+
+def test_lal_is_ahead_on_clips_of_every_length():
+    """In the committed run: CPU seconds of a training sample, and what README says of them."""
+    rows = json.loads((ROOT / "bench" / "results" / "figure1-cpu-clips.json").read_text())["short_clips"]
+    spent = {(row["seconds"], row["method"]): row["processor_seconds_per_sample"] for row in rows}
+    saved = {seconds: 1 - spent[seconds, "lal"] / spent[seconds, "plits"] for seconds in (0.8, 3.0, 30.0)}
+    assert min(saved.values()) > 0
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    said = f"takes {saved[0.8]:.0%} less than with PLITS for a clip of 0.8 s, {saved[30.0]:.0%} less for one of 30 s"
+    assert said.replace("%", " %") in readme
