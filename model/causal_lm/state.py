@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from palkernels.model.causal_lm.moving import Movable
+
 DECREASES = "insert_at must not decrease along a row's audio tokens, got a decreasing row"
 
 
 @dataclass(frozen=True, eq=False)
-class AudioState:
+class AudioState(Movable):
     """Audio for one batch of texts, given to an attached model as ``audio=``.
 
     Args:
@@ -102,26 +104,6 @@ class AudioState:
         if low < least or (most is not None and high > most):
             allowed = f"at least {least}" if most is None else f"from {least} to {most}"
             raise ValueError(f"{name} must be {allowed}, got values from {low} to {high}")
-
-    def to(
-        self,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        non_blocking: bool = False,
-    ) -> "AudioState":
-        """Return the audio on another device, the states in another dtype; the object itself where nothing changes.
-
-        accelerate and the Trainer call this to move what they feed to a model.
-        """
-        states = [self.states] if isinstance(self.states, Tensor) else list(self.states)
-        moved = [x if x is None else x.to(device=device, dtype=dtype, non_blocking=non_blocking) for x in states]
-        if all(new is old for new, old in zip(moved, states, strict=True)):
-            return self
-        fields = {
-            name: None if tensor is None else tensor.to(device=device, non_blocking=non_blocking)
-            for name, tensor in (("lengths", self.lengths), ("index", self.index), ("insert_at", self.insert_at))
-        }
-        return AudioState(moved[0] if isinstance(self.states, Tensor) else moved, **fields)  # type: ignore[arg-type]
 
     def for_layer(self, layer: int) -> Tensor | None:
         """Return the states (A, N, d) that one layer takes, None where it takes none."""

@@ -1,5 +1,7 @@
 """Fields of an AudioState that do not fit each other, and its move to another device."""
 
+from collections import UserList
+
 import pytest
 import torch
 from support.attached import WIDTH
@@ -75,6 +77,10 @@ def test_a_state_moves():
     assert {x.device.type for x in (moved.states[0], moved.states[2], moved.lengths, moved.insert_at)} == {"meta"}
     assert moved.states[1] is None
     assert state.to(dtype=torch.float64).states[0].dtype == torch.float64
+    for kind in (tuple, UserList):  # any sequence
+        other = AudioState(kind([states, None]))
+        assert other.to("cpu") is other
+        assert other.to(dtype=torch.float64).states[0].dtype == torch.float64
 
 
 def test_places_that_decrease_on_a_gpu(monkeypatch):
