@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
+from palkernels import devices
 from palkernels import recompute as recomputation
 from palkernels.arguments import Call
 from palkernels.attention import checks, packed
@@ -287,7 +288,7 @@ def audio_kv(
     impl = choose(
         impl,
         projection_checks.triton_reasons(layers[0].states, layers[0].k_weight, num_kv_heads),
-        on_cuda=states.is_cuda,
+        on_cuda=devices.runs_kernels(states.device),
     )
     if recompute and torch.is_grad_enabled():
         results = [run_recomputed_projection(layer, impl) for layer in layers]
@@ -301,4 +302,6 @@ def audio_kv(
 
 def _attend(call: Call, impl: str) -> tuple[Tensor, Tensor]:
     """Output and LSE of a prepared call by the implementation that ``impl`` stands for."""
-    return run_attention(call, choose(impl, checks.triton_reasons(call), on_cuda=call.query.is_cuda))
+    return run_attention(
+        call, choose(impl, checks.triton_reasons(call), on_cuda=devices.runs_kernels(call.query.device))
+    )

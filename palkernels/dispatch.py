@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from palkernels import devices
+
 IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
 MIN_CAPABILITY = (8, 0)
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for, not imported
@@ -58,7 +60,7 @@ def device_reasons(tensor: Tensor) -> list[str]:
     if interpreted:
         if tensor.dtype == torch.bfloat16:
             reasons.append("bfloat16 must not be used with TRITON_INTERPRET=1: the interpreter computes it wrongly")
-    elif tensor.device.type != "cuda":
+    elif not devices.runs_kernels(tensor.device):
         reasons.append(f"tensors must be on a CUDA device (or TRITON_INTERPRET=1 set), got {tensor.device}")
     else:
         if torch.version.hip is not None:

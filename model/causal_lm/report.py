@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from palkernels import unsupported_reasons
+from palkernels import devices, unsupported_reasons
 from palkernels.dispatch import choose
 from palkernels.model.causal_lm.config import LalConfig
 from palkernels.model.causal_lm.layers import num_kv_heads
@@ -83,4 +83,4 @@ def implementation(
     key = query[:, :num_kv_heads]
     reasons = unsupported_reasons(query, key, key, key, key, impl="triton")
     raises = impl == "triton" and bool(reasons)
-    return "none" if raises else choose(impl, reasons, on_cuda=query.is_cuda), reasons
+    return "none" if raises else choose(impl, reasons, on_cuda=devices.runs_kernels(query.device)), reasons

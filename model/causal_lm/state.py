@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from palkernels import devices
 from palkernels.model.causal_lm.moving import Movable
 
 DECREASES = "insert_at must not decrease along a row's audio tokens, got a decreasing row"
@@ -140,7 +141,7 @@ class AudioState(Movable):
     def checks_values(self) -> bool:
         """Whether the state has looked at values: on another device that would wait for everything queued there, and
         ``torch.compile`` has none."""
-        return self.device.type == "cpu" and not torch.compiler.is_compiling()
+        return devices.is_host(self.device) and not torch.compiler.is_compiling()
 
     @property
     def batch_size(self) -> int:

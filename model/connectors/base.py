@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
+from palkernels import devices
+
 __all__ = ["Connector", "States", "cut_padding", "cut_paddings"]
 
 States = Tensor | tuple[Tensor, ...]  # of one encoder, or of several
@@ -112,7 +114,7 @@ def checked_lengths(lengths: Tensor | None, states: Tensor) -> Tensor | None:
 
 def values_are_checked(lengths: Tensor) -> bool:
     """Return whether errors look at values: on the CPU only, as elsewhere it would wait for the device."""
-    return lengths.device.type == "cpu" and has_values(lengths)
+    return devices.is_host(lengths.device) and has_values(lengths)
 
 
 def has_values(*tensors: Tensor) -> bool:

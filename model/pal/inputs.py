@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from palkernels import devices
 from palkernels.model.pal.clips import AudioFeatures, Clips
 from palkernels.model.pal.placeholders import infer_index
 
@@ -93,7 +94,7 @@ def clip_index(audio_index: Tensor | None, batch: int, clips: Clips, placeholder
     if audio_index.ndim not in (1, 2) or audio_index.shape[0] != batch:
         raise ValueError(f"audio_index must be (B, K) with B = {batch}, got shape {tuple(audio_index.shape)}")
     index = audio_index.reshape(batch, -1).to(clips.lengths.device, torch.long)
-    known = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    known = devices.is_host(index.device) and not torch.compiler.is_compiling()
     if known and index.numel() and not -1 <= int(index.min()) <= int(index.max()) < count:
         raise ValueError(f"audio_index must be from -1 to {count - 1}, got {index.tolist()}")
     return index

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from palkernels import dtypes
+from palkernels import devices, dtypes
 from palkernels.arguments import PACKING, Call
 from palkernels.dispatch import device_reasons
 
@@ -55,7 +55,7 @@ def packed_problems_of(call: Call) -> list[Exception]:
 def _values_are_checked(call: Call) -> bool:
     """Whether integers' values are read: on CPU tensors, with PALKERNELS_CHECK=1 on a GPU too; never while tracing."""
     tracing = torch.compiler.is_compiling() or is_fake(call.query)
-    return not tracing and (call.query.device.type == "cpu" or os.environ.get("PALKERNELS_CHECK") == "1")
+    return not tracing and (devices.is_host(call.query.device) or os.environ.get("PALKERNELS_CHECK") == "1")
 
 
 def _type_problems(call: Call) -> list[Exception]:
@@ -236,7 +236,7 @@ def clamped(call: Call) -> Call:
 
     The Triton kernels clamp for themselves, and packed rows are clamped one by one.
     """
-    if call.query.device.type == "cpu" or call.cu_seqlens is not None:
+    if devices.is_host(call.query.device) or call.cu_seqlens is not None:
         return call
     audio_rows, num_audio = call.audio_key.shape[0], call.audio_key.shape[2]
     bounds = {

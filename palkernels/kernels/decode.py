@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from palkernels import devices
 from palkernels.arguments import Call
 from palkernels.kernels import tiles
 from palkernels.kernels.keys import audio_row, next_reader, text_row, visit_text, visit_whole_blocks
@@ -331,7 +332,7 @@ _zeros: dict[tuple[torch.device, int], Tensor] = {}
 
 def _counters(query: Tensor, count: int) -> Tensor:
     """Zeros, which every launch leaves as zeros: kept per stream, so that decoding is one launch."""
-    if query.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if not devices.runs_kernels(query.device) or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=query.device)
     place = (query.device, torch.cuda.current_stream(query.device).cuda_stream)
     if place not in _zeros or len(_zeros[place]) < count:
