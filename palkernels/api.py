@@ -6,10 +6,11 @@ from typing import Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from palkernels import devices
+from palkernels import devices, plans
 from palkernels import recompute as recomputation
 from palkernels.arguments import Call
 from palkernels.attention import checks, packed
+from palkernels.attention.implementations import repeat as repeat_attention
 from palkernels.attention.implementations import run as run_attention
 from palkernels.dispatch import check_impl, choose, raise_problems
 from palkernels.projection import checks as projection_checks
@@ -109,16 +110,20 @@ def lal_attention(
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, device or value; or ``impl`` cannot run these inputs. Every reason is named.
     """
-    call = Call(
+    tensors = (
         query, key, value, audio_key, audio_value,
-        audio_lengths, audio_index, audio_visible_from, text_start, text_end, scale, softcap, window,
+        audio_lengths, audio_index, audio_visible_from, text_start, text_end,
     )  # fmt: skip
-    check_impl(impl)
-    raise_problems(checks.problems_of(call))
-    ready = checks.prepared(call)
-    raise_problems(recomputation.problems_of(call, ready))
-    out, lse = _attend(ready, impl)
-    return (out, lse) if return_lse else out
+    seen = plans.geometry(tensors, (scale, softcap, window, impl)) if plans.usable() else None
+    results = None if seen is None else repeat_attention(seen, tensors)
+    if results is None:
+        call = Call(*tensors, scale, softcap, window)
+        check_impl(impl)
+        raise_problems(checks.problems_of(call))
+        ready = checks.prepared(call)
+        raise_problems(recomputation.problems_of(call, ready))
+        results = _attend(ready, impl, seen, tensors)
+    return results if return_lse else results[0]
 
 
 @overload
@@ -283,25 +288,29 @@ def audio_kv(
         "k_norm_weight": k_norm_weight, "cos": cos, "sin": sin,
     }  # fmt: skip
     numbers = {"num_kv_heads": num_kv_heads, "eps": eps, "norm_offset": norm_offset}
-    layers, problems = projection_checks.layers_of(states, per_layer, numbers)
-    raise_problems(problems + recomputation.compile_problems(recompute))
-    impl = choose(
-        impl,
-        projection_checks.triton_reasons(layers[0].states, layers[0].k_weight, num_kv_heads),
-        on_cuda=devices.runs_kernels(states.device),
-    )
+    seen = projection_checks.seen(states, per_layer, numbers, impl) if plans.usable() else None
+    if projection_checks.is_checked(seen):
+        layers, impl = projection_checks.checked_layers(states, per_layer, numbers), "triton"
+    else:
+        layers, problems = projection_checks.layers_of(states, per_layer, numbers)
+        raise_problems(problems + recomputation.compile_problems(recompute))
+        reasons = projection_checks.triton_reasons(layers[0].states, layers[0].k_weight, num_kv_heads)
+        impl = choose(impl, reasons, on_cuda=devices.runs_kernels(states.device))
+        if impl == "triton":
+            projection_checks.keep_checked(seen, states, per_layer, layers)
     if recompute and torch.is_grad_enabled():
         results = [run_recomputed_projection(layer, impl) for layer in layers]
     else:
-        results = run_projection(layers, impl)
+        results = run_projection(layers, impl, are_plain=seen is not None)
     if not projection_checks.in_lists(k_weight):
         return results[0]
     keys, values = zip(*results, strict=True)
     return list(keys), list(values)
 
 
-def _attend(call: Call, impl: str) -> tuple[Tensor, Tensor]:
+def _attend(
+    call: Call, impl: str, seen: plans.Geometry | None = None, tensors: Sequence[Tensor | None] = ()
+) -> tuple[Tensor, Tensor]:
     """Output and LSE of a prepared call by the implementation that ``impl`` stands for."""
-    return run_attention(
-        call, choose(impl, checks.triton_reasons(call), on_cuda=devices.runs_kernels(call.query.device))
-    )
+    on_cuda = devices.runs_kernels(call.query.device)
+    return run_attention(call, choose(impl, checks.triton_reasons(call), on_cuda=on_cuda), seen, tensors)

@@ -3,6 +3,7 @@
 Everything between the public functions and the kernels takes these instead of seventeen arguments. Needs torch only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 FLOATS = ("query", "key", "value", "audio_key", "audio_value")
 INTEGERS = ("audio_lengths", "audio_index", "audio_visible_from", "text_start", "text_end")
 PACKING = ("cu_seqlens", "cu_audio")
+TENSORS = (*FLOATS, *INTEGERS, *PACKING)
+NUMBERS = ("scale", "softcap", "window", "max_seqlen", "max_audio")
 # The arguments of audio_kv that have gradients, and the tables of the rotation, which have none.
 PROJECTION = ("states", "norm_weight", "k_weight", "v_weight", "k_bias", "v_bias", "k_norm_weight")
 TURNS = ("cos", "sin")
@@ -45,6 +48,18 @@ class Call:
     def arguments(self) -> tuple[Any, ...]:
         """The fields in their order, as the operators take them."""
         return tuple(getattr(self, field.name) for field in fields(self))
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any], numbers: Sequence[Any]) -> "Call":
+        """The call of what :meth:`tensors` and :meth:`numbers` return, or of the first of them."""
+        values = dict(zip(TENSORS, tensors, strict=False)) | dict(zip(NUMBERS, numbers, strict=False))
+        return cls(**values)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple([getattr(self, name) for name in TENSORS])
+
+    def numbers(self) -> tuple[Any, ...]:
+        return tuple([getattr(self, name) for name in NUMBERS])
 
     def floats(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in FLOATS}

@@ -13,3 +13,8 @@ def runs_kernels(device: torch.device) -> bool:
 def is_host(device: torch.device) -> bool:
     """Whether values are read there without waiting for a device."""
     return device.type == "cpu" and not runs_kernels(device)
+
+
+def index(device: torch.device) -> int:
+    """The number of a device that runs kernels."""
+    return device.index or 0

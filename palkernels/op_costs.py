@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from palkernels.arguments import Call
 from palkernels.attention.ops import lal_backward, lal_forward
-from palkernels.projection.ops import audio_kv_backward, audio_kv_forward, audio_kv_layers
+from palkernels.projection.ops import audio_kv_backward, audio_kv_forward, audio_kv_layers, backward, forward
 
 # FLOPs
 
@@ -119,7 +119,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
 def register_flop_formulas(counter: ModuleType) -> None:
     """Tell ``torch.utils.flop_counter``, the module, how many FLOPs each operator computes."""
     for operator, flops in FLOPS.items():
-        packet = operator._opoverload._overloadpacket
+        packet = operator.overloadpacket
         if packet not in counter.flop_registry:  # a package that is reloaded registers again
             counter.register_flop_formula(packet, get_raw=True)(flops)
 
@@ -163,7 +163,7 @@ def scratch_bytes(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any] 
         args, kwargs: its arguments.
     """
     for ours, scratch in _SCRATCH.items():
-        if operator is ours._opoverload:
+        if operator is ours:
             return scratch(**arguments_by_name(operator, args, kwargs))
     return 0
 
@@ -175,11 +175,8 @@ def plain_function(
 
     Called in the operator's place it does the same, and a dispatch mode sees what it allocates.
     """
-    for ours in (audio_kv_forward, audio_kv_backward):
-        if operator is ours._opoverload and not arguments_by_name(operator, args, kwargs)["fused"]:
-            function: Callable[..., Any] = ours._init_fn
-            return function
-    return None
+    function = {audio_kv_forward: forward, audio_kv_backward: backward}.get(operator)
+    return None if function is None or arguments_by_name(operator, args, kwargs)["fused"] else function
 
 
 def arguments_by_name(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:

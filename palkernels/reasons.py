@@ -11,7 +11,7 @@ from palkernels import recompute as recomputation
 from palkernels.api import PerLayer
 from palkernels.arguments import Call
 from palkernels.attention import checks, packed
-from palkernels.attention.implementations import tangent_reasons
+from palkernels.attention.implementations import transform_reasons
 from palkernels.dispatch import check_impl
 from palkernels.projection import checks as projection_checks
 
@@ -97,7 +97,7 @@ def _with_triton_reasons(problems: Sequence[Exception], call: Call, impl: str) -
     reasons = [str(problem) for problem in problems]
     if impl != "triton" or not isinstance(call.query, Tensor):
         return reasons
-    return reasons + checks.triton_reasons(call) + ([] if problems else tangent_reasons(call))
+    return reasons + checks.triton_reasons(call) + ([] if problems else transform_reasons(call))
 
 
 def _audio_kv_reasons(arguments: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """What computes a prepared call of attention: the Triton kernels, PyTorch's fused kernels, or the definition."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,19 +9,39 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from palkernels import reference
-from palkernels.arguments import Call
-from palkernels.attention import checks, ops, packed, sdpa
+from palkernels.arguments import FLOATS, Call
+from palkernels.attention import checks, launches, ops, packed, plans, sdpa
 from palkernels.attention.parts import Settings
+from palkernels.plans import Geometry
 from palkernels.recompute import instead_of_saving
 
 
-def run(call: Call, impl: str) -> tuple[Tensor, Tensor]:
+def repeat(seen: Geometry, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
+    """Output and LSE by the launches of an earlier call of this geometry; None where there are none to repeat.
+
+    ``tensors`` are the caller's, in the order of :class:`Call`. That call was checked, and chose Triton.
+    """
+    plan = plans.find(seen, tensors)
+    results = None if plan is None else plan.run(tensors)
+    if results is None or plan is None or not torch.is_grad_enabled():
+        return results
+    if not any(x.requires_grad for x in tensors[: len(FLOATS)]):  # type: ignore[union-attr]
+        return results
+    with instead_of_saving(*tensors[3:5]):
+        return ops.with_node(results, (*tensors, None, None), plan.numbers)
+
+
+def run(
+    call: Call, impl: str, seen: Geometry | None = None, tensors: Sequence[Tensor | None] = ()
+) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, T, D) and LSE (B, Hq, T) by "triton", "sdpa" or "reference".
 
+    With ``seen``, the geometry of the caller's ``tensors``, Triton's launch is kept for :func:`repeat`.
+
     Raises:
-        NotImplementedError: forward-mode tangents with "triton".
+        NotImplementedError: forward-mode tangents or function transforms with "triton".
     """
-    compute = _COMPUTE[impl]
+    compute = partial(_by_triton, seen=seen, tensors=tensors) if impl == "triton" else _COMPUTE[impl]
     if call.cu_seqlens is not None and impl != "triton":
         compute = partial(packed.row_by_row, attention=compute)
     if torch.compiler.is_compiling():
@@ -30,8 +50,8 @@ def run(call: Call, impl: str) -> tuple[Tensor, Tensor]:
         return compute(call)
 
 
-def tangent_reasons(call: Call) -> list[str]:
-    """Why the Triton kernels raise on forward-mode tangents.
+def transform_reasons(call: Call) -> list[str]:
+    """Why the Triton kernels raise on forward-mode tangents and under torch.func's transforms.
 
     Where no input requires a gradient, PyTorch would drop the tangents without a word.
     """
@@ -39,14 +59,22 @@ def tangent_reasons(call: Call) -> list[str]:
         return []
     unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
     dual = [name for name, tensor in call.floats().items() if unpack(tensor).tangent is not None]
-    return [f"impl='triton' must not be given forward-mode tangents, got them for {dual}"] if dual else []
+    if dual:
+        return [f"impl='triton' must not be given forward-mode tangents, got them for {dual}"]
+    wrapped = [name for name, x in call.floats().items() if torch._C._functorch.is_functorch_wrapped_tensor(x)]
+    return [f"impl='triton' must not be transformed by torch.func, got transformed {wrapped}"] if wrapped else []
 
 
-def _by_triton(call: Call) -> tuple[Tensor, Tensor]:
-    for reason in tangent_reasons(call):
+def _by_triton(call: Call, seen: Geometry | None, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    for reason in transform_reasons(call):
         raise NotImplementedError(reason)
-    out, lse = ops.lal_forward(*call.arguments())
-    return out, lse
+    if seen is None:
+        out, lse = ops.lal_forward(*call.arguments())
+        return out, lse
+    results = launches.forward(call, seen, tensors)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in call.floats().values()):
+        return ops.with_node(results, call.tensors(), call.numbers())
+    return results
 
 
 def _by_sdpa(call: Call) -> tuple[Tensor, Tensor]:
@@ -60,4 +88,4 @@ def _by_definition(call: Call) -> tuple[Tensor, Tensor]:
     return result
 
 
-_COMPUTE = {"triton": _by_triton, "sdpa": _by_sdpa, "reference": _by_definition}
+_COMPUTE = {"sdpa": _by_sdpa, "reference": _by_definition}

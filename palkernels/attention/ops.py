@@ -1,13 +1,15 @@
-"""PyTorch operators over the Triton kernels: schema, shapes, autograd. Importing this needs no triton."""
+"""PyTorch's operators for attention by Triton: schemas, shapes, and the derivative. Importing this needs no triton."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from palkernels.arguments import FLOATS, INTEGERS, PACKING, Call
+from palkernels.arguments import FLOATS, Call
+from palkernels.attention import launches, plans
+from palkernels.operators import differentiate, final, operator
+from palkernels.plans import geometry, usable
 
 # The fields of a Call, in their order.
 CALL = (
@@ -18,92 +20,95 @@ CALL = (
 )
 
 
-@torch.library.custom_op("palkernels::lal_forward", mutates_args=(), schema=f"({CALL}) -> (Tensor, Tensor)")
-def lal_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Attention output (B, Hq, T, D), laid out as (B, T, Hq, D), and its natural-log LSE (B, Hq, T)."""
-    from palkernels.kernels import decode, forward
-
-    call = Call(*arguments)
-    out, lse = _empty_outputs(call.query)
-    capability = _capability(call.query)
-    launch = decode.decode_launch if decode.takes(call, capability) else forward.forward_launch
-    launch(call, out, lse, capability).run()
-    return out, lse
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return launches.forward(Call(*arguments))
 
 
-@torch.library.custom_op(
-    "palkernels::lal_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool[] needed, {CALL}) -> Tensor[]",
-)
-def lal_backward(
+def _backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needed: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
-    """Gradients of those of the five float tensors that are ``needed`` (five bools), in their order."""
-    from palkernels.kernels.backward import backward_launches
-
-    call = Call(*arguments)
-    gradients = {
-        name: torch.empty_like(tensor) if need else None
-        for need, (name, tensor) in zip(needed, call.floats().items(), strict=True)
-    }
-    for launch in backward_launches(call, out, lse, dout, dlse, gradients, _capability(call.query)):
-        launch.run()
-    return [gradient for gradient in gradients.values() if gradient is not None]
+    return launches.backward(Call(*arguments), out, lse, dout, dlse, needed)
 
 
-@lal_forward.register_fake
-def _(query: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(query)
+def _fake_forward(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return launches.empty_outputs(query)
 
 
-@lal_backward.register_fake
-def _(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    needed: Sequence[bool],
-    *arguments: Any,
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needed: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
     floats = arguments[: len(FLOATS)]
     return [torch.empty_like(tensor) for need, tensor in zip(needed, floats, strict=True) if need]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # an unused LSE costs nothing
-    call = Call(*inputs)
-    tensors = dict.fromkeys((*FLOATS, *INTEGERS, *PACKING)) | call.floats() | call.integers()
-    # The call keeps what is no tensor; the tensors are saved as such, so that one changed before backward raises.
-    ctx.call = replace(call, **dict.fromkeys(tensors))  # type: ignore[arg-type]
-    ctx.names = tuple(tensors)
-    ctx.save_for_backward(*output, *tensors.values())
+lal_forward = operator("lal_forward", f"({CALL}) -> (Tensor, Tensor)", _forward, _fake_forward)
+lal_backward = operator(
+    "lal_backward",
+    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool[] needed, {CALL}) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    out, lse, *tensors = ctx.saved_tensors
-    call = replace(ctx.call, **dict(zip(ctx.names, tensors, strict=True)))
-    needed = ctx.needs_input_grad[: len(FLOATS)]
-    if dout is None:
-        dout = torch.zeros_like(out)
-    gradients = iter(lal_backward(dout, dlse, out, lse, list(needed), *call.arguments()))
-    return (
-        *(next(gradients) if need else None for need in needed),
-        *[None] * (len(ctx.needs_input_grad) - len(FLOATS)),
-    )
+class LalAttention(torch.autograd.Function):
+    """The node of a call whose output and LSE have been computed."""
+
+    @staticmethod
+    def forward(ctx: Any, results: tuple[Tensor, Tensor], numbers: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+        ctx.set_materialize_grads(False)  # an unused LSE costs nothing
+        ctx.numbers = numbers
+        ctx.save_for_backward(*results, *tensors)  # as tensors, so that one changed before backward raises
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        nothing = (None,) * len(tensors)
+        if dout is None and dlse is None:
+            return None, None, *nothing
+        needed = ctx.needs_input_grad[2 : 2 + len(FLOATS)]
+        dout = torch.zeros_like(out) if dout is None else dout
+        results = (out, lse, dout, dlse)
+        with torch.no_grad():
+            computed = _gradients(tuple(tensors), ctx.numbers, results, needed)
+        gradients = iter(final(computed, (*tensors, *results)))
+        return None, None, *(next(gradients) if need else None for need in needed), *nothing[len(FLOATS) :]
 
 
-lal_forward.register_autograd(_backward, setup_context=_setup_context)
+def with_node(
+    results: tuple[Tensor, Tensor], tensors: Sequence[Tensor | None], numbers: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a call as differentiable outputs.
 
-
-def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
-    batch, heads, num_queries, head_dim = query.shape
-    out = query.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)
-    lse = query.new_empty(batch, heads, num_queries, dtype=torch.promote_types(query.dtype, torch.float32))
+    ``tensors`` are a :class:`Call`'s that are floats or integers, then those of packing; ``numbers`` likewise.
+    """
+    out, lse = LalAttention.apply(results, numbers, *tensors)  # type: ignore[no-untyped-call]
     return out, lse
 
 
-def _capability(query: Tensor) -> int | None:
-    from palkernels.kernels import launch, tiles
+def _with_node(results: tuple[Tensor, Tensor], arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    call = Call(*arguments)
+    return with_node(results, call.tensors(), call.numbers())
 
-    return None if launch.INTERPRETED else tiles.capability(query.device)
+
+def _gradients(
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...],
+    results: tuple[Tensor | None, ...],
+    needed: tuple[bool, ...],
+) -> list[Tensor]:
+    """The gradients needed; ``results`` are the output, its LSE, and the gradients of both."""
+    out, lse, dout, dlse = results
+    operands = (*tensors, *results)
+    seen = geometry(operands, (*numbers, *needed)) if usable() else None
+    if seen is None:
+        gradients: list[Tensor] = lal_backward(dout, dlse, out, lse, needed, *Call.of(tensors, numbers).arguments())
+        return gradients
+    plan = plans.BACKWARD.get(seen)
+    repeated = None if plan is None else plan.run(operands)
+    if repeated is not None:
+        return repeated
+    return launches.backward(Call.of(tensors, numbers), out, lse, dout, dlse, needed, seen, operands)
+
+
+differentiate(lal_forward, _with_node)

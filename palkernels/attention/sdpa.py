@@ -6,15 +6,16 @@ flash-attention backward rebuilds its probabilities as ``exp(score - lse)``, and
 it returns each set's exact share of the gradients.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from palkernels.arguments import INTEGERS
 from palkernels.attention.engines import NEG_INF, Engine, accumulator_dtype, choose_engine, fold, unfold
 from palkernels.attention.parts import Part, Settings, split, sum_shared
+from palkernels.operators import final
 
 
 def merged_attention(
@@ -63,41 +64,43 @@ class _MergedAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_out, grad_lse = grads
-        query, key, value, audio_key, audio_value, out, lse, *integers = ctx.saved_tensors
-        settings: Settings = ctx.settings.with_integers(dict(zip(INTEGERS, integers, strict=True)))
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        floats, (out, lse) = saved[:5], saved[5:7]
         if grad_out is None and grad_lse is None:
             return (None,) * 6
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        if not out.numel():
-            return (*(torch.zeros_like(x) for x in (query, key, value, audio_key, audio_value)), None)
+        if out.numel():
+            settings: Settings = ctx.settings.with_integers(dict(zip(INTEGERS, saved[-len(INTEGERS) :], strict=True)))
+            with torch.no_grad():
+                gradients = _gradients(floats, out, lse, grad_out, grad_lse, settings)
+        else:
+            gradients = tuple(torch.zeros_like(x) for x in floats)
+        return *final(gradients, (*saved, grad_out, grad_lse)), None
 
-        query, parts = split(query, key, value, audio_key, audio_value, settings)
-        # exp(-inf - 0) is 0, where exp(-inf - -inf) would be NaN: a blind query's probabilities.
-        lse = lse.masked_fill(lse == NEG_INF, 0)
-        engine = choose_engine(query, settings, lse_has_gradient=grad_lse is not None)
-        shares = [_attend_backward(engine, grad_out, grad_lse, query, part, out, lse, settings) for part in parts]
 
-        grad_query = shares[-1][0]
-        for grad, _, _ in shares[:-1]:
-            grad_query = grad_query + grad
-        _, grad_key, grad_value = shares[-1]
-        if len(shares) == 1:
-            return (
-                grad_query,
-                grad_key,
-                grad_value,
-                torch.zeros_like(audio_key),
-                torch.zeros_like(audio_value),
-                None,
-            )
-        _, grad_audio_key, grad_audio_value = shares[0]
-        grad_audio_key = sum_shared(grad_audio_key, audio_key, settings.audio_index)
-        grad_audio_value = sum_shared(grad_audio_value, audio_value, settings.audio_index)
-        return grad_query, grad_key, grad_value, grad_audio_key, grad_audio_value, None
+def _gradients(
+    floats: Sequence[Tensor], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, settings: Settings
+) -> tuple[Tensor, ...]:
+    """Gradients of the five float tensors."""
+    _, _, _, audio_key, audio_value = floats
+    query, parts = split(*floats, settings)
+    # exp(-inf - 0) is 0, where exp(-inf - -inf) would be NaN: a blind query's probabilities.
+    lse = lse.masked_fill(lse == NEG_INF, 0)
+    engine = choose_engine(query, settings, lse_has_gradient=grad_lse is not None)
+    shares = [_attend_backward(engine, grad_out, grad_lse, query, part, out, lse, settings) for part in parts]
+
+    grad_query = shares[-1][0]
+    for grad, _, _ in shares[:-1]:
+        grad_query = grad_query + grad
+    _, grad_key, grad_value = shares[-1]
+    if len(shares) == 1:
+        return grad_query, grad_key, grad_value, torch.zeros_like(audio_key), torch.zeros_like(audio_value)
+    _, grad_audio_key, grad_audio_value = shares[0]
+    grad_audio_key = sum_shared(grad_audio_key, audio_key, settings.audio_index)
+    grad_audio_value = sum_shared(grad_audio_value, audio_value, settings.audio_index)
+    return grad_query, grad_key, grad_value, grad_audio_key, grad_audio_value
 
 
 def _merge(results: list[tuple[Tensor, Tensor]], parts: list[Part]) -> tuple[Tensor, Tensor]:

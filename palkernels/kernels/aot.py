@@ -179,7 +179,8 @@ def _launches(kernel: str, dtype: torch.dtype, head_dim: int, num_rows: int, fea
         return {"": decode_launch(call, out, lse, capability=None)}
     gradients: dict[str, Tensor | None] = {name: torch.empty_like(getattr(call, name)) for name in FLOATS}
     dlse = lse if padded else None
-    query_launch, *key_launches = backward_launches(call, out, lse, out, dlse, gradients, capability=None)
+    delta = torch.empty_like(lse)
+    query_launch, *key_launches = backward_launches(call, out, lse, out, dlse, delta, gradients, capability=None)
     if kernel == "query_gradient":
         return {"": query_launch}
     return dict(zip(("dK", "dV") if len(key_launches) == 2 else ("dK dV",), key_launches, strict=True))

@@ -5,7 +5,6 @@ dS = P * (dP - delta); then dQ = dS K, dK = dS^T Q, dV = P^T dO ("FlashAttention
 The queries' gradient runs first and leaves delta for the keys'.
 """
 
-import torch
 from torch import Tensor
 
 from palkernels.arguments import Call
@@ -21,17 +20,19 @@ def backward_launches(
     lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
+    delta: Tensor,
     gradients: dict[str, Tensor | None],
     capability: int | None,
 ) -> list[Launch]:
-    """Launches, in order, that fill those of ``gradients`` that are not None, by the names of the five tensors."""
+    """Launches, in order, that fill those of ``gradients`` that are not None, by the names of the five tensors.
+
+    They fill ``delta``, of the LSE's shape and dtype, on the way.
+    """
     keys = {name: gradients[name] for name in ("key", "audio_key")}
     values = {name: gradients[name] for name in ("value", "audio_value")}
     wants_keys, wants_values = (any(x is not None for x in part.values()) for part in (keys, values))
     launches = []
-    delta = None
     if gradients["query"] is not None or wants_keys:  # dV alone needs no delta
-        delta = torch.empty_like(lse)
         launches.append(query_gradient_launch(call, out, lse, dout, dlse, delta, gradients["query"], capability))
     if wants_keys and wants_values and tiles.splits_key_gradient(call.head_dim):
         launches.append(key_gradient_launch(call, lse, dout, delta, keys, capability))

@@ -25,12 +25,13 @@ class Launch:
     constants: dict[str, Any]
     device: torch.device
 
-    def run(self) -> None:
+    def run(self) -> Any:
+        """Launch it, and return the compiled kernel; None where there is none, or where there are no programs."""
         if self.num_programs == 0:
-            return
+            return None
         on_device = contextlib.nullcontext() if INTERPRETED else torch.cuda.device(self.device)
         with on_device:
-            self.kernel[(self.num_programs,)](*self.arguments, **self.constants)
+            return self.kernel[(self.num_programs,)](*self.arguments, **self.constants)
 
     def compile(self) -> Any:
         """The compiled kernel, for the active driver's target; nothing runs."""

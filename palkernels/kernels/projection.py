@@ -3,6 +3,7 @@
 All are bound by memory. Sums over rows are left by each program in memory and added up in a fixed order.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from palkernels.arguments import Projection
 from palkernels.kernels.launch import Launch
 from palkernels.kernels.operands import Matrix
 from palkernels.kernels.primitives import accumulator_type
+from palkernels.kernels.ready import run
 
 KEY_BLOCK = 32  # tokens per program
 ROWS_PER_PROGRAM = 16  # in the norm's gradient, so that the weight's is summed in registers
@@ -214,8 +216,9 @@ def finish_gradient_kernel(
 
 
 def normalise(layer: Projection, weight: Tensor | None) -> Tensor:
-    out = torch.empty_like(layer.flat_states, memory_format=torch.contiguous_format)
-    normalise_launch(layer, weight, out).run()
+    rows = layer.flat_states
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    run(lambda: normalise_launch(layer, weight, out), (rows, weight, out), "normalise", *_numbers(layer))
     return out
 
 
@@ -223,13 +226,16 @@ def normalise_gradient(dnormalised: Tensor, layer: Projection, wants_weight: boo
     num_rows, width = dnormalised.shape
     drows = torch.empty_like(dnormalised, memory_format=torch.contiguous_format)
     sums = _sums(drows, triton.cdiv(num_rows, ROWS_PER_PROGRAM), width) if wants_weight else None
-    normalise_gradient_launch(dnormalised, layer, drows, sums).run()
+    operands = (dnormalised, layer.flat_states, layer.norm_weight, drows, sums)
+    build = partial(normalise_gradient_launch, dnormalised, layer, drows, sums)
+    run(build, operands, "normalise_gradient", *_numbers(layer))
     return drows, None if sums is None else sums.sum(0)
 
 
 def finish_keys(keys: Tensor, layer: Projection) -> None:
     if layer.has_finish:
-        finish_keys_launch(keys, layer).run()
+        operands = (keys, layer.k_norm_weight, layer.cos, layer.sin)
+        run(lambda: finish_keys_launch(keys, layer), operands, "finish_keys", *_numbers(layer))
 
 
 def finish_gradient(dkeys: Tensor, raw: Tensor | None, layer: Projection) -> tuple[Tensor, Tensor | None]:
@@ -237,8 +243,15 @@ def finish_gradient(dkeys: Tensor, raw: Tensor | None, layer: Projection) -> tup
         return dkeys, None
     out = torch.empty(dkeys.shape, dtype=dkeys.dtype, device=dkeys.device)
     sums = None if raw is None else _sums(out, key_programs(out), out.shape[3])
-    finish_gradient_launch(dkeys, raw, layer, out, sums).run()
+    operands = (dkeys, raw, None if raw is None else layer.k_norm_weight, out, sums, layer.cos, layer.sin)
+    build = partial(finish_gradient_launch, dkeys, raw, layer, out, sums)
+    run(build, operands, "finish_gradient", *_numbers(layer))
     return out, None if sums is None else sums.sum(0)
+
+
+def _numbers(layer: Projection) -> tuple[Any, ...]:
+    """What a launch depends on besides its operands."""
+    return layer.num_kv_heads, layer.eps, layer.norm_offset
 
 
 def normalise_launch(layer: Projection, weight: Tensor | None, out: Tensor) -> Launch:

@@ -186,6 +186,11 @@ def use(every: Tile | None = None, /, **tiles: Tile) -> Iterator[None]:
         _overrides.update(saved)
 
 
+def overridden() -> bool:
+    """Whether a context of :func:`use` is open."""
+    return bool(_overrides)
+
+
 def capability(device: torch.device) -> int:
     """Compute capability as one number: 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(device)

@@ -9,6 +9,7 @@ from torch import Tensor
 from palkernels import dtypes
 from palkernels.arguments import PROJECTION, TURNS, Projection
 from palkernels.dispatch import device_reasons
+from palkernels.plans import Geometry, Plans, geometry
 
 PER_LAYER = (*PROJECTION[1:], *TURNS)
 OPTIONAL = PER_LAYER[3:]
@@ -39,6 +40,51 @@ def layers_of(
         if not problems:
             layers.append(_prepared(states, tensors, numbers))
     return layers, problems
+
+
+_checked: Plans[bool] = Plans()
+
+
+def seen(states: Any, per_layer: dict[str, Any], numbers: dict[str, Any], impl: str) -> Geometry | None:
+    """The geometry of a call of :func:`palkernels.audio_kv`."""
+    tensors, lengths = [states], []
+    for value in per_layer.values():
+        is_list = isinstance(value, list | tuple)
+        tensors.extend(value if is_list else (value,))
+        lengths.append(len(value) if is_list else None)
+    tables = [table for name in TURNS for table in _as_list(per_layer[name])]
+    turned = tuple([getattr(table, "requires_grad", None) for table in tables])
+    return geometry(tensors, (*numbers.values(), impl, *lengths, *turned))
+
+
+def is_checked(seen: Geometry | None) -> bool:
+    """Whether a call of this geometry has been checked, and runs by Triton on its arguments as they are."""
+    return seen is not None and _checked.get(seen) is not None
+
+
+def keep_checked(
+    seen: Geometry | None, states: Tensor, per_layer: dict[str, Any], layers: Sequence[Projection]
+) -> None:
+    """Let :func:`is_checked` know of a call without problems, unless its tensors had to be converted."""
+    given = [states, *(x for name in PROJECTED for x in _as_list(per_layer[name]) if x is not None)]
+    used = [layers[0].states, *(x for name in PROJECTED for layer in layers if (x := getattr(layer, name)) is not None)]
+    if seen is not None and all(a is b for a, b in zip(given, used, strict=True)):
+        _checked.keep(seen, True)
+
+
+def checked_layers(states: Tensor, per_layer: dict[str, Any], numbers: dict[str, Any]) -> list[Projection]:
+    """One Projection per layer, of arguments whose geometry :func:`is_checked`."""
+    columns, _ = _columns(per_layer)
+    layers = []
+    for *tensors, cos, sin in zip(*columns.values(), strict=True):
+        turns = (x.unsqueeze(0) if x is not None and x.ndim == 2 else x for x in (cos, sin))
+        eps, norm_offset = float(numbers["eps"]), float(numbers["norm_offset"])
+        layers.append(Projection(states, *tensors, *turns, numbers["num_kv_heads"], eps, norm_offset))
+    return layers
+
+
+def _as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def triton_reasons(states: Tensor, k_weight: Any, num_kv_heads: Any) -> list[str]:

@@ -12,10 +12,11 @@ from palkernels.projection import ops
 from palkernels.recompute import recomputed
 
 
-def run(layers: list[Projection], impl: str) -> list[tuple[Tensor, Tensor]]:
+def run(layers: list[Projection], impl: str, *, are_plain: bool = False) -> list[tuple[Tensor, Tensor]]:
     """K and V (A, Hkv, N, D) of each layer by "triton", "sdpa" or "reference"; the layers have one ``states``.
 
-    Layers run one by one, but by "triton" and without gradients all of them at once.
+    Layers run one by one, but by "triton" and without gradients all of them at once. Where all tensors ``are_plain``
+    ones of a GPU, and nothing watches operators, PyTorch's dispatcher is left out.
     """
     if impl == "reference":
         arguments: list[dict[str, Any]] = [layer.tensors() | layer.numbers() for layer in layers]
@@ -24,10 +25,12 @@ def run(layers: list[Projection], impl: str) -> list[tuple[Tensor, Tensor]]:
     tensors = [tensor for layer in layers for tensor in layer.tensors().values()]
     with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if len(layers) == 1 or with_gradients or not fused:
-        return [ops.audio_kv_forward(*layer.arguments(), fused) for layer in layers]
+        compute = ops.direct if are_plain else ops.audio_kv_forward
+        return [compute(*layer.arguments(), fused) for layer in layers]
     first = layers[0]
     lists = [[getattr(layer, name) for layer in layers] for name in (*PROJECTION[1:], *TURNS)]
-    out = ops.audio_kv_layers(first.states, *lists, *first.numbers().values())
+    compute_all = ops.layers_forward if are_plain else ops.audio_kv_layers
+    out = compute_all(first.states, *lists, *first.numbers().values())
     return [(pair[0].transpose(1, 2), pair[1].transpose(1, 2)) for pair in out.unbind(0)]
 
 

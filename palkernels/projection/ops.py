@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from palkernels.arguments import PROJECTION, Projection
+from palkernels.arguments import PROJECTION, TURNS, Projection
+from palkernels.operators import differentiate, final, operator
+from palkernels.plans import geometry, usable
 
 
 def _steps(fused: bool) -> ModuleType:
@@ -27,14 +29,14 @@ def _steps(fused: bool) -> ModuleType:
     return steps
 
 
+NUM_TENSORS = len(PROJECTION) + len(TURNS)
 LAYER = (
     "Tensor states, Tensor norm_weight, Tensor k_weight, Tensor v_weight, Tensor? k_bias, Tensor? v_bias, "
     "Tensor? k_norm_weight, Tensor? cos, Tensor? sin, SymInt num_kv_heads, float eps, float norm_offset, bool fused"
 )
 
 
-@torch.library.custom_op("palkernels::audio_kv_forward", mutates_args=(), schema=f"({LAYER}) -> (Tensor, Tensor)")
-def audio_kv_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """K and V (A, Hkv, N, D) of one layer, laid out as (A, N, Hkv, D)."""
     *layer, fused = arguments
     steps, call = _steps(fused), Projection(*layer)
@@ -45,21 +47,13 @@ def audio_kv_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return keys.transpose(1, 2), values.transpose(1, 2)
 
 
-@audio_kv_forward.register_fake
-def _(states: Tensor, norm_weight: Tensor, k_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(states: Tensor, norm_weight: Tensor, k_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     heads = rest[-4]
     shape = (*states.shape[:2], heads, k_weight.shape[0] // heads)
     return states.new_empty(shape).transpose(1, 2), states.new_empty(shape).transpose(1, 2)
 
 
-@torch.library.custom_op(
-    "palkernels::audio_kv_backward",
-    mutates_args=(),
-    schema=f"(Tensor? dkey, Tensor? dvalue, bool[] needed, {LAYER}) -> Tensor[]",
-)
-def audio_kv_backward(
-    dkey: Tensor | None, dvalue: Tensor | None, needed: Sequence[bool], *arguments: Any
-) -> list[Tensor]:
+def backward(dkey: Tensor | None, dvalue: Tensor | None, needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
     """Gradients of the tensors in ``PROJECTION`` that are ``needed`` (seven bools), in order.
 
     ``dkey`` and ``dvalue`` are (A, Hkv, N, D); at most one of them is None.
@@ -111,8 +105,7 @@ def audio_kv_backward(
     ]
 
 
-@audio_kv_backward.register_fake
-def _(dkey: Tensor | None, dvalue: Tensor | None, needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
+def _fake_backward(dkey: Tensor | None, dvalue: Tensor | None, needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
     tensors = arguments[: len(PROJECTION)]
     return [
         torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -121,24 +114,56 @@ def _(dkey: Tensor | None, dvalue: Tensor | None, needed: Sequence[bool], *argum
     ]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.numbers = inputs[9:]
-    ctx.save_for_backward(*inputs[:9])
+audio_kv_forward = operator("audio_kv_forward", f"({LAYER}) -> (Tensor, Tensor)", forward, _fake_forward)
+audio_kv_backward = operator(
+    "audio_kv_backward",
+    f"(Tensor? dkey, Tensor? dvalue, bool[] needed, {LAYER}) -> Tensor[]",
+    backward,
+    _fake_backward,
+)
 
 
-def _backward(ctx: Any, dkey: Tensor | None, dvalue: Tensor | None) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[: len(PROJECTION)])
-    if dkey is None and dvalue is None:
-        return (None,) * len(ctx.needs_input_grad)
-    gradients = iter(audio_kv_backward(dkey, dvalue, needed, *ctx.saved_tensors, *ctx.numbers))
-    return (
-        *(next(gradients) if need else None for need in needed),
-        *[None] * (len(ctx.needs_input_grad) - len(PROJECTION)),
-    )
+class AudioKv(torch.autograd.Function):
+    """The node of one layer's keys and values, which have been computed. It keeps the arguments and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, results: tuple[Tensor, Tensor], numbers: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.numbers = numbers
+        ctx.save_for_backward(*tensors)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, dkey: Tensor | None, dvalue: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        nothing = (None,) * len(tensors)
+        if dkey is None and dvalue is None:
+            return None, None, *nothing
+        needed = ctx.needs_input_grad[2 : 2 + len(PROJECTION)]
+        is_plain = usable() and geometry((*tensors, dkey, dvalue), ()) is not None
+        compute = backward if is_plain else audio_kv_backward
+        with torch.no_grad():
+            computed = compute(dkey, dvalue, needed, *tensors, *ctx.numbers)
+        gradients = iter(final(computed, (*tensors, dkey, dvalue)))
+        return None, None, *(next(gradients) if need else None for need in needed), *nothing[len(PROJECTION) :]
 
 
-audio_kv_forward.register_autograd(_backward, setup_context=_setup_context)
+def direct(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """What the operator ``audio_kv_forward`` returns, without PyTorch's dispatcher: for plain tensors."""
+    with torch.no_grad():
+        results = forward(*arguments)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:NUM_TENSORS]):
+        return with_node(results, arguments)
+    return results
+
+
+def with_node(results: tuple[Tensor, Tensor], arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Keys and values of one layer as differentiable outputs; the arguments are the operator's."""
+    key, value = AudioKv.apply(results, arguments[NUM_TENSORS:], *arguments[:NUM_TENSORS])  # type: ignore[no-untyped-call]
+    return key, value
+
+
+differentiate(audio_kv_forward, with_node)
 
 
 LAYERS = (
@@ -147,8 +172,7 @@ LAYERS = (
 )
 
 
-@torch.library.custom_op("palkernels::audio_kv_layers", mutates_args=(), schema=f"({LAYERS}) -> Tensor")
-def audio_kv_layers(states: Tensor, *arguments: Any) -> Tensor:
+def layers_forward(states: Tensor, *arguments: Any) -> Tensor:
     """K and V of L layers, (L, 2, A, N, Hkv, D), without gradients, by the Triton steps."""
     *lists, num_kv_heads, eps, norm_offset = arguments
     numbers = (num_kv_heads, eps, norm_offset)
@@ -170,7 +194,9 @@ def audio_kv_layers(states: Tensor, *arguments: Any) -> Tensor:
     return out
 
 
-@audio_kv_layers.register_fake
-def _(states: Tensor, norm_weight: list[Tensor], k_weight: list[Tensor], *rest: Any) -> Tensor:
+def _fake_layers(states: Tensor, norm_weight: list[Tensor], k_weight: list[Tensor], *rest: Any) -> Tensor:
     heads = rest[-3]
     return states.new_empty(len(k_weight), 2, *states.shape[:2], heads, k_weight[0].shape[0] // heads)
+
+
+audio_kv_layers = operator("audio_kv_layers", f"({LAYERS}) -> Tensor", layers_forward, _fake_layers)

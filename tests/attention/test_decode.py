@@ -117,7 +117,7 @@ def test_any_number_of_splits(monkeypatch, programs, features):
     """The keys go to one program or to one for each block; every launch leaves its counters at zero."""
     monkeypatch.setattr(decode, "_multiprocessors", lambda *args: programs)
     zeros = torch.zeros(4, dtype=torch.int32)
-    monkeypatch.setattr(decode, "_counters", lambda *args: zeros)
+    monkeypatch.setattr(decode, "_zeros", lambda *args: zeros)
     case = lal_case(batch=2, queries=2, features=features, dtype=torch.float64, **SHAPE)
     want = lal_attention(*case.tensors, **case.options, return_lse=True, impl="reference")
     with tiles.use(tiles.Tile(16, 16, 4, 1)):

@@ -143,14 +143,16 @@ def test_nothing_is_saved_without_gradients():
     assert not saved
 
 
-def test_no_second_derivative():
-    """A second derivative raises instead of lacking a term."""
+@pytest.mark.parametrize("impl", ["triton", "sdpa"])
+def test_no_second_derivative(impl):
+    """A second derivative raises instead of lacking a term, whichever tensors it is asked of."""
     case = lal_case(**SHAPE).requires_grad()
-    grads = torch.autograd.grad(
-        lal_attention(*case.tensors, impl="triton").square().sum(), case.tensors, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        torch.autograd.grad(grads[0].sum(), case.tensors[0])
+    out = lal_attention(*case.tensors, impl=impl)
+    grads = torch.autograd.grad(out.square().sum(), case.tensors, create_graph=True)
+    query = case.tensors[0]
+    for penalty in (grads[0].sum(), grads[0].sum() + query.sum()):
+        with pytest.raises(RuntimeError, match="must be differentiated once"):
+            torch.autograd.grad(penalty, query, allow_unused=True, retain_graph=True)
 
 
 @pytest.mark.gpu

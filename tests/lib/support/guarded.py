@@ -66,7 +66,9 @@ def run(side: str, features: tuple[str, ...], seed: int) -> None:
 
     grads = {name: guarded(torch.empty_like(x), side) for name, x in zip(FLOATS, tensors, strict=True)}
     dlse = guarded(torch.zeros_like(lse), side)
-    for launch in backward_launches(call, got, got_lse, guarded(dout, side), dlse, grads, capability=None):
+    for launch in backward_launches(
+        call, got, got_lse, guarded(dout, side), dlse, torch.empty_like(lse), grads, capability=None
+    ):
         launch.run()
     for name, x in zip(FLOATS, want_grads, strict=True):
         assert max_error(grads[name], x) <= 1e-4, (case.name, name)
@@ -92,7 +94,9 @@ def run_packed(side: str) -> None:
     assert max_error(out[0].transpose(0, 1), want) <= 1e-4
     assert max_error(lse[0], want_lse) <= 1e-4
     grads = {name: heads_first(torch.empty_like(x)) for name, x in zip(FLOATS, leaves, strict=True)}
-    for launch in backward_launches(call, out, lse, heads_first(dout), None, grads, capability=None):
+    for launch in backward_launches(
+        call, out, lse, heads_first(dout), None, torch.empty_like(lse), grads, capability=None
+    ):
         launch.run()
     for name, x in zip(FLOATS, want_grads, strict=True):
         assert max_error(grads[name][0].transpose(0, 1), x) <= 1e-4, name

@@ -1,0 +1,79 @@
+"""Attention by Triton's launches. Importing this needs no triton, which is imported when the first kernel runs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from palkernels.arguments import Call
+from palkernels.attention import plans
+from palkernels.plans import Geometry
+
+Tensors = Sequence[Tensor | None]
+
+
+def forward(call: Call, seen: Geometry | None = None, tensors: Tensors = ()) -> tuple[Tensor, Tensor]:
+    """Output (B, Hq, T, D), laid out as (B, T, Hq, D), and LSE (B, Hq, T) of a prepared call.
+
+    Where ``seen``, the call's geometry, is given, the launch is kept for calls that look alike; ``tensors`` are then
+    the caller's, in the order of :class:`Call`.
+    """
+    from palkernels.attention import repetition
+    from palkernels.kernels import decode
+    from palkernels.kernels.forward import forward_launch
+
+    out, lse = empty_outputs(call.query)
+    capability = _capability(call.query)
+    launch_of = decode.decode_launch if decode.takes(call, capability) else forward_launch
+    launch = launch_of(call, out, lse, capability)
+    compiled = launch.run()
+    if seen is not None and compiled is not None:
+        plan = repetition.forward_plan(tensors, call, launch, compiled, out, lse)
+        if plan is not None:
+            plans.keep(seen, tensors, plan)
+    return out, lse
+
+
+def backward(
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    needed: Sequence[bool],
+    seen: Geometry | None = None,
+    tensors: Tensors = (),
+) -> list[Tensor]:
+    """Gradients of those of the five float tensors that are ``needed`` (five bools), in their order.
+
+    With ``seen`` the launches are kept, as by :func:`forward`; ``tensors`` are the call's, ``out``, ``lse``, ``dout``
+    and ``dlse``.
+    """
+    from palkernels.attention import repetition
+    from palkernels.kernels.backward import backward_launches
+
+    gradients = {
+        name: torch.empty_like(tensor) if need else None
+        for need, (name, tensor) in zip(needed, call.floats().items(), strict=True)
+    }
+    delta = torch.empty_like(lse)
+    launches = backward_launches(call, out, lse, dout, dlse, delta, gradients, _capability(call.query))
+    compiled = [launch.run() for launch in launches]
+    if seen is not None and None not in compiled:
+        plan = repetition.backward_plan((*tensors, delta, *gradients.values()), needed, launches, compiled)
+        if plan is not None:
+            plans.BACKWARD.keep(seen, plan)
+    return [gradient for gradient in gradients.values() if gradient is not None]
+
+
+def empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, num_queries, head_dim = query.shape
+    out = query.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)
+    lse = query.new_empty(batch, heads, num_queries, dtype=torch.promote_types(query.dtype, torch.float32))
+    return out, lse
+
+
+def _capability(query: Tensor) -> int | None:
+    from palkernels.kernels import launch, tiles
+
+    return None if launch.INTERPRETED else tiles.capability(query.device)
