@@ -133,9 +133,8 @@ def _activate() -> None:
     try:
         driver.set_active(CudaDriver())
     except Exception as error:  # of a compiler, a linker, or a system without Python's headers
-        raise UserError(
-            f"triton must build its launcher, which takes a C compiler and Python's headers: {error}"
-        ) from error
+        wanted = "triton must build its launcher, which takes a C compiler and Python's headers"
+        raise UserError(f"{wanted}, got: {one_line(error)}") from error
 
 
 class _Properties:
