@@ -86,6 +86,7 @@ int cuCtxSetCurrent(void *context) { return SUCCESS; }
 int cuCtxGetDevice(int *device) { return *device = 0, SUCCESS; }
 int cuCtxGetLimit(size_t *value, int limit) { return *value = 0, SUCCESS; }
 int cuCtxSetLimit(int limit, size_t value) { return SUCCESS; }
+int cuStreamIsCapturing(void *stream, int *status) { return *status = 0, SUCCESS; }
 int cuModuleLoadData(void **module, const void *image) { return *module = (void *)1, SUCCESS; }
 int cuModuleUnload(void *module) { return SUCCESS; }
 int cuFuncSetAttribute(void *kernel, int attribute, int value) { return SUCCESS; }

@@ -9,7 +9,7 @@ from palkernels.bench.instruments import stand_in
 
 def child(script, **environment):
     """Run a script, and return what it prints as JSON; of one that failed the process."""
-    command = [sys.executable, "-P", "-W", "error", "-c", script]
+    command = [sys.executable, "-P", "-W", "error:CUDA initialization", "-c", script]
     environment = stand_in.child_environment() | environment
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     return json.loads(done.stdout) if done.returncode == 0 else done
