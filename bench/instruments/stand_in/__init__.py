@@ -46,11 +46,14 @@ _driver: Any = None  # once entered
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the compiled kernel's name, the stream and the programs on each axis."""
+    """One launch: the compiled kernel's name, the stream, the programs on each axis, and what the kernel was given."""
 
     kernel: str
     stream: int
     grid: tuple[int, int, int]
+    parameters: tuple[
+        int, ...
+    ]  # without constants, as unsigned numbers; tuples lie flat, two scratch buffers come last
 
 
 def child_environment() -> dict[str, str]:
@@ -81,8 +84,7 @@ def enter() -> None:
         raise UserError(f"no {LIBRARY} must be loaded before the stand-in's, got one")
     for function, result in (("launches", ctypes.c_uint64), ("launch", ctypes.POINTER(_Launch))):
         getattr(driver, f"stand_in_{function}").restype = result
-    driver.stand_in_kernel.restype = ctypes.c_char_p
-    driver.stand_in_launch.argtypes = driver.stand_in_kernel.argtypes = [ctypes.c_uint64]
+    driver.stand_in_launch.argtypes = [ctypes.c_uint64]
     _pose()
     _driver = driver
     devices.kernel_device = "cpu"
@@ -97,11 +99,16 @@ def launches() -> int:
 def launched(since: int = 0) -> list[Launch]:
     """Return the launches from number `since` on; at most the newest 4,096 are kept."""
     kept = (_driver.stand_in_launch(number).contents for number in range(since, launches()))
-    return [Launch(_driver.stand_in_kernel(x.kernel).decode(), x.stream, tuple(x.grid)) for x in kept]
+    return [Launch(x.kernel.decode(), x.stream, tuple(x.grid), tuple(x.parameters[: x.num_parameters])) for x in kept]
 
 
 class _Launch(ctypes.Structure):
-    _fields_ = (("kernel", ctypes.c_uint64), ("stream", ctypes.c_uint64), ("grid", ctypes.c_uint64 * 3))
+    """As in driver.c; a kernel begins with its name."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_char_p), ("stream", ctypes.c_uint64), ("grid", ctypes.c_uint64 * 3),
+        ("num_parameters", ctypes.c_uint64), ("parameters", ctypes.c_uint64 * 128),
+    )  # fmt: skip
 
 
 def _refuse() -> None:

@@ -39,6 +39,11 @@ out = count("forward with gradients", lambda: lal_attention(*inputs(16, requires
 count("backward", lambda: out.sum().backward())
 states, norm, weight = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((1, 5, 64), 64, (64, 64)))
 count("audio_kv", lambda: audio_kv(states, norm, weight, weight, num_kv_heads=1, eps=1e-5))
+tensors = inputs(16)
+lal_attention(*tensors)
+parameters = stand_in.launched()[-1].parameters
+found["parameters"] = [parameters.index(tensor.data_ptr()) for tensor in tensors]
+found["strides"] = list(parameters[1:4])
 stand_in.stream = 7
 lal_attention(*inputs(1))
 with torch.cuda.stream(torch.cuda.Stream()):
@@ -62,6 +67,8 @@ def test_what_is_launched():
         "forward with gradients": ["forward_kernel"],
         "backward": ["query_gradient_kernel", "key_gradient_kernel"],
         "audio_kv": ["normalise_kernel"],
+        "parameters": [0, 4, 8, 12, 16],  # each with its strides, but for the last, which is 1
+        "strides": [4 * 16 * 64, 16 * 64, 64],
         "streams": True,
         "back": 7,
         "device": 1,
