@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from palkernels import lal_attention, lal_attention_varlen
 from palkernels.model.causal_lm.layers import modeling_file
-from palkernels.model.causal_lm.request import Carried
+from palkernels.model.causal_lm.request import Carried, KeySpan, LalRequest
 from palkernels.recompute import recomputed
 
 # "sdpa" or "flex_attention" within the name would trigger transformers' capability checks for those.
@@ -46,48 +46,38 @@ def lal_attention_forward(
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
     request: Any = None if lal_request is None else lal_request.request  # a LalRequest
-    sees_no_audio = request is not None and layer not in request.selected  # it is ours for packed texts alone
-    if request is None or (sees_no_audio and request.plan.packing is None):
+    # A layer that sees no audio is ours for packed texts alone.
+    if request is None or (layer not in request.selected and request.plan.packing is None):
         if kwargs.get("audio") is not None:
             raise ValueError(
                 "audio must be given to the attached causal LM itself, got it in a call of another module, or of a "
                 "forward that another library put in its place: that library first, Liger for instance, then attach "
                 "again"
             )
-        given = {"sliding_window": sliding_window, "softcap": softcap}
-        kwargs |= {name: setting for name, setting in given.items() if setting is not None}
+        if sliding_window is not None:
+            kwargs["sliding_window"] = sliding_window
+        if softcap is not None:
+            kwargs["softcap"] = softcap
         stock = _stock_attention(module)
         return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     if dropout:
         raise ValueError(f"attention dropout must be 0 with audio: the kernels do not drop out, got {dropout}")
     for name in UNSUPPORTED_KEYWORDS:
-        setting = kwargs.get(name)
-        if setting is not None and setting is not True:
+        if name in kwargs and kwargs[name] is not None and kwargs[name] is not True:
             raise ValueError(
                 f"{name} must not be given with audio: the kernels are causal over whole rows, packed ones are told by "
                 "position_ids"
             )
-    settings: dict[str, Any] = {"scale": scaling, "softcap": softcap, "window": sliding_window, "impl": request.impl}
     if request.plan.packing is not None:
-        texts = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
-        keywords: dict[str, Any] = {**vars(request.packed_span(sees_no_audio)), **settings}
-        audio = request.packed_audio_kv(layer, texts[1])
-        packed_out = lal_attention_varlen(texts[0], texts[1], texts[2], *audio, **keywords)
-        if not sees_no_audio:
-            request.consumed.add(layer)
-        return packed_out.unsqueeze(0), None
+        return _packed_attention(request, layer, query, key, value, scaling, softcap, sliding_window), None
 
-    layout, span = request.plan.layout, request.key_span(key.shape[2])
+    span: KeySpan = request.spans.get(key.shape[2]) or request.key_span(key.shape[2])
     if span.order is not None:
         query = span.order.ordered(query, span.order.queries)
         key, value = (span.order.ordered(x, span.order.keys) for x in (key, value))
-
-    # A layer that is checkpointed as a whole keeps nothing anyway.
-    checkpointed = getattr(request.modules[layer], "gradient_checkpointing", False) and module.training
-    if request.recompute and torch.is_grad_enabled() and not checkpointed:
-        states = request.states_of(layer)
-        audio_key, audio_value = recomputed(lambda _: request.project(layer), states)
+    if request.recompute and torch.is_grad_enabled() and not _is_checkpointed(request, layer, module):
+        audio_key, audio_value = recomputed(lambda _: request.project(layer), request.states_of(layer))
     else:
         audio_key, audio_value = request.audio_kv(layer)
     out = lal_attention(
@@ -96,12 +86,10 @@ def lal_attention_forward(
         value,
         audio_key,
         audio_value,
-        audio_lengths=layout.lengths,
-        audio_index=layout.index,
-        audio_visible_from=span.visible_from,
-        text_start=span.text_start,
-        text_end=span.text_end,
-        **settings,
+        scale=scaling,
+        softcap=softcap,
+        window=sliding_window,
+        **span.keywords,
     )
     if span.order is not None:
         out = span.order.as_they_were(out)
@@ -109,10 +97,36 @@ def lal_attention_forward(
     return out.transpose(1, 2), None
 
 
+def _packed_attention(
+    request: LalRequest,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Return the output (1, T, Hq, D) of packed texts; a layer that sees no audio attends to the text alone."""
+    sees_audio = layer in request.selected
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    keywords: dict[str, Any] = {"scale": scaling, "softcap": softcap, "window": window, "impl": request.impl}
+    keywords |= vars(request.packed_span(without_audio=not sees_audio))
+    out: Tensor = lal_attention_varlen(query, key, value, *request.packed_audio_kv(layer, key), **keywords)
+    if sees_audio:
+        request.consumed.add(layer)
+    return out.unsqueeze(0)
+
+
+def _is_checkpointed(request: LalRequest, layer: int, module: nn.Module) -> bool:
+    """Return whether a layer is checkpointed as a whole, so that it keeps nothing anyway."""
+    return module.training and bool(getattr(request.modules[layer], "gradient_checkpointing", False))
+
+
 def _stock_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     name = getattr(module.config, STOCK_CONFIG)._attn_implementation
-    eager = modeling_file(module).eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[no-any-return]
+    stock: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, None)
+    return modeling_file(module).eager_attention_forward if stock is None else stock  # type: ignore[no-any-return]
 
 
 AttentionInterface.register(ATTENTION_NAME, lal_attention_forward)

@@ -18,13 +18,18 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: there are two.
     """
-    given = {keyword: arguments[keyword] for keyword in CACHE_KEYWORDS if arguments.get(keyword) is not None}
-    if len({id(cache) for cache in given.values()}) > 1:
-        raise ValueError(
-            f"a forward with audio must be given one cache, got {' and '.join(given)}: somebody adds one (peft's "
-            "prompt learning does)"
-        )
-    return next(iter(given.values()), None)
+    found = None
+    for keyword in CACHE_KEYWORDS:
+        cache = arguments.get(keyword)
+        if cache is None or cache is found:
+            continue
+        if found is not None:
+            raise ValueError(
+                f"a forward with audio must be given one cache, got {' and '.join(CACHE_KEYWORDS)}: somebody adds one "
+                "(peft's prompt learning does)"
+            )
+        found = cache
+    return found
 
 
 def prepared_whole(prepare: Callable[..., dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:

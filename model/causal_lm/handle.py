@@ -259,6 +259,8 @@ class LalHandle(Attached):
                 raise RuntimeError("a model that was attached without values must run with audio before it is compiled")
             return
         forwards = {index: forwards_of(self.decoder_layers[index]) for index in self.selected}
+        if not unchecked and forwards == self._forwards:
+            return
         replaced = [index for index in self.selected if forwards[index] != self._forwards.get(index)]
         for index in sorted({*unchecked, *replaced}):
             try:
@@ -276,11 +278,8 @@ class LalHandle(Attached):
 def forwards_of(layer: Any) -> tuple[Any, ...]:
     """Return the functions that a layer and its attention run, to be compared with those of another time.
 
-    FSDP2 derives a class of its own, whose forward is the same one within.
+    FSDP2 derives a class of its own, whose forward is the same one.
     """
-    functions = []
-    for module in (layer, layer.self_attn):
-        classes = (base for base in type(module).__mro__ if not base.__module__.startswith("torch."))
-        own_class: Any = next(classes, type(module))
-        functions += [own_class.forward, vars(module).get("forward")]
-    return (id(layer.self_attn), *functions)
+    attention = layer.self_attn
+    own, of_attention = vars(layer).get("forward"), vars(attention).get("forward")
+    return attention, type(layer).forward, own, type(attention).forward, of_attention

@@ -18,6 +18,7 @@ from palkernels.model.causal_lm.state import AudioState
 
 # Keywords of audio models, and near misses of ours; stock models pass over what they do not know.
 FOREIGN_KEYWORDS = ("audio", "input_features", "input_values", "insert_at")
+OURS = (AudioState, EncodedAudio, Request, Carried)
 DEPTH = 6  # wrappers around wrappers, in which ours is looked for
 
 
@@ -159,9 +160,9 @@ class PatchedMethod:
             TypeError: there is some.
         """
         for name, value in kwargs.items():
-            misnamed = isinstance(value, AudioState | EncodedAudio | Request | Carried) and name != REQUEST_KEYWORD
-            foreign = value is not None and any(part in name for part in FOREIGN_KEYWORDS)
-            if misnamed or (foreign and name not in self.known):
+            misnamed = isinstance(value, OURS) and name != REQUEST_KEYWORD
+            foreign = name not in self.known and value is not None and any(part in name for part in FOREIGN_KEYWORDS)
+            if misnamed or foreign:
                 raise TypeError(f"{self.name} must be given audio as audio=AudioState(...), got {name}=")
 
 

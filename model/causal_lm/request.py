@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +66,11 @@ class Request(ABC):
         return states
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeySpan:
-    """Which of a layer's text keys are valid, and from which one on audio is seen; as lal_attention takes them."""
+    """What the texts see in layers that have equally many text keys."""
 
-    text_start: Tensor | None  # (B,)
-    text_end: Tensor | None  # (B,)
-    visible_from: Tensor | None  # (B, N)
+    keywords: dict[str, Any]  # of lal_attention: who reads which audio, which keys are valid, what runs
     order: "Order | None" = None  # where there is padding within a text: with it, padding comes first
 
 
@@ -124,51 +122,80 @@ class LalRequest(Request):
     impl: str
     recompute: bool  # whether K and V are projected again for the backward pass, not kept
     norm_offset: float | None  # of audio_kv, where it takes the layers' weights; None: the modules are called
-    _spans: dict[int, KeySpan] = field(default_factory=dict, init=False)  # by the length of a layer's keys
+    spans: dict[int, KeySpan] = field(default_factory=dict, init=False)  # by the length of a layer's keys
+    _whole: KeySpan | None = field(default=None, init=False)  # of layers that have all keys so far, in every step
     _packed_spans: dict[bool, PackedSpan] = field(default_factory=dict, init=False)  # by whether it is without audio
 
     def positions(self) -> Tensor:
         return self.plan.positions(self.texts, shifted=self.shifted)
 
+    def following(self, texts: Texts) -> Self:
+        request = super().following(texts)
+        request._whole = self._whole
+        return request
+
     def key_span(self, room: int) -> KeySpan:
-        """Return the valid keys of a layer whose keys are (B, Hkv, room, D): once per forward and room.
+        """Return what is seen in a layer whose keys are (B, Hkv, room, D), and keep it in ``spans``: once per forward
+        and room.
 
         Layers differ in it: a sliding-window cache has dropped the oldest keys, a preallocated one is longer than they
-        are. Positions count from the first key that is left.
+        are. Positions count from the first key that is left. Where that is the first of all, as in a cache that grows,
+        every step of generation has the same.
         """
         if torch.compiler.is_compiling():  # the compiler computes it once anyway, and must not have to keep it
             return self._key_span(room)
-        if room not in self._spans:
-            self._spans[room] = self._key_span(room)
-        return self._spans[room]
+        if self.plan.holes or isinstance(self.texts.num_keys, Tensor) or self.texts.num_keys != room:
+            span = self._key_span(room)
+        else:
+            span = self._whole = self._whole or self._key_span(room)
+        self.spans[room] = span
+        return span
 
     def _key_span(self, room: int) -> KeySpan:
         if self.plan.holes:
             return self._key_span_with_holes(room)
-        num_keys, text_start, text_end, visible_from = self.texts.num_keys, self.plan.text_start, None, None
-        dropped: int | Tensor
+        num_keys, text_start, text_end = self.texts.num_keys, self.plan.text_start, None
+        visible_from = self.plan.layout.insert_at
+        dropped: int | Tensor | None = None
         if isinstance(num_keys, Tensor):
             dropped = (num_keys - room).clamp(min=0)
-            text_end = num_keys.clamp(max=room).expand(self.texts.batch)
-        else:
-            dropped = max(num_keys - room, 0)
-            if num_keys < room:
-                self.texts.check_room(room)
-                text_end = torch.full((self.texts.batch,), num_keys, device=self.texts.device)
-        if self.plan.layout.insert_at is not None:
-            visible_from = self.plan.layout.insert_at - dropped
-            if text_start is not None:
-                visible_from = visible_from + text_start.unsqueeze(1)
-        if text_start is not None:
-            text_start = (text_start - dropped).clamp(min=0)
-        return KeySpan(text_start, text_end, visible_from)
+            text_end = num_keys.expand(self.texts.batch).clamp(max=room)
+        elif num_keys > room:
+            dropped = num_keys - room
+        elif num_keys < room:
+            self.texts.check_room(room)
+            text_end = torch.full((self.texts.batch,), num_keys, device=self.texts.device)
+        if visible_from is not None and text_start is not None:
+            visible_from = visible_from + text_start.unsqueeze(1)
+        if dropped is not None:
+            visible_from = None if visible_from is None else visible_from - dropped
+            text_start = None if text_start is None else (text_start - dropped).clamp(min=0)
+        return self._span(text_start, text_end, visible_from)
+
+    def _span(
+        self,
+        text_start: Tensor | None,
+        text_end: Tensor | None,
+        visible_from: Tensor | None,
+        order: Order | None = None,
+    ) -> KeySpan:
+        layout = self.plan.layout
+        keywords = {
+            "audio_lengths": layout.lengths,
+            "audio_index": layout.index,
+            "audio_visible_from": visible_from,
+            "text_start": text_start,
+            "text_end": text_end,
+            "impl": self.impl,
+        }
+        return KeySpan(keywords, order)
 
     def _key_span_with_holes(self, room: int) -> KeySpan:
         valid, insert_at = cast(Tensor, self.texts.valid()), self.plan.layout.insert_at
         order = Order.of(pad(valid[:, :room], (0, max(room - valid.shape[1], 0))), self.texts.of_queries(valid))
         text_start = room - valid.sum(dim=1)
         visible_from = None if insert_at is None else insert_at + text_start.unsqueeze(1)
-        return KeySpan(text_start, None, visible_from, order)
+        return self._span(text_start, None, visible_from, order)
 
     def packed_span(self, without_audio: bool = False) -> PackedSpan:
         """Return what lies where in packed texts and their audio, or in texts without audio: made once per forward."""

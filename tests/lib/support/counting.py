@@ -1,5 +1,6 @@
-"""Counts what a piece of code asks of the device: operators it runs, and values that the host waits for."""
+"""Counts what a piece of code asks of host and device: functions it calls, operators it runs, values it waits for."""
 
+import sys
 from collections import Counter
 
 import torch
@@ -35,6 +36,21 @@ def count_operators(run):
     with Operators() as counted:
         run()
     return counted.calls.total()
+
+
+def count_calls(run):
+    """The number of functions in Python, and in C, that ``run()`` calls."""
+    calls, outer = Counter(), sys.getprofile()
+
+    def note(frame, event, argument):
+        calls[event] += 1
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(outer)
+    return calls["call"], calls["c_call"]
 
 
 def count_reads(run, monkeypatch):

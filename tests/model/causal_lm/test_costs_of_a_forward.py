@@ -4,8 +4,9 @@ import pytest
 import torch
 from support.attached import KINDS, TOKENS, WIDTH, audio_state, batch, texts
 from support.counting import count_operators, count_reads
-from support.oracles import SIZES, build
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from support.decoding import deep
+from support.oracles import build
+from transformers import AttentionInterface, DynamicCache, StaticCache
 
 from palkernels import lal_attention
 from palkernels.model import AudioState, LalConfig, attach
@@ -122,15 +123,6 @@ def test_each_chunk_of_a_prompt_waits_at_most_once(monkeypatch):
     assert count_reads(lambda: run(audio=state), monkeypatch) <= stock + 5  # of 9 columns
 
 
-def deep(family, layers):
-    """A model of so many layers, of the windows of its family."""
-    changes = {"mistral": {"sliding_window": 4}, "gemma3_text": {"head_dim": 16, "sliding_window": 4}}.get(family, {})
-    if family == "gemma3_text":
-        changes["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
-    config = AutoConfig.for_model(family, **(SIZES | changes | {"num_hidden_layers": layers}))
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
 class LeastAttention:
     """An attention function that calls ``attend`` with arguments that are there already, and does nothing else."""
 
@@ -212,11 +204,11 @@ def growth(family, cache, decode, give_audio):
     ("family", "method", "least"),
     [
         ("llama", with_lal, with_least_attention),
-        ("mistral", with_lal, with_least_attention),
-        ("gemma3_text", with_lal, with_least_attention),
+        ("mistral-window", with_lal, with_least_attention),
+        ("gemma3", with_lal, with_least_attention),
         ("llama", with_flamingo, with_ready_masks),
     ],
-    ids=["llama", "mistral", "gemma3_text", "flamingo"],
+    ids=["llama", "mistral-window", "gemma3", "flamingo"],
 )
 @pytest.mark.parametrize(
     ("cache", "decode"),

@@ -1,0 +1,44 @@
+"""What a layer asks of the host in one decoding step, counted in ``generate``: all else of the call is taken off."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from support.counting import count_calls, count_operators
+from support.oracles import FAMILIES, SIZES
+
+LAYERS = (2, 6)  # of two models that are compared
+TOKENS = (4, 7)  # that each generates; the first steps of a process do more
+
+
+def deep(family, layers):
+    """A stock model of so many layers, of the windows of its family; gemma3's take turns."""
+    model_type, changes = FAMILIES[family]
+    if "layer_types" in changes:
+        changes = changes | {"layer_types": ["sliding_attention", "full_attention"] * (layers // 2)}
+    config = AutoConfig.for_model(model_type, **(SIZES | changes | {"num_hidden_layers": layers}))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def per_step(generate, count):
+    """What a further step adds to a call of ``generate``, which takes the number of tokens.
+
+    Args:
+        count: counts what a function without arguments does.
+    """
+    generate(TOKENS[0])
+    few, many = (count(lambda tokens=tokens: generate(tokens)) for tokens in TOKENS)
+    return (many - few) / (TOKENS[1] - TOKENS[0])
+
+
+def per_layer_and_step(model_of, count):
+    """What a further layer adds to what a further step adds; ``model_of`` takes the number of layers, and returns what
+    generates."""
+    few, many = (per_step(model_of(layers), count) for layers in LAYERS)
+    return (many - few) / (LAYERS[1] - LAYERS[0])
+
+
+# By name: what is counted.
+HOST = {
+    "Python calls": lambda run: count_calls(run)[0],
+    "C calls": lambda run: count_calls(run)[1],
+    "operators": count_operators,
+}

@@ -1,0 +1,145 @@
+"""What audio costs the host in a decoding step, where Python and not the device sets the pace: no more than stock."""
+
+import functools
+
+import pytest
+import torch
+from support.attached import audio_state, batch, texts
+from support.decoding import HOST, deep, per_layer_and_step, per_step
+from transformers import AttentionInterface
+
+from palkernels.model import LalConfig, attach
+from palkernels.model.causal_lm import attention
+
+CACHES = {"dynamic": {}, "static": {"cache_implementation": "static", "disable_compile": True}}
+MOST = 1.3  # of stock's calls
+# By kind of audio, the padding of the batch.
+KINDS = {"prefix": "none", "lengths": "left", "inserted": "left", "two clips": "left", "per layer": "none"}
+
+
+def one_operator(query, *args, **kwargs):
+    """Stands in for lal_attention, whose own costs are tested elsewhere."""
+    return torch.empty_like(query)
+
+
+def one_operator_of_stock(module, query, *args, **kwargs):
+    """Stands in for a stock attention function."""
+    return one_operator(query).transpose(1, 2), None
+
+
+@pytest.fixture(autouse=True)
+def attention_is_one_operator(monkeypatch):
+    monkeypatch.setattr(attention, "lal_attention", one_operator)
+    AttentionInterface.register("one_operator_of_this_test", one_operator_of_stock)
+
+
+def generating(family, cache, side, kind=None, change=lambda model: None):
+    """From a number of layers to a function that generates, with audio of a kind or without."""
+    _, padded, mask = batch(texts(), side)
+
+    def model_of(layers):
+        model = deep(family, layers)
+        change(model)
+        audio = {}
+        if kind is not None:
+            audio = {"audio": audio_state(kind, torch.float32, num_layers=layers)}
+        options = {"attention_mask": mask, "do_sample": False, **CACHES[cache], **audio}
+        return lambda tokens: model.generate(padded, max_new_tokens=tokens, **options)
+
+    return model_of
+
+
+def with_one_operator(model):
+    model.set_attn_implementation("one_operator_of_this_test")
+
+
+@functools.cache
+def of_stock(family, cache, side, counted):
+    change = with_one_operator if counted == "operators" else lambda model: None
+    return per_layer_and_step(generating(family, cache, side, change=change), HOST[counted])
+
+
+@pytest.mark.parametrize("counted", HOST)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *(("llama", kind) for kind in KINDS),
+        *((family, "inserted") for family in ("qwen2", "qwen3", "mistral-window", "gemma3", "phi3")),
+    ],
+)
+def test_a_layer_with_audio_asks_no_more_of_the_host(family, kind, cache, counted):
+    """Per step, besides attention itself: as many operators as a stock layer, and at most 1.3 times its calls."""
+    stock = of_stock(family, cache, KINDS[kind], counted)
+    change = functools.partial(attach, config=LalConfig(impl="sdpa"))
+    ours = per_layer_and_step(generating(family, cache, KINDS[kind], kind, change), HOST[counted])
+    assert ours == stock if counted == "operators" else ours <= MOST * stock
+    assert stock > 0
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_step_of_a_small_model_asks_hardly_more(layers, cache):
+    """What is made once per step counts most where there are few layers."""
+    change = functools.partial(attach, config=LalConfig(impl="sdpa"))
+    stock, ours = (
+        per_step(generating("llama", cache, "left", *audio)(layers), HOST["Python calls"])
+        for audio in ((), ("inserted", change))
+    )
+    assert 0 < ours <= MOST * stock
+
+
+@pytest.mark.parametrize("counted", ["Python calls", "C calls"])
+def test_an_attached_layer_without_audio_asks_hardly_more(counted):
+    stock = of_stock("llama", "dynamic", "left", counted)
+    assert per_layer_and_step(generating("llama", "dynamic", "left", change=attach), HOST[counted]) <= MOST * stock
+
+
+class Recorder:
+    """Stands in for lal_attention, and keeps what the layers hand it: by step, then by layer."""
+
+    def __init__(self, layers):
+        self.layers, self.calls = layers, []
+
+    def __call__(self, query, key, value, audio_key, audio_value, **options):
+        self.calls.append(options)
+        return one_operator(query)
+
+    def steps(self):
+        """The integers of each layer, of each forward but the prompt's."""
+        names = ("audio_lengths", "audio_index", "audio_visible_from", "text_start", "text_end")
+        forwards = range(self.layers, len(self.calls), self.layers)
+        return [
+            [{name: call[name] for name in names} for call in self.calls[first : first + self.layers]]
+            for first in forwards
+        ]
+
+
+@pytest.mark.parametrize("kind", ["prefix", "inserted", "shared, inserted"])
+@pytest.mark.parametrize(("family", "cache"), [("llama", "dynamic"), ("llama", "static"), ("gemma3", "static")])
+def test_integers_are_the_same_in_layers_and_laid_out_alike_in_steps(family, cache, kind, monkeypatch):
+    """So that whoever launches kernels may keep what depends on the arguments' layout. Of a cache that grows, the
+    integers are even the same tensors in all steps."""
+    recorder = Recorder(layers=4)
+    monkeypatch.setattr(attention, "lal_attention", recorder)
+    change = functools.partial(attach, config=LalConfig(impl="sdpa"))
+    generating(family, cache, "left", kind, change)(4)(5)
+    steps = recorder.steps()
+    assert len(steps) == 4
+
+    def layouts(integers):
+        return [None if x is None else (x.dtype, tuple(x.shape), x.stride()) for x in integers.values()]
+
+    for layer in range(4):
+        assert len({str(layouts(step[layer])) for step in steps}) == 1
+        for name, integers in steps[0][layer].items():  # the kernels take strides of one of them
+            assert integers is None or integers.is_contiguous() or name == "audio_visible_from"
+    alike = range(0, 4, 2) if family == "gemma3" else range(4)  # the windows' layers, else all
+    for step in steps:
+        assert len({tuple(map(id, step[layer].values())) for layer in alike}) == 1
+    if cache == "dynamic":
+        assert len({tuple(map(id, step[0].values())) for step in steps}) == 1
+    if kind == "prefix":
+        assert steps[0][0]["audio_visible_from"] is None
+    assert (steps[0][0]["text_end"] is None) == (cache == "dynamic")
+    assert steps[0][0]["text_start"] is not None
