@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.attached import Attached
 from palkernels.model.causal_lm.caches import CACHE_KEYWORDS, cache_of
-from palkernels.model.causal_lm.memory import check_complete, recalled, remember, text_lengths, text_rows
+from palkernels.model.causal_lm.memory import check_complete, recalled, remember, text_lengths, text_rows, whole_again
 from palkernels.model.causal_lm.plan import check_prompt
 from palkernels.model.causal_lm.request import Carried, Request
 from palkernels.model.causal_lm.state import AudioState
@@ -170,7 +170,7 @@ def generating(handle: Attached, audio: AudioState | None, arguments: Mapping[st
     generation = None
     if audio is not None:
         prompt = _prompt_columns(audio, arguments)
-        check_complete(cache_of(arguments), audio)
+        check_complete(arguments, audio)
         prepare = handle.model.prepare_inputs_for_generation
         if getattr(prepare, "__func__", None) is type(handle.model).prepare_inputs_for_generation:
             raise RuntimeError(
@@ -187,6 +187,8 @@ def generating(handle: Attached, audio: AudioState | None, arguments: Mapping[st
         yield generation
     finally:
         _CURRENT.reset(token)
+        if generation is not None:
+            whole_again(generation.cache)  # drafts are cropped off, behind which no audio stands
 
 
 def prompt_of(arguments: Mapping[str, Any]) -> Any:

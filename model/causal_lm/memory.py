@@ -1,7 +1,7 @@
 """What a cache has heard. Audio lies in no text cache, so that a conversation which goes on must find it beside one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Memory:
     state: AudioState | None  # what enters the layers
     rows: Tensor  # (rows of the cache,) the text of each, among those that the audio describes
     tokens: Any = None  # what a whole audio LLM keeps of tokens that enter among the text
+    cut_at: int | None = None  # the first column that was cropped off since, and what stood there with it
 
     def texts(self, batch: int) -> Tensor:
         """Return the text (B,) that each of B texts continues. A cache may have several rows for each of them.
@@ -36,8 +37,12 @@ class Memory:
             raise ValueError(f"audio must be given again: the cache has heard it for {rows} text rows, got {batch}")
         return self.rows[:: rows // batch]
 
-    def state_of(self, batch: int) -> AudioState | None:
-        """Return the audio of B texts, None if none enters the layers.
+    def state_of(self, batch: int, mask: object = None) -> AudioState | None:
+        """Return the audio of B texts, None if none enters the layers: what stands in the text that was not cropped.
+
+        Args:
+            batch: B.
+            mask: (B, columns) which columns of the conversation are tokens; anything else: all.
 
         Raises:
             ValueError: the cache has other texts.
@@ -48,7 +53,32 @@ class Memory:
         texts = texts.to(state.device)
         index = texts if state.index is None else state.index[texts]
         insert_at = None if state.insert_at is None else state.insert_at[texts]
-        return AudioState(state.states, state.lengths, index, insert_at)
+        heard = AudioState(state.states, state.lengths, index, insert_at)
+        if self.cut_at is None or insert_at is None:
+            return heard
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return _before(heard, (mask[:, : self.cut_at] != 0).sum(dim=1).to(state.device))
+        return _before(heard, torch.full((batch,), self.cut_at, device=state.device))
+
+    def cropped(self, length: int) -> "Memory":
+        """Return the memory of a cache that was cropped to ``length`` columns."""
+        return replace(self, cut_at=length if self.cut_at is None else min(length, self.cut_at))
+
+
+def _before(state: AudioState, text: Tensor) -> AudioState | None:
+    """Return the audio of texts that stands in front of their token number ``text`` (B,), None where none does."""
+    assert state.insert_at is not None
+    places = state.insert_at.view(state.batch_size, -1).expand(-1, state.num_tokens)
+    lengths = text_lengths(state)
+    kept = torch.minimum(lengths, (places < text.unsqueeze(1)).sum(dim=1))
+    if bool((kept == lengths).all()):
+        return state
+    if not bool(kept.any()):
+        return None
+    rows = torch.arange(state.num_rows, device=state.device) if state.index is None else state.index
+    shared = isinstance(state.states, Tensor)
+    layers = [None if states is None else states[rows] for states in ([state.states] if shared else state.states)]
+    return AudioState(layers[0] if shared else layers, kept, None, state.insert_at)
 
 
 class RowOperation:
@@ -66,10 +96,14 @@ class RowOperation:
         if self.name == "reset":
             setattr(self.cache, MEMORY, None)
             return result
+        if self.name == "crop":
+            length = int(self.cache.get_seq_length())
+            setattr(self.cache, MEMORY, memory.cropped(length) if length else None)
+            return result
         argument = next(iter((*args, *kwargs.values())))
         repeat = self.name == "batch_repeat_interleave"
         rows = memory.rows.repeat_interleave(argument) if repeat else memory.rows[argument.to(memory.rows.device)]
-        setattr(self.cache, MEMORY, Memory(memory.state, rows, memory.tokens))  # a copy of the cache has its own
+        setattr(self.cache, MEMORY, replace(memory, rows=rows))  # a copy of the cache has its own
         return result
 
 
@@ -86,13 +120,21 @@ def remember(cache: Any, state: AudioState | None, rows: Tensor, tokens: Any = S
         return
     memory = getattr(cache, MEMORY, None)
     if memory is not None and memory.state is state and (tokens is SAME or memory.tokens is tokens):
+        whole_again(cache)
         return  # with the rows as they have been moved since
     setattr(cache, MEMORY, Memory(state, rows, None if tokens is SAME else tokens))
     if torch.compiler.is_compiling():
         return
-    for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "reset"):
+    for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset"):
         if name not in vars(cache) and hasattr(type(cache), name):
             setattr(cache, name, RowOperation(cache, name))
+
+
+def whole_again(cache: Any) -> None:
+    """Note that a cache's texts hear all that it remembers, whatever was cropped off before."""
+    memory: Memory | None = getattr(cache, MEMORY, None)
+    if memory is not None and memory.cut_at is not None:
+        setattr(cache, MEMORY, replace(memory, cut_at=None))
 
 
 def forget(cache: Any) -> None:
@@ -117,17 +159,18 @@ def recalled(arguments: Mapping[str, Any]) -> AudioState | None:
         ValueError: the cache has other texts.
     """
     memory = memory_of(cache_of(arguments))
-    return None if memory is None else memory.state_of(inputs_of(arguments).shape[0])
+    return None if memory is None else memory.state_of(inputs_of(arguments).shape[0], arguments.get("attention_mask"))
 
 
-def check_complete(cache: Any, state: AudioState) -> None:
-    """Check that the audio of a conversation that goes on is all that its cache has heard, or more. Reads values once.
+def check_complete(arguments: Mapping[str, Any], state: AudioState) -> None:
+    """Check that the audio of a conversation that goes on is all that its cache, among the arguments of a generate
+    call, has heard, or more. Reads values once.
 
     Raises:
         ValueError: some text is given less.
     """
-    memory = memory_of(cache)
-    heard = None if memory is None else memory.state_of(state.batch_size)
+    memory = memory_of(cache_of(arguments))
+    heard = None if memory is None else memory.state_of(state.batch_size, arguments.get("attention_mask"))
     if heard is None or heard is state:
         return
     given, known = text_lengths(state), text_lengths(heard).to(state.device)

@@ -251,7 +251,8 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         self._check_keywords({**kwargs, **({} if cache is None else {"cache": cache})})
         cache = cache_of({"past_key_values": past_key_values, "cache": cache})
         if step is None:
-            step = self.step(input_ids, inputs_embeds, audio, cache, labels_of(labels, kwargs.get("shift_labels")))
+            final = labels_of(labels, kwargs.get("shift_labels"))
+            step = self.step(input_ids, inputs_embeds, audio, cache, final, attention_mask)
         arguments = step.texts(self.get_input_embeddings(), input_ids, inputs_embeds)
         optional = {
             "attention_mask": attention_mask,

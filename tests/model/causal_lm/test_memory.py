@@ -97,3 +97,50 @@ def test_a_conversation_of_text_alone_is_the_stock_models():
     model(ids[:, :-1], past_key_values=cache)
     assert memory_of(cache) is None
     assert torch.equal(model.generate(ids, past_key_values=cache, **OPTIONS), want)
+
+
+@pytest.mark.parametrize("layout", ["shared", "per row", "per layer"])
+@torch.no_grad()
+def test_audio_goes_with_the_text_that_is_cropped_off(layout):
+    """A cache that is cropped to what rows share, as where a question is asked anew: each row keeps the audio tokens
+    that stand in front of its last token that is left."""
+    model, keywords = attached("llama", "shared, inserted")
+    ids, mask = keywords["input_ids"], keywords["attention_mask"]
+    text_lengths, columns = mask.sum(1), ids.shape[1]
+    shape = {"shared": (2, 3, WIDTH), "per row": (3, 3, WIDTH), "per layer": (3, 3, WIDTH)}[layout]
+    states = torch.randn(shape)
+    index = torch.tensor([1, 0, 0]) if layout == "shared" else None
+    places = torch.tensor([[0, 4, 5], [0, 1, 2], [3, 6, 7]])
+    given = [states, states + 1, states - 1] if layout == "per layer" else states
+    cache = DynamicCache(config=model.config)
+    model(**keywords | {"audio": AudioState(given, index=index, insert_at=places)}, past_key_values=cache)
+    cache.crop(-3)
+    left = text_lengths - 3  # of 7, 4 and 9 tokens: 4, 1 and 6
+    assert left.tolist() == [4, 1, 6]
+    kept = torch.tensor([1, 1, 1])  # audio tokens in front of tokens 4, 1 and 6
+    rows = [0, 1, 2] if index is None else index
+    per_row = [x[rows] for x in given] if layout == "per layer" else states[rows]
+    turn = torch.cat([ids[:, : columns - 3], torch.full((3, 2), 7)], dim=1)
+    turn = {"input_ids": turn, "attention_mask": mask[:, : turn.shape[1]]}
+    want = model(**turn, audio=AudioState(per_row, kept, insert_at=places)).logits[:, -2:]
+    new = turn | {"input_ids": turn["input_ids"][:, -2:]}
+    again = copy.deepcopy(cache)
+    again.batch_select_indices(torch.tensor([0, 1, 2]))
+    got = model(**new, past_key_values=again).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    cache.crop(3 - columns)
+    assert memory_of(cache) is None
+    assert torch.equal(model.generate(**turn, past_key_values=cache, **OPTIONS), model.generate(**turn, **OPTIONS))
+
+
+@torch.no_grad()
+def test_audio_behind_a_prompt_outlives_the_drafts_that_are_cropped_off():
+    model = build("llama", torch.float64)
+    attach(model)
+    ids = texts()[0][None]
+    audio = AudioState(torch.randn(1, 5, WIDTH, dtype=torch.float64), insert_at=torch.tensor([ids.shape[1]]))
+    cache = DynamicCache(config=model.config)
+    drafts = {"assistant_model": build("llama", torch.float64, seed=1)}
+    turn = torch.cat([model.generate(ids, audio=audio, past_key_values=cache, **drafts, **OPTIONS), ids], dim=1)
+    want = model.generate(turn, audio=audio, **OPTIONS)
+    assert torch.equal(model.generate(turn, past_key_values=cache, **OPTIONS), want)
