@@ -76,9 +76,9 @@ def _before(state: AudioState, text: Tensor) -> AudioState | None:
     if not bool(kept.any()):
         return None
     rows = torch.arange(state.num_rows, device=state.device) if state.index is None else state.index
-    shared = isinstance(state.states, Tensor)
-    layers = [None if states is None else states[rows] for states in ([state.states] if shared else state.states)]
-    return AudioState(layers[0] if shared else layers, kept, None, state.insert_at)
+    states: Any = state.states
+    chosen = states[rows] if isinstance(states, Tensor) else [None if x is None else x[rows] for x in states]
+    return AudioState(chosen, kept, None, state.insert_at)
 
 
 class RowOperation:
