@@ -26,6 +26,7 @@ KBITS = {  # by (whether it is MPEG 1, the layer)
 }
 ROOMY_BIT_RATE = 9  # index of a bit rate whose frames hold a tag, in any version of layer III
 SEARCHED = 2**16  # bytes in which the first frame must begin, behind tags
+EXACT = (b"LAME", b"Lavf", b"Lavc")  # encoders whose tags are known to state the frames behind the tag's own
 TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")
 
 
@@ -51,6 +52,7 @@ class Walk:
     start: int  # of the first frame
     first: Frame
     tag_frames: int | None  # frames that the tag in the first one states; 0: it leaves them open; None: there is no tag
+    exact: bool = False  # whether the tag is of an encoder that is known to count the frames behind the tag's own
     frames: int = 0  # whole ones, without the tag's
     incomplete: bool = False  # whether the last one is cut
     damage: int | None = None  # where bytes between frames begin that are neither a frame nor a tag
@@ -90,8 +92,10 @@ def inspect_mpeg(file: BinaryIO, start: int, name: str) -> Inspection | None:
         raise AudioError(f"{name} must be one stream, got MP3 frames of several rates or channel counts: {way}")
     stated = walk.tag_frames
     # Encoders differ on whether the tag's frame counts.
-    if stated and walk.frames < stated and walk.incomplete:
-        raise cut_short(name, f"{walk.frames} of {stated} frames and a part of one")
+    if stated and not walk.first.silent and walk.frames < stated - (not (walk.exact or walk.incomplete or walk.damage)):
+        part = " and a part of one" if walk.incomplete else ""
+        damage = "" if walk.damage is None else f", and none at byte {walk.damage}"
+        raise cut_short(name, f"{walk.frames} of {stated} frames{part}{damage}")
     if walk.frames == 0 or (stated and walk.frames <= stated + 1):
         return Inspection()  # what is missing shows when it is decoded
     if walk.incomplete:
@@ -138,7 +142,7 @@ def _walk(data: bytes, start: int) -> Walk | None:
     assert at is not None
     assert first is not None
     tag = _tag_frames(data, at, first)
-    walk = Walk(at, first, tag)
+    walk = Walk(at, first, tag, exact=tag is not None and any(x in data[at : at + first.size] for x in EXACT))
     if first.silent:
         walk.frames = tag or 0  # if the length is stated, nothing has to be counted
         return walk

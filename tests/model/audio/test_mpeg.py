@@ -118,6 +118,25 @@ def test_cut_short(tmp_path: Path) -> None:
     assert refusal(path).endswith("cut short: its last frame is incomplete")
 
 
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100])
+@pytest.mark.parametrize("where", ["middle", "end"])
+@pytest.mark.parametrize("what", ["left out", "damaged"])
+def test_a_single_frame_is_missed(tmp_path: Path, what: str, where: str, rate: int) -> None:
+    """libsndfile reads on, a frame less. A tag of LAME's counts the frames behind it; others may count its own, too."""
+    path = tmp_path / "a"
+    data = mp3(path, noise(1.0, rate), rate, bitrate_mode="CONSTANT")
+    starts = [found.start() for found in re.finditer(re.escape(data[:2]), data)]
+    begin = starts[len(starts) // 2 if where == "middle" else -1]
+    end = min([start for start in starts if start > begin], default=len(data))
+    kept = b"" if what == "left out" else bytes(end - begin)
+    path.write_bytes(data[:begin] + kept + data[end:])
+    frames = len(starts) - 1
+    assert f"must be whole, got one cut short: {frames - 1} of {frames} frames" in refusal(path)
+    unsigned = data.replace(b"LAME", b"    ")
+    path.write_bytes(unsigned[:begin] + unsigned[end:])
+    assert load_audio(path, rate).numel() >= rate - 2 * 1152
+
+
 def test_damage(tmp_path: Path) -> None:
     path = tmp_path / "a"
     bare = without_tag(mp3(path, noise(4.0)))
