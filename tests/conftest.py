@@ -54,6 +54,6 @@ def device(request):
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter(device):
     if device == "cpu":
-        from support.interpreter import patch_language_once
+        from support.interpreter import make_quick
 
-        patch_language_once()
+        make_quick()

@@ -18,7 +18,7 @@ from palkernels.kernels.backward import backward_launches
 from palkernels.kernels.forward import forward_launch
 from palkernels.projection import steps
 from palkernels.testing import FEATURES, lal_case, max_error
-from support.interpreter import patch_language_once
+from support.interpreter import make_quick
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -130,7 +130,7 @@ def run_projection(side: str) -> None:
 
 
 if __name__ == "__main__":
-    patch_language_once()
+    make_quick()
     if sys.argv[1] == "control":
         tensor = guarded(torch.ones(7), "after")
         print("reading one element too many", flush=True)

@@ -1,6 +1,7 @@
 """Triton's interpreter, made quicker, stricter and more complete than it is."""
 
 import builtins
+import functools
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,6 +11,19 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from palkernels.attention import checks
+
+
+def make_quick():
+    """Leave out what takes most of the interpreter's time and changes no result.
+
+    The sums and products with which it looks for overflows of 32-bit integers are two fifths of it. Outside of
+    :func:`overflow_checks` nobody reads what they find: an assertion of theirs needs ``debug``, which is off.
+    """
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    patch_language_once()
+    numpy_dtype = interpreter._get_np_dtype  # makes a table at every call
+    of_scalar = functools.cache(numpy_dtype)
+    interpreter._get_np_dtype = lambda dtype: numpy_dtype(dtype) if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)
 
 
 def patch_language_once():
