@@ -175,7 +175,8 @@ def plain_function(
 
     Called in the operator's place it does the same, and a dispatch mode sees what it allocates.
     """
-    function = {audio_kv_forward: forward, audio_kv_backward: backward}.get(operator)
+    plain: dict[Any, Callable[..., Any]] = {audio_kv_forward: forward, audio_kv_backward: backward}
+    function = plain.get(operator)
     return None if function is None or arguments_by_name(operator, args, kwargs)["fused"] else function
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 Operator: TypeAlias = torch._ops.OpOverload
 
-_library = torch.library.Library("palkernels", "FRAGMENT")
+_library: Any = torch.library.Library("palkernels", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def operator(name: str, schema: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> Operator:
@@ -53,7 +53,7 @@ def final(gradients: Sequence[Tensor], sources: Sequence[Tensor | None]) -> Sequ
     """
     if not torch.is_grad_enabled() or not gradients:  # no graph of the backward pass is wanted
         return gradients
-    results: Sequence[Tensor] = _Final.apply(gradients, *sources)  # type: ignore[no-untyped-call]
+    results: Sequence[Tensor] = _Final.apply(gradients, *sources)
     return results
 
 

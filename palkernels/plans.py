@@ -8,7 +8,7 @@ way, through PyTorch's dispatcher and Triton's binder.
 import os
 import threading
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -23,6 +23,10 @@ MOST_PLANS = 2048  # in one collection; beyond that the oldest go
 ALIGNMENT = 16  # bytes: Triton compiles another kernel for pointers that are not multiples of it
 
 Plan = TypeVar("Plan")
+
+
+# Not a function of torch.autograd's that its stubs know.
+_is_profiled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
 class Plans(Generic[Plan]):
@@ -78,7 +82,7 @@ def usable() -> bool:
         or (torch._C._len_torch_function_stack() and _functions_are_watched())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()
+        or _is_profiled()
         or os.environ.get("PALKERNELS_CHECK") == "1"
     )
 

@@ -126,12 +126,17 @@ def problems_of(call: Call, computed: Call) -> list[Exception]:
     for name in ("audio_key", "audio_value"):
         tensor = getattr(call, name)
         recipe = getattr(tensor, _ATTRIBUTE, None)
-        if recipe is None and getattr(tensor._base, _ATTRIBUTE, None) is not None:
+        if is_view(tensor):
             problems.append(ValueError(f"{name} must be what audio_kv(recompute=True) returned, got a view of it"))
         elif recipe is not None and getattr(computed, name) is not tensor:
             wanted, got = getattr(computed, name).dtype, tensor.dtype
             problems.append(TypeError(f"{name} of audio_kv(recompute=True) must have autocast's {wanted}, got {got}"))
     return problems
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether a tensor is a view of keys or values that are made again, which attention could not tell."""
+    return not hasattr(tensor, _ATTRIBUTE) and hasattr(tensor._base, _ATTRIBUTE)
 
 
 def compile_problems(recompute: bool) -> list[Exception]:

@@ -82,7 +82,7 @@ def with_node(
 
     ``tensors`` are a :class:`Call`'s that are floats or integers, then those of packing; ``numbers`` likewise.
     """
-    out, lse = LalAttention.apply(results, numbers, *tensors)  # type: ignore[no-untyped-call]
+    out, lse = LalAttention.apply(results, numbers, *tensors)
     return out, lse
 
 
@@ -94,7 +94,7 @@ def _with_node(results: tuple[Tensor, Tensor], arguments: tuple[Any, ...]) -> tu
 def _gradients(
     tensors: tuple[Tensor | None, ...],
     numbers: tuple[Any, ...],
-    results: tuple[Tensor | None, ...],
+    results: tuple[Tensor, Tensor, Tensor, Tensor | None],
     needed: tuple[bool, ...],
 ) -> list[Tensor]:
     """The gradients needed; ``results`` are the output, its LSE, and the gradients of both."""

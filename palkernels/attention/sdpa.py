@@ -84,8 +84,8 @@ def _gradients(
     floats: Sequence[Tensor], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, settings: Settings
 ) -> tuple[Tensor, ...]:
     """Gradients of the five float tensors."""
-    _, _, _, audio_key, audio_value = floats
-    query, parts = split(*floats, settings)
+    query, key, value, audio_key, audio_value = floats
+    query, parts = split(query, key, value, audio_key, audio_value, settings)
     # exp(-inf - 0) is 0, where exp(-inf - -inf) would be NaN: a blind query's probabilities.
     lse = lse.masked_fill(lse == NEG_INF, 0)
     engine = choose_engine(query, settings, lse_has_gradient=grad_lse is not None)

@@ -75,11 +75,14 @@ def keep_checked(
 def checked_layers(states: Tensor, per_layer: dict[str, Any], numbers: dict[str, Any]) -> list[Projection]:
     """One Projection per layer, of arguments whose geometry :func:`is_checked`."""
     columns, _ = _columns(per_layer)
+    checked_numbers = numbers | {name: float(numbers[name]) for name in ("eps", "norm_offset")}
     layers = []
-    for *tensors, cos, sin in zip(*columns.values(), strict=True):
-        turns = (x.unsqueeze(0) if x is not None and x.ndim == 2 else x for x in (cos, sin))
-        eps, norm_offset = float(numbers["eps"]), float(numbers["norm_offset"])
-        layers.append(Projection(states, *tensors, *turns, numbers["num_kv_heads"], eps, norm_offset))
+    for values in zip(*columns.values(), strict=True):
+        tensors: dict[str, Any] = dict(zip(PER_LAYER, values, strict=True))
+        for name in TURNS:
+            if tensors[name] is not None and tensors[name].ndim == 2:
+                tensors[name] = tensors[name].unsqueeze(0)
+        layers.append(Projection(states, **tensors, **checked_numbers))
     return layers
 
 

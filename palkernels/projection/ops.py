@@ -159,7 +159,7 @@ def direct(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def with_node(results: tuple[Tensor, Tensor], arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """Keys and values of one layer as differentiable outputs; the arguments are the operator's."""
-    key, value = AudioKv.apply(results, arguments[NUM_TENSORS:], *arguments[:NUM_TENSORS])  # type: ignore[no-untyped-call]
+    key, value = AudioKv.apply(results, arguments[NUM_TENSORS:], *arguments[:NUM_TENSORS])
     return key, value
 
 
