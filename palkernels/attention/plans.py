@@ -55,7 +55,7 @@ def without_text_keys(seen: Geometry, tensors: Sequence[Tensor | None]) -> Hasha
     if value.shape != key.shape or num_keys < query.shape[2]:
         return None
     window = seen.numbers[2]
-    hides_nothing = window is not None and window >= num_keys  # kernels do without it then
+    hides_nothing = isinstance(window, int) and window >= num_keys  # kernels do without it then
     signatures = seen.signatures
     types = (key.dtype, value.dtype, key.device, value.device)
     return (

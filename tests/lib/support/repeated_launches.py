@@ -1,0 +1,182 @@
+"""A repeated launch is what the long way launches, and takes the host little. Run as a script; see support.planned."""
+
+import contextlib
+import sys
+
+import torch
+
+from palkernels import audio_kv
+from support.planned import (
+    HKV,
+    HQ,
+    D,
+    backward,
+    check_repeats,
+    lal_attention,
+    launched,
+    long_launches,
+    main,
+    must_raise,
+    options,
+    same,
+    scenario,
+    tensors,
+    the_long_way,
+)  # fmt: skip  # isort: skip
+
+
+@contextlib.contextmanager
+def allocations():
+    """The functions called meanwhile that make tensors."""
+    made, replaced = [], []
+
+    def counting(function):
+        return lambda *args, **kwargs: made.append(function.__name__) or function(*args, **kwargs)
+
+    functions = ("empty", "empty_strided", "empty_like", "zeros", "zeros_like", "ones", "full", "cat", "arange")
+    methods = ("new_empty", "new_zeros", "new_empty_strided", "to", "contiguous", "clone")
+    for home, names in ((torch, functions), (torch.Tensor, methods)):
+        for name in names:
+            replaced.append((home, name, vars(home).get(name), getattr(home, name)))
+            setattr(home, name, counting(getattr(home, name)))
+    try:
+        yield made
+    finally:
+        for home, name, own, _ in replaced:
+            delattr(home, name) if own is None else setattr(home, name, own)
+
+
+def python_calls(call):
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    call()
+    sys.setprofile(profile)
+    call()
+    sys.setprofile(None)
+    return count
+
+
+@scenario
+def forward_is_repeated():
+    check_repeats(lambda: tensors(16), lambda x: lal_attention(*x), 1)
+    check_repeats(lambda: tensors(16), lambda x: lal_attention(*x, softcap=3.0, window=7, scale=0.3), 1)
+
+
+@scenario
+def decoding_is_repeated():
+    check_repeats(tensors, lambda x: lal_attention(*x), 1)
+    make = lambda: [*tensors(), *options().values()]  # noqa: E731
+    check_repeats(make, lambda x: lal_attention(*x[:5], audio_lengths=x[5], text_start=x[6]), 1)
+    index = lambda: [*tensors(), torch.tensor([1, 0]), torch.tensor([16, 9])]  # noqa: E731
+    check_repeats(index, lambda x: lal_attention(*x[:5], audio_index=x[5], text_end=x[6]), 1)
+    visible = lambda: [*tensors(), torch.zeros(2, 20, dtype=torch.int64)]  # noqa: E731
+    check_repeats(visible, lambda x: lal_attention(*x[:5], audio_visible_from=x[5]), 1)
+
+
+@scenario
+def backward_is_repeated():
+    make = lambda: tensors(16, grad=True)  # noqa: E731
+    check_repeats(make, backward, 3)
+    check_repeats(make, lambda x: backward(x, with_lse=True), 3)
+    frozen = lambda: [t.requires_grad_(i in (1, 4)) for i, t in enumerate(tensors(16))]  # noqa: E731
+    check_repeats(frozen, lambda x: backward(x, slice(1, 5, 3)), 3)
+
+
+@scenario
+def audio_kv_is_repeated():
+    def make(layers=None, grad=False):
+        of = lambda *shape: torch.randn(shape).to(torch.bfloat16).requires_grad_(grad)  # noqa: E731
+        weights = [(64,), (HKV * D, 64), (HKV * D, 64), (D,)]
+        per_layer = [of(*s) if layers is None else [of(*s) for _ in range(layers)] for s in weights]
+        return [of(2, 20, 64), *per_layer, torch.randn(20, D), torch.randn(20, D)]
+
+    def call(x):
+        states, norm, k, v, head_norm, cos, sin = x
+        return audio_kv(states, norm, k, v, num_kv_heads=HKV, eps=1e-5, k_norm_weight=head_norm, cos=cos, sin=sin)
+
+    def with_gradients(x):
+        key, value = call(x)
+        torch.autograd.backward([key, value], [torch.ones_like(key), torch.ones_like(value)])
+
+    for make_one, run, count in (
+        (make, call, 2), (lambda: make(grad=True), call, 2), (lambda: make(grad=True), with_gradients, 5),
+    ):  # fmt: skip
+        run(make_one())
+        assert long_launches(lambda: run(make_one())) == 0  # noqa: B023
+        given = make_one()
+        repeated = launched(lambda: run(given))  # noqa: B023
+        with the_long_way():
+            same(repeated, launched(lambda: run(given)), [])  # noqa: B023
+        assert len(repeated) == count
+    call(make(3))
+    assert long_launches(lambda: call(make(3))) == 0
+    turning = make()
+    call(turning)
+    turning[-1].requires_grad_()
+    must_raise(ValueError, "must not require gradients", lambda: call(turning))
+
+
+@scenario
+def a_growing_cache_is_no_miss():
+    call = lambda x: lal_attention(*x[:5], **options(), window=x[5])  # noqa: E731
+    for window in (None, 1000, 7):
+        call([*tensors(keys=32), window])
+        assert long_launches(lambda: [call([*tensors(keys=32 + n), window]) for n in range(100)]) == 0  # noqa: B023
+        for keys in (33, 90, 131):
+            given = [*tensors(keys=keys), window]
+            repeated = launched(lambda: call(given))  # noqa: B023
+            with the_long_way():
+                same(repeated, launched(lambda: call(given)), [])  # noqa: B023
+    # The prefill too, where it follows a cache.
+    lal_attention(*tensors(16, 32))
+    assert long_launches(lambda: [lal_attention(*tensors(16, 32 + n)) for n in range(20)]) == 0
+    must_raise(ValueError, "S must be at least T", lambda: lal_attention(*tensors(16, 8)))
+    short_value = tensors(keys=40)
+    short_value[2] = short_value[2][:, :, :39]
+    must_raise(ValueError, "value must be of key's shape", lambda: lal_attention(*short_value))
+
+
+@scenario
+def a_window_is_met_as_the_text_grows_past_it():
+    call = lambda keys: launched(lambda: lal_attention(*tensors(keys=keys), window=40))  # noqa: E731
+    for keys in (38, 39, 40, 41, 42):
+        got = call(keys)
+        with the_long_way():
+            same(got, call(keys), [])
+
+
+@scenario
+def a_repetition_allocates_its_outputs():
+    plain, decoding, leaves, given = tensors(16), tensors(), tensors(16, grad=True), options()
+    for call in (lambda: lal_attention(*plain), lambda: lal_attention(*decoding, **given)):
+        call()
+        with allocations() as made:
+            call()
+        assert len(made) == 2, made
+    for _ in range(2):
+        out = lal_attention(*leaves)
+        upstream = torch.ones_like(out)
+        with allocations() as made:
+            torch.autograd.grad(out, leaves, upstream)
+    assert made == ["empty_like"] * 6, made  # five gradients, and delta
+
+
+@scenario
+def a_repetition_makes_few_python_calls():
+    plain, decoding, leaves = tensors(16), tensors(), tensors(16, grad=True)
+    given = options()
+    assert python_calls(lambda: lal_attention(*plain)) <= 40
+    assert python_calls(lambda: lal_attention(*decoding, **given)) <= 40
+    assert python_calls(lambda: lal_attention(*leaves)) <= 60
+    upstream = torch.ones(2, 16, HQ, D, dtype=torch.bfloat16).transpose(1, 2)
+    lal_attention(*leaves)
+    both = python_calls(lambda: torch.autograd.grad(lal_attention(*leaves), leaves, upstream))
+    assert both <= 140, both
+
+
+if __name__ == "__main__":
+    main()
