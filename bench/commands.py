@@ -239,13 +239,34 @@ def microbench(
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Time spent on each measurement.  [default: 0.2]")] = None,
     once: Annotated[bool, typer.Option("--once", help="Run one --op at one --shape once, for a profiler.")] = False,
-    json: Annotated[Path | None, typer.Option(help="File for the results, as pytest-benchmark writes them.")] = None,
+    host: Annotated[
+        bool, typer.Option("--host", help="The host's time of a call instead; without a GPU on a stand-in for one.")
+    ] = False,
+    json: Annotated[
+        Path | None, typer.Option(help="File for the results, as pytest-benchmark writes them; other with --host.")
+    ] = None,
 ) -> None:
     """Time the kernels beside what else computes the same, and against this machine's limit.
 
     On a CPU it compares the portable path with PyTorch's attention on concatenated tensors. A result is checked against
     the definition in float64 before it is timed. The exit code is 1 if one was wrong, or broke the device.
+
+    With --host, measure what a call takes of the host's time, before and while the GPU computes. It takes --device,
+    where cpu is the stand-in, --seconds, by default 1, and --json.
     """
+    if host:
+        excluded = {
+            "model": model, "op": op, "audio-tokens": audio_tokens, "shape": shape, "peers": peers, "tile": tile,
+            "dtype": None if dtype == "auto" else dtype, "once": once or None,
+        }  # fmt: skip
+        if stray := _left_out_if_none(**excluded):
+            raise UserError(f"--host must not be given with --{next(iter(stray))}")
+        from palkernels.bench.kernels import host as host_time
+
+        clean_up_when_ended()
+        host_time.run(host_time.Options(device, seconds, json), _console())
+        return
+
     from palkernels.bench.kernels.cases import OPS
     from palkernels.bench.kernels.microbench import Options, run
 

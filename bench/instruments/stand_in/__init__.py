@@ -30,12 +30,13 @@ __all__ = ["DEVICES", "LIMITS", "Launch", "child_environment", "enter", "launche
 
 DEVICES = 2  # as many as torch.cuda counts
 LIMITS = (
-    "no kernel runs: results are memory as it happened to be",
-    "times are the host's on this machine's processor, without what the CUDA driver takes for a launch",
-    "waiting for a GPU, copies to it and CUDA's allocator are not in them: PyTorch's allocator for CPUs answers",
-    "PyTorch's own operations on these tensors run on the CPU, within the time",
-    "a backward pass runs on the calling thread, not on the one that autograd has for a GPU",
+    "no kernel runs, and results are memory as it happened to be",
+    "times are those of this machine's processor, without what the CUDA driver takes for a launch",
+    "PyTorch's allocator for CPUs answers instead of CUDA's, and nothing waits for a GPU",
+    "a backward pass runs on the calling thread, where a GPU's has a thread of its own",
+    "PyTorch's own operations run on the CPU, within the time",
 )
+
 
 stream = 0  # the handle of the current stream; 0 is the default stream
 capturing = False  # whether the current stream is being captured

@@ -4,15 +4,19 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from palkernels.bench.instruments import stand_in
+from palkernels.bench.instruments.stand_in import build
 
 
-def child(script, **environment):
-    """Run a script, and return what it prints as JSON; of one that failed the process."""
+def child(script):
+    """Run a script in the stand-in's environment, and return what it prints as JSON."""
     command = [sys.executable, "-P", "-W", "error:CUDA initialization", "-c", script]
-    environment = stand_in.child_environment() | environment
+    environment = stand_in.child_environment()
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    return json.loads(done.stdout) if done.returncode == 0 else done
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 LAUNCHES = """
@@ -74,3 +78,61 @@ def test_what_is_launched():
         "device": 1,
         "capturing": True,
     }
+
+
+ENTER = """
+import json, os, sys
+import torch
+from palkernels import devices
+from palkernels.bench.errors import UserError
+from palkernels.bench.instruments import stand_in
+{before}
+try:
+    stand_in.enter()
+    result = "entered"
+except UserError as error:
+    result = str(error)
+print(json.dumps([result, devices.kernel_device]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        ("torch.cuda.is_available = lambda: True", "the stand-in must be entered without a GPU"),
+        ("torch.cuda._initialized = True", "the stand-in must be entered before torch.cuda is used"),
+        ("os.environ['TRITON_INTERPRET'] = '1'", "the stand-in must be entered without TRITON_INTERPRET=1"),
+        ("sys.modules['triton'] = None", "the stand-in must have triton, got: "),
+    ],
+)
+def test_refused(before, message):
+    result, kernel_device = child(ENTER.format(before=before))
+    assert result.startswith(message)
+    assert kernel_device == "cuda"
+
+
+def test_another_driver_is_not_mistaken_for_it(tmp_path):
+    """The C launcher would call whatever libcuda.so.1 the process has loaded first."""
+    (tmp_path / "other.c").write_text("int cuInit(void) { return 100; }")
+    library = tmp_path / "libcuda.so.1"
+    command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", library, tmp_path / "other.c"]
+    subprocess.run(command, check=True)
+    before = f"import ctypes\nctypes.CDLL({str(library)!r}, mode=ctypes.RTLD_GLOBAL)"
+    result, kernel_device = child(ENTER.format(before=before))
+    assert (result, kernel_device) == ("no libcuda.so.1 must be loaded before the stand-in's, got one", "cuda")
+
+
+def test_entered_twice_and_asked_as_an_h200():
+    script = ENTER.format(before="stand_in.enter()") + (
+        "assert torch.cuda.get_device_capability(torch.zeros(1).device) == (9, 0)\n"
+        "assert torch.cuda.get_device_properties(1).multi_processor_count == 132\n"
+        "assert torch.cuda.device_count() == stand_in.DEVICES and torch.cuda.is_available()\n"
+        "torch.manual_seed(0); torch.cuda.synchronize(); torch.cuda.empty_cache()\n"
+        "torch.cuda.set_device(1)\n"
+        "assert (stand_in.device, torch.cuda.current_device(), torch._C._cuda_getCurrentRawStream(1)) == (1, 1, 0)\n"
+    )
+    assert child(script) == ["entered", "cpu"]
+
+
+def test_the_driver_is_in_the_wheel():
+    assert build.SOURCE.is_file()
