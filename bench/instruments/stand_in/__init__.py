@@ -113,12 +113,13 @@ class _Launch(ctypes.Structure):
 
 
 def _refuse() -> None:
-    if torch.cuda.is_initialized():
+    cuda: Any = torch.cuda  # parts of it have no types
+    if cuda.is_initialized():
         raise UserError("the stand-in must be entered before torch.cuda is used")
     asked = os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK")
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # which loads no driver of CUDA's
     try:
-        available = torch.cuda.is_available()
+        available = cuda.is_available()
     finally:
         del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
         if asked is not None:
@@ -189,7 +190,8 @@ class _Stream:
         return hash((self.stream_id, self.device_index))
 
     def __enter__(self) -> _Stream:
-        self._entered: Any = torch.cuda.stream(self)  # type: ignore[arg-type]
+        cuda: Any = torch.cuda
+        self._entered = cuda.stream(self)
         self._entered.__enter__()
         return self
 
