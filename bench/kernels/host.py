@@ -136,7 +136,8 @@ def _shape(row: dict[str, Any]) -> str:
 
 def _notes(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> list[str]:
     """Say what the implementations are, what the figures cannot show, and which of them were disturbed."""
-    notes = [f"{name}: {meaning}." for name, meaning in conditions["implementations"].items()]
+    notes = ["'slower' is the time over palkernels'. 'launches': of Triton's kernels, by the stand-in's count."]
+    notes += [f"{name}: {meaning}." for name, meaning in conditions["implementations"].items()]
     backends = dict.fromkeys(row["backend"] for row in rows if row["backend"])
     notes.append(f"SDPA's backend: {', '.join(backends)}.")
     if conditions["cannot_show"]:

@@ -147,7 +147,7 @@ def test_an_interrupted_run_leaves_no_process(tmp_path, monkeypatch, capfd):
     assert palkernels("microbench", "--host", "--device", "cpu", "--json", path) == 130
     assert capfd.readouterr().err == "error: interrupted\n"
     (process,) = started
-    assert process.returncode == -9
+    assert process.wait(60) == -9  # a busy machine takes its time to end what was killed
     assert not path.parent.exists()
 
 
