@@ -113,17 +113,17 @@ def _print(document: dict[str, Any], console: Console) -> None:
 def _table(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> Table:
     columns = [Column("operation", text=True), Column("implementation", text=True)]
     columns += [Column(heading, "host us of a call") for heading in ("median", "p10", "p90")]
-    columns += [Column("slower"), Column("launches"), Column("shape", text=True)]
+    columns += [Column("times ours"), Column("launches"), Column("shape", text=True)]
     table = Table(f"The host's time of a call: {conditions['device']}, {conditions['cpu']}", columns)
     ours: dict[tuple[str, int], float] = {}
     for row in rows:
-        shape, median = row["shape"], row["host_microseconds"]
-        base = ours.setdefault((row["op"], shape["layers"]), median)  # palkernels comes first
+        median, case = row["host_microseconds"], (row["op"], row["shape"]["layers"])
+        times_ours = f"{median / ours[case]:.2f}x" if case in ours else ""
+        ours.setdefault(case, median)  # palkernels comes first
         times = [f"{row[key]:.1f}" for key in ("host_microseconds", "p10_microseconds", "p90_microseconds")]
-        name = "audio_kv, all layers" if shape["layers"] > 1 else row["op"]
-        launches = str(row["launches"] or "")
-        slower = "" if row["implementation"] == host_calls.OURS else f"{median / base:.2f}x"
-        table.rows.append([name, row["implementation"], *times, slower, launches, _shape(row)])
+        table.rows.append(
+            [row["op"], row["implementation"], *times, times_ours, str(row["launches"] or ""), _shape(row)]
+        )
     return table
 
 
@@ -136,7 +136,7 @@ def _shape(row: dict[str, Any]) -> str:
 
 def _notes(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> list[str]:
     """Say what the implementations are, what the figures cannot show, and which of them were disturbed."""
-    notes = ["'slower' is the time over palkernels'. 'launches': of Triton's kernels, by the stand-in's count."]
+    notes = ["'times ours': the time over palkernels'. 'launches': of Triton's kernels, by the stand-in's count."]
     notes += [f"{name}: {meaning}." for name, meaning in conditions["implementations"].items()]
     backends = dict.fromkeys(row["backend"] for row in rows if row["backend"])
     notes.append(f"SDPA's backend: {', '.join(backends)}.")

@@ -36,16 +36,18 @@ __all__ = ["IMPLEMENTATIONS", "OPS", "OURS", "STAND_IN", "Row", "Shape", "rows"]
 STAND_IN = "stand-in"
 OPS = ("forward", "decode", "forward_with_gradients", "backward", "audio_kv")
 OURS, GROWN, SDPA, CAT_SDPA, EAGER = "palkernels", "palkernels (grown)", "sdpa", "cat + sdpa", "eager"
+LAYERS, ALL_LAYERS = 16, " (all layers)"
 IMPLEMENTATIONS = {
     OURS: "lal_attention or audio_kv, a call like the one before it",
     GROWN: "the text's keys and values have one token more than in the call before, and so other strides",
     SDPA: "F.scaled_dot_product_attention on the text alone",
     CAT_SDPA: "the same after audio and text were concatenated",
-    EAGER: "RMSNorm, Linear and RoPE in PyTorch, layer by layer; on a CPU RMSNorm is several operations, on a GPU one",
+    EAGER: "RMSNorm, Linear and RoPE in PyTorch; on a CPU RMSNorm is several operations, on a GPU one",
+    OURS + ALL_LAYERS: f"{LAYERS} layers by one call of audio_kv",
+    EAGER + ALL_LAYERS: f"{LAYERS} layers, one after the other",
 }
 WITH_GRADIENTS = ("forward_with_gradients", "backward")
 LONGEST = 8192  # text keys that a growing cache reaches before it starts anew: more than any cache of plans holds
-LAYERS = 16
 LIMITS = (
     *stand_in.LIMITS,
     "so SDPA, eager and audio_kv have tensors there so small that computing vanishes",
@@ -100,10 +102,10 @@ def rows(device: torch.device, on_stand_in: bool) -> Iterator[Row]:
         if op == "decode":
             yield Row(op, GROWN, full, _growing(full, device))
         yield from _sdpa(op, peers, device, on_stand_in)
-    for layers in (1, LAYERS):
+    for layers, suffix in ((1, ""), (LAYERS, ALL_LAYERS)):
         shape = replace(SMALL_PROJECTION if on_stand_in else DECODE, layers=layers)
         for name, call in _projections(shape, device).items():
-            yield Row("audio_kv", name, shape, _batches("audio_kv", call))
+            yield Row("audio_kv", name + suffix, shape, _batches("audio_kv", call))
 
 
 def _inputs(shape: Shape, device: torch.device, op: str) -> list[Tensor]:

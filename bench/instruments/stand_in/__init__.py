@@ -7,7 +7,7 @@ in a process of its own: it replaces functions of torch, for good.
     python -c "from palkernels.bench.instruments import stand_in; stand_in.enter(); ..."
 
 What it cannot show is in LIMITS. `stream`, `capturing` and `device` say what torch.cuda tells of the current stream
-and device, and may be set: `stand_in.stream = 7`.
+and device, and may be set: `stand_in.stream = 7`. All threads have them in common.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from palkernels.bench.instruments.stand_in.build import LIBRARY, build_driver
 __all__ = ["DEVICES", "LIMITS", "Launch", "child_environment", "enter", "launched", "launches"]
 
 DEVICES = 2  # as many as torch.cuda counts
+KEPT = 4096  # launches, as in driver.c
 LIMITS = (
     "no kernel runs, and results are memory as it happened to be",
     "times are those of this machine's processor, without what the CUDA driver takes for a launch",
@@ -98,8 +99,9 @@ def launches() -> int:
 
 
 def launched(since: int = 0) -> list[Launch]:
-    """Return the launches from number `since` on; at most the newest 4,096 are kept."""
-    kept = (_driver.stand_in_launch(number).contents for number in range(since, launches()))
+    """Return the launches from number `since` on, as far as they are kept: the newest 4,096."""
+    first = max(since, launches() - KEPT)
+    kept = (_driver.stand_in_launch(number).contents for number in range(first, launches()))
     return [Launch(x.kernel.decode(), x.stream, tuple(x.grid), tuple(x.parameters[: x.num_parameters])) for x in kept]
 
 
