@@ -134,7 +134,7 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
             settings: the other arguments of PalConfig.
 
         Raises:
-            TypeError, ValueError: the parts do not fit each other.
+            TypeError, ValueError: the parts do not fit each other, or PalConfig has no such argument.
         """
         token, vocabulary = settings.get("audio_token_id"), language_model.config.get_text_config().vocab_size
         if isinstance(token, int) and token >= vocabulary:

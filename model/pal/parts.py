@@ -5,6 +5,7 @@ tower, such as features and lengths, are dealt out to the entries by :func:`by_e
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
@@ -130,7 +131,14 @@ def _build_connector(entry: dict[str, Any], input_sizes: list[int], hidden_size:
 
 def with_attention_of_encoders(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a config's settings, whose ``attn_implementation`` asks nothing of a language model that is there already,
-    and what it asks of all parts: a config would change the language model before another part refuses."""
+    and what it asks of all parts: a config would change the language model before another part refuses.
+
+    Raises:
+        TypeError: a setting is not one of :class:`PalConfig`, which keeps any name, as transformers' configs do.
+    """
+    known = {field.name for field in fields(PalConfig)} | {"attn_implementation"}
+    if unknown := sorted(set(settings) - known):
+        raise TypeError(f"settings must be arguments of PalConfig, got {', '.join(map(repr, unknown))}")
     names = attention_by_part(settings.get("attn_implementation") or {})
     settings = {name: value for name, value in settings.items() if name != "attn_implementation"}
     return settings | ({"attn_implementation": {"encoders": names["encoders"]}} if "encoders" in names else {}), names

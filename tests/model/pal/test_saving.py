@@ -135,3 +135,5 @@ def test_from_parts(tmp_path):
         PalForConditionalGeneration.from_parts(
             language_model, entries, [None, tower], audio_token_id=AUDIO_ID, freeze_encoders=False
         )
+    with pytest.raises(TypeError, match="settings must be arguments of PalConfig, got 'summary_token'"):
+        PalForConditionalGeneration.from_parts(language_model, [entry("whisper")], summary_token=4)
