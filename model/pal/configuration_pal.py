@@ -13,7 +13,7 @@ __all__ = ["PalConfig", "attention_by_part", "complete_entry"]
 
 INTEGRATIONS = ("lal", "plits", "flamingo")
 PROJECTIONS = ("shared", "per_layer")
-ENTRY_KEYS = ("type", "config", "integration", "connector")
+REQUIRED_KEYS, OPTIONAL_KEYS = ("type", "connector"), ("config", "integration")
 ATTENTION_KEYS = ("", "text_config", "encoders")
 
 
@@ -177,9 +177,16 @@ def complete_entry(caller_entry: Any, width: int | None = None) -> dict[str, Any
     Raises:
         ValueError: The entry is malformed.
     """
-    keys = set(caller_entry) if isinstance(caller_entry, dict) else set()
-    if not {"type", "connector"} <= keys <= set(ENTRY_KEYS):
-        raise ValueError(f"an entry of encoders must have the keys {_names(ENTRY_KEYS, 'and')}, got {caller_entry!r}")
+    if not isinstance(caller_entry, dict):
+        raise ValueError(f"an entry of encoders must be a dict, got {type(caller_entry).__name__}")
+    missing = [name for name in REQUIRED_KEYS if name not in caller_entry]
+    unknown = [name for name in caller_entry if name not in REQUIRED_KEYS + OPTIONAL_KEYS]
+    if missing or unknown:
+        got = [f"no {name!r}" for name in missing] + [repr(name) for name in unknown]
+        raise ValueError(
+            f"an entry of encoders must have the keys {_names(REQUIRED_KEYS, 'and')}, and may have "
+            f"{_names(OPTIONAL_KEYS, 'and')}, got {', '.join(got)}"
+        )
     entry: dict[str, Any] = {"integration": "lal", **copy.deepcopy(caller_entry)}
     several = isinstance(entry["type"], list | tuple)
     types = list(entry["type"]) if several else [entry["type"]]

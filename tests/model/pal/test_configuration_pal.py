@@ -45,8 +45,9 @@ def test_a_connector_says_which_towers_it_fuses(monkeypatch):
 
 WRONG = [
     ((), {}, "encoders must be a list of at least one entry"),
-    (({"type": "clap"},), {}, "an entry of encoders must have the keys"),
-    ((entry("clap") | {"kind": 1},), {}, "an entry of encoders must have the keys"),
+    (("clap",), {}, "an entry of encoders must be a dict, got str"),
+    (({"type": "clap"},), {}, 'must have the keys "type" and "connector", and may have .*, got no \'connector\'$'),
+    ((entry("clap") | {"kind": 1},), {}, "an entry of encoders must have the keys .*, got 'kind'$"),
     ((entry("clap") | {"type": "beats"},), {}, 'an encoder\'s type must be "whisper", "clap" or "sslam", got'),
     ((entry("clap") | {"integration": "x"},), {}, "integration must be"),
     ((entry("clap") | {"connector": {"type": "cnn"}},), {}, "a connector's type must be"),
