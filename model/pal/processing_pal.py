@@ -1,13 +1,14 @@
 """From texts and clips to the inputs that :class:`PalForConditionalGeneration` takes."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from palkernels.model.audio.limits import MAX_BYTES
+from palkernels.model.audio.limits import MAX_BYTES, AudioError
 from palkernels.model.audio.waveforms import waveform
 from palkernels.model.encoders.registry import TOWERS
 from palkernels.model.pal.configuration_pal import PalConfig, complete_entry
@@ -137,7 +138,8 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         texts: list[Any] = list(text) if is_list(text) else [text]
         if not texts or not all(isinstance(one, str) for one in texts):
             kinds = sorted({type(one).__name__ for one in texts}) or "none"
-            raise ValueError(f"text must be a string or a list of them, got {kinds}")
+            remedy = ": apply_chat_template(..., tokenize=True) takes messages" if {"dict", "list"} & set(kinds) else ""
+            raise ValueError(f"text must be a string or a list of them, got {kinds}{remedy}")
         labels = output_labels or labels_from is not None
         spans = ends_of_texts(labels_from or 0, texts) if labels else [[] for _ in texts]
         return self._batch(texts, audio, spans, read, labels=labels)
@@ -306,6 +308,9 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
     def _clips_of_texts(self, audio: Any, counts: list[int]) -> list[list[Any]]:
         """Return the clips of each text, as many as ``counts`` says that it has audio tokens."""
         clips = [] if audio is None else list(audio) if is_list(audio) else [audio]
+        innermost = clips[0] if clips and is_list(clips[0]) else clips
+        if is_list(audio) and innermost and isinstance(innermost[0], Real):
+            raise AudioError("audio must be a NumPy array, a tensor or a path, got a list of numbers")
         by_text = bool(clips) and all(map(is_list, clips))
         got: Any = [len(of_text) for of_text in clips] if by_text else len(clips)
         expected: Any = counts if by_text else sum(counts)

@@ -15,7 +15,7 @@ from support.audio_llm import AUDIO_TOKEN, TOKENIZER, entry, tone
 HOSTILE = {
     "rank 2": (torch.zeros(2, 100), 16_000, r"audio must have shape \(samples,\), one channel, got \(2, 100\)"),
     "rank 0": (numpy.float32(1), 16_000, "audio must be a NumPy array, a tensor or a path, got float32"),
-    "list": ([0.5], 16_000, "audio must be a NumPy array, a tensor or a path, got float"),
+    "list": ([0.5], 16_000, "audio must be a NumPy array, a tensor or a path, got a list of numbers"),
     "int16": (numpy.zeros(100, "i2"), 16_000, r"audio must be floating point, in \[-1, 1\] by custom, got int16"),
     "object": (numpy.array([None] * 9), 16_000, "audio must be floating point.*got object"),
     "complex": (torch.zeros(9, dtype=torch.complex64), 16_000, "audio must be floating point.*got torch.complex64"),

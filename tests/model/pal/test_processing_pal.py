@@ -90,6 +90,16 @@ def test_clips_for_each_text_or_in_one_list(both):
         both(AUDIO_TOKEN)
     with pytest.raises(ValueError, match="in the text, 0, got 1"):
         both("none", a, 16_000)
+    for numbers in ([0.1, 0.2], [[0.1, 0.2]], a.tolist()):
+        with pytest.raises(AudioError, match="audio must be a NumPy array, a tensor or a path, got a list of numbers"):
+            both(AUDIO_TOKEN, numbers, 16_000)
+
+
+def test_messages_in_place_of_a_text(both):
+    messages = [{"role": "user", "content": "hi"}]
+    for given in (messages, [messages]):
+        with pytest.raises(ValueError, match=r"must be a string or a list of them, got \['(dict|list)'\]: apply_chat_"):
+            both(given)
 
 
 def test_rates_and_kinds_of_clips(lal, tmp_path):
