@@ -35,7 +35,8 @@ def init(directory: Path, integration: str = "lal", seed: int = 0) -> None:
     if integration not in ("lal", "plits"):
         raise UserError(f"--integration must be lal or plits, got {integration!r}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{str(directory)!r} must be a new or empty directory, got one with something in it")
+        got = "one with something in it" if directory.is_dir() else "a file"
+        raise UserError(f"{str(directory)!r} must be a new or empty directory, got {got}")
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         hidden_size=64,

@@ -80,7 +80,8 @@ def test_every_mistake_is_one_line(made: Path, tmp_path: Path, capfd: pytest.Cap
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "text.wav").write_text("no sound")
     for arguments, message in (
-        (["init", made], "must be a new or empty directory"),
+        (["init", made], "must be a new or empty directory, got one with something in it"),
+        (["init", __file__], "must be a new or empty directory, got a file"),
         (["init", tmp_path / "new", "--integration", "x"], "--integration must be lal or plits, got 'x'"),
         (["ask", "--model", tmp_path / "empty", "?"], "--model must be a directory with a saved model"),
         (["ask", "--model", tmp_path / "other", "?"], "--model must be a saved audio LLM"),
