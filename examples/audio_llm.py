@@ -57,12 +57,12 @@ def main() -> None:
     plits, lal = prompts["audio_lengths"][0].tolist()
     print(f"a second of sound: {plits} tokens in place of placeholders, {lal} as keys and values alone")
 
-    answered = processor.apply_chat_template([conversation(clip, a) for a, clip in sounds.items()], **template)
-    labels = answered["input_ids"].clone()
-    labels[:, : prompts["input_ids"].shape[1]] = -100  # the loss is the answers'; both prompts are as long
+    # With labels: the loss is the answers'.
+    conversations = [conversation(clip, answer) for answer, clip in sounds.items()]
+    answered = processor.apply_chat_template(conversations, output_labels=True, **template)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     for step in range(41):
-        loss = model(**answered, labels=labels).loss
+        loss = model(**answered).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
