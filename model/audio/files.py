@@ -67,7 +67,8 @@ def load_audio(
     Warns:
         UserWarning: The file seems whole but for what a recorder writes last: a WAV or RF64 file states no length, or
             has chunks of odd length that are not padded; an MP3 has no Xing, Info or VBRI tag, or one that states less
-            than its frames hold; an OGG stream's last page is not marked as its end. All that is there is read.
+            than its frames hold; an OGG stream's last page is not marked as its end; a FLAC header states no
+            length. All that is there is read.
 
     Returns:
         float32 tensor (samples,) on the CPU, samples = ceil(frames * sampling_rate / the file's rate).
@@ -81,10 +82,9 @@ def load_audio(
         ModuleNotFoundError: soundfile or torchaudio cannot be imported.
 
     Damage is found where the format allows it: a checksum (FLAC, OGG), a stated length (WAV, FLAC, MP3 with a tag), a
-    frame that is not all there (MP3), an end mark (OGG). Without an end mark an OGG stream counts as cut short where
-    its last page is as full as the others and ends with a packet. A FLAC file whose header leaves the length open,
-    several streams in one OGG or FLAC file, and bytes behind a WAV file's samples that are in no chunk and may be
-    samples (4 KiB or more) are refused too.
+    frame that is not all there (MP3, FLAC), an end mark (OGG). Without an end mark an OGG stream counts as cut short
+    where its last page is as full as the others and ends with a packet. Several streams in one OGG or FLAC file, and
+    bytes behind a WAV file's samples that are in no chunk and may be samples (4 KiB or more) are refused too.
     """
     soundfile = import_audio_package("soundfile", "load_audio")
     import_audio_package("torchaudio", "load_audio")  # the same for every file, whether it is resampled or not

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import BinaryIO
 
-from palkernels.model.audio.inspection import Inspection, convert_with
+from palkernels.model.audio.inspection import Inspection, convert_with, cut_short
 from palkernels.model.audio.limits import AudioError
 
 __all__ = ["inspect_flac"]
@@ -12,13 +12,17 @@ __all__ = ["inspect_flac"]
 STREAM = b"fLaC\0\0\0\x22"  # how a stream begins, with the header of its first block; or with the bit of the last block
 LONE_STREAM = b"fLaC\x80\0\0\x22"
 LONGEST_FRAME = 2**20  # bytes searched for the last frame
+HEADERS_TRIED = 4  # the last frame's own, and bytes of its samples that look like one
 
 
 def inspect_flac(file: BinaryIO, start: int, name: str) -> Inspection:
     """Check that nothing follows the samples that a FLAC stream from `start` on states: libsndfile would not read it.
 
+    One that states none, as an encoder leaves it that cannot go back, has as many as its last frame says.
+
     Raises:
-        AudioError: There are more samples than stated, or several streams.
+        AudioError: There are more samples than stated, several streams, or none stated and a last frame that is not
+            all there.
     """
     file.seek(start)
     data = file.read()
@@ -33,7 +37,7 @@ def inspect_flac(file: BinaryIO, start: int, name: str) -> Inspection:
     fixed_block = int.from_bytes(data[8:10], "big")
     stated = int.from_bytes(data[21:26], "big") & (2**36 - 1)
     if not stated:
-        return Inspection()  # load_audio refuses a length that is left open
+        return _with_length(data, fixed_block, name)
     first, end = max(42, size - LONGEST_FRAME), size
     while (at := data.rfind(b"\xff", first, end)) >= 0:
         last_sample = _end_of_frame(data[at : at + 16].ljust(16, b"\0"), fixed_block)
@@ -44,6 +48,23 @@ def inspect_flac(file: BinaryIO, start: int, name: str) -> Inspection:
             break
         end = at
     return Inspection()
+
+
+def _with_length(data: bytes, fixed_block: int, name: str) -> Inspection:
+    """Return a stream that states no length with the one that its last frame tells, which must end where it does."""
+    size = len(data) - (128 if data[-128:-125] == b"TAG" else 0)  # ID3v1
+    first, end, tried = max(42, size - LONGEST_FRAME), size, 0
+    while tried < HEADERS_TRIED and (at := data.rfind(b"\xff", first, end)) >= 0:
+        last_sample, end = _end_of_frame(data[at : at + 16].ljust(16, b"\0"), fixed_block), at
+        if last_sample is None:
+            continue
+        if _crc16(data[at:size]) == 0 and last_sample < 2**36:
+            stated = (data[21] & 0xF0) << 32 | last_sample
+            return Inspection("a header that states no length", data[:21] + stated.to_bytes(5, "big") + data[26:])
+        tried += 1
+    if not tried:
+        return Inspection()  # no frame at all: load_audio refuses a length that is left open
+    raise cut_short(name, "it states no length, and its last frame is incomplete")
 
 
 def _end_of_frame(head: bytes, fixed_block: int) -> int | None:
@@ -78,4 +99,14 @@ def _crc8(data: bytes) -> int:
         value ^= byte
         for _ in range(8):
             value = (value << 1 ^ 0x07 if value & 0x80 else value << 1) & 0xFF
+    return value
+
+
+def _crc16(data: bytes) -> int:
+    """Return the checksum of a frame with its own behind it, which is 0 where it is whole."""
+    value = 0
+    for byte in data:
+        value ^= byte << 8
+        for _ in range(8):
+            value = (value << 1 ^ 0x8005 if value & 0x8000 else value << 1) & 0xFFFF
     return value

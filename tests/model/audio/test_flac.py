@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from support.sounds import RATE, noise, refusal, sine, write
 
-from palkernels.model import load_audio
+from palkernels.model import AudioError, load_audio
 
 
 @pytest.mark.parametrize("stated", [1, RATE // 2, RATE - 1])
@@ -23,6 +24,38 @@ def test_refuses_a_header_that_states_less(tmp_path: Path, stated: int, sound: n
     assert refusal(path).endswith(
         f"must state its length, got {stated} samples for 16000: ffmpeg -i in.flac out.wav converts it"
     )
+
+
+def left_open(data: bytes) -> bytes:
+    """The file as an encoder leaves it that writes to a pipe: without the 36 bits that count the samples."""
+    return data[:21] + bytes([data[21] & 0xF0]) + bytes(4) + data[26:]
+
+
+@pytest.mark.parametrize("tag", [b"", b"TAG" + bytes(125)], ids=["", "ID3v1"])
+@pytest.mark.parametrize("sound", [noise(), sine(), np.zeros(RATE)], ids=["noise", "sine", "silence"])
+def test_reads_all_where_the_header_states_no_length(tmp_path: Path, sound: np.ndarray, tag: bytes) -> None:
+    path = write(tmp_path / "a", sound, format="FLAC")
+    whole = load_audio(path, strict=True)
+    path.write_bytes(left_open(path.read_bytes()) + tag)
+    with pytest.warns(UserWarning, match=r"got a header that states no length: 1\.00 s are read"):
+        assert torch.equal(load_audio(path), whole)
+    with pytest.raises(AudioError, match="must be free of faults with strict=True, got a header that states no length"):
+        load_audio(path, strict=True)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.999])
+def test_refuses_one_that_states_no_length_and_is_cut_short(tmp_path: Path, kept: float) -> None:
+    path = write(tmp_path / "a", noise(), format="FLAC")
+    data = left_open(path.read_bytes())
+    path.write_bytes(data[: int(len(data) * kept)])
+    assert refusal(path).endswith("got one cut short: it states no length, and its last frame is incomplete")
+
+
+def test_refuses_one_that_states_no_length_and_has_no_frame(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", noise(), format="FLAC")
+    data = left_open(path.read_bytes())
+    path.write_bytes(data[: data.index(b"\xff\xf8", 42)])
+    assert refusal(path).endswith("must state its length, got a header that leaves it open")
 
 
 def test_refuses_two_files_in_a_row(tmp_path: Path) -> None:
