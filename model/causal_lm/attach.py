@@ -46,9 +46,13 @@ def attach(
             There is one for every layer that takes audio, or None where all share the connector's output.
 
     Raises:
-        TypeError, ValueError: the model or the config is not supported; the message names the model and the reason.
+        TypeError, ValueError: the model or the config is not supported, or a connector is no module; the message names
+            the model and the reason.
     """
     config = LalConfig() if config is None else config
+    for name, module in [("connector", connector), *(("a projector", x) for x in (projectors or {}).values())]:
+        if module is not None and not isinstance(module, nn.Module):  # weights inside it would not be the model's
+            raise TypeError(f"{name} must be an nn.Module, got {type(module).__name__}")
     model = base_model(model)
     saved = None
     if isinstance(config, str | os.PathLike):

@@ -234,6 +234,15 @@ def test_a_batch_without_audio_gives_it_gradients_of_zero(checkpointing):
     assert torch.equal(model(ids).logits, stock.eval()(ids).logits)
 
 
+def test_refuses_functions():
+    """The model would neither train nor save the weights that one uses."""
+    inner, model = torch.nn.Linear(10, 64), build("llama")
+    with pytest.raises(TypeError, match=r"connector must be an nn\.Module, got function"):
+        attach(model, connector=lambda states: inner(states))
+    with pytest.raises(TypeError, match=r"a projector must be an nn\.Module, got function"):
+        attach(model, projectors=dict.fromkeys(range(model.config.num_hidden_layers), lambda states: states))
+
+
 def test_compiled_whole():
     """With the connector in the graph, and without audio."""
     model, _, batches = with_connector()
