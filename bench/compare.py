@@ -10,14 +10,19 @@ from rich.console import Console
 
 from palkernels.bench.report.conditions import mode_title, short
 from palkernels.bench.report.document import POINT, Row, read
-from palkernels.bench.report.points import ABOVE_STATIC, MEMORY, RATE, relative, value
+from palkernels.bench.report.points import ABOVE_STATIC, EAGER_RATE, MEMORY, RATE, has_eager, relative, value
 from palkernels.bench.report.roles import label
 from palkernels.bench.report.table import Column, Table, gib, number
 from palkernels.bench.report.terminal import print_table
 
 __all__ = ["Comparison", "differences", "match_points", "ratio", "run"]
 
-FIGURES = {MEMORY: ("peak, GiB", gib), ABOVE_STATIC: ("above static, GiB", gib), RATE: ("samples/s", number)}
+FIGURES = {
+    MEMORY: ("peak, GiB", gib),
+    ABOVE_STATIC: ("above static, GiB", gib),
+    RATE: ("samples/s", number),
+    EAGER_RATE: ("samples/s, eager", number),
+}
 NOT_COMPARED = ("options", "reductions")  # conditions whose consequences are compared instead
 
 
@@ -121,12 +126,14 @@ def _table(mode: str, pairs: list[tuple[Row, Row]]) -> Table:
     with_device = any(_device(pair) for pair in pairs)
     columns = [Column("audio tokens"), *(Column(key.replace("_", " "), text=key == "dtype") for key in varying)]
     columns += [Column("method", text=True), *[Column("device", text=True)] * with_device]
-    columns += [Column(heading, group) for group, _ in FIGURES.values() for heading in ("A", "B", "B/A")]
+    rows = [row for pair in pairs for row in pair]
+    figures = {key: about for key, about in FIGURES.items() if key != EAGER_RATE or has_eager(rows)}
+    columns += [Column(heading, group) for group, _ in figures.values() for heading in ("A", "B", "B/A")]
     table = Table(mode_title(mode), columns)
     for a, b in pairs:
         cells = [f"{a['audio_tokens']:,}", *(str(a[key]) for key in varying), label(a["method"])]
         cells += [short(_device((a, b)))] * with_device
-        for key, (_, write) in FIGURES.items():
+        for key, (_, write) in figures.items():
             is_first = key == MEMORY  # where a status stands instead
             cells += [row["status"] if is_first and row["status"] != "ok" else write(value(row, key)) for row in (a, b)]
             quotient = ratio(a, b, key)

@@ -20,11 +20,10 @@ from PIL import Image
 from palkernels.bench.kernels.output import timed_twice
 from palkernels.bench.kernels.peers import OURS as OUR_KERNELS
 from palkernels.bench.methods import DEFAULT_METHODS
-from palkernels.bench.report import plot, tables
-from palkernels.bench.report.conditions import command, depth, rates, short, title
-from palkernels.bench.report.document import GIB
+from palkernels.bench.report import plot, predictions, tables
+from palkernels.bench.report.conditions import command, depth, host, rates, short, title
 from palkernels.bench.report.markdown import to_markdown
-from palkernels.bench.report.points import MEMORY, RATE, Points
+from palkernels.bench.report.points import EAGER_RATE, MEMORY, RATE, Points
 from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OURS, about, against, label
 from palkernels.bench.report.table import Column, Table, change, factor, gib, number
 
@@ -43,14 +42,19 @@ def headline(measurement: Document, simulation: Document, kernels: Document) -> 
     assert measurement["meta"]["device_name"] == GPU
     columns = [Column(f"{model}, {LENGTH:,} audio tokens", text=True), Column("on", text=True)]
     table = Table("", columns + [Column(heading, text=True) for heading in ("instead of", "LAL", "gain")])
-    sources = (("measured", Points(measurement["rows"]), ()), ("simulated", Points(simulation["rows"]), (GPU,)))
+    predicted_points = Points(simulation["rows"])
+    sources = (
+        ("measured", Points(measurement["rows"]), RATE, ()),
+        ("simulated, eager", predicted_points, EAGER_RATE, (GPU,)),
+        ("simulated, captured", predicted_points, RATE, (GPU,)),
+    )
     for mode, name in zip(MODES, ("training step", "inference"), strict=True):
-        for how, points, gpu in sources:
+        for how, points, speed, gpu in sources:
             figures = []
             for method in (BASELINE, OURS):
-                memory, rate = (points.value(key, mode, method, LENGTH, *gpu) for key in (MEMORY, RATE))
+                memory, rate = (points.value(key, mode, method, LENGTH, *gpu) for key in (MEMORY, speed))
                 figures.append(f"{gib(memory)} GiB, {number(rate)} samples/s")
-            less, more = (points.change(key, mode, OURS, BASELINE, LENGTH, *gpu) for key in (MEMORY, RATE))
+            less, more = (points.change(key, mode, OURS, BASELINE, LENGTH, *gpu) for key in (MEMORY, speed))
             gain = f"**{change(less)}** memory, **{factor(more)}** throughput"
             table.rows.append([name, f"{short(GPU)}, {how}", f"{label(BASELINE)}: {figures[0]}", figures[1], gain])
     peer = "cat + SDPA (flash)"
@@ -95,27 +99,13 @@ def measured(document: Document) -> str:
 
 
 def predicted(measurement: Document, simulation: Document) -> str:
-    """A row for each method and mode at one number of audio tokens: the simulated peak of memory beside the measured
-    one, and the share of the simulated throughput that was measured."""
-    real, least = Points(measurement["rows"]), Points(simulation["rows"])
-    columns = [Column("", text=True)]
-    for group in ("training", "inference"):
-        columns += [Column(heading, group) for heading in ("GiB simulated", "GiB measured", "off by", "of the rate")]
-    table = Table("", columns)
-    for method in _compared(real):
-        cells = [label(method)]
-        for mode in MODES:
-            size = least.value(MEMORY, mode, method, LENGTH, GPU)
-            # The simulation has no optimizer: AdamW keeps two moments for each parameter.
-            if size is not None and mode == "train":
-                size += 2 * least.row(mode, method, LENGTH, GPU)["memory_breakdown"]["parameters"] / GIB
-            peak = real.value(MEMORY, mode, method, LENGTH)
-            rates = real.value(RATE, mode, method, LENGTH), least.value(RATE, mode, method, LENGTH, GPU)
-            both = size is not None and peak is not None
-            cells += [gib(size), gib(peak), change(peak / size - 1) if both else ""]
-            cells.append(f"{rates[0] / rates[1]:.0%}" if None not in rates else "")
-        table.rows.append(cells)
-    return to_markdown(table)
+    points = Points(measurement["rows"]), Points(simulation["rows"])
+    return to_markdown(predictions.memory(*points, LENGTH, GPU))
+
+
+def predicted_rates(measurement: Document, simulation: Document) -> str:
+    points = Points(measurement["rows"]), Points(simulation["rows"])
+    return to_markdown(predictions.throughput(*points, LENGTH, GPU))
 
 
 def simulated(*documents: Document) -> str:
@@ -125,20 +115,22 @@ def simulated(*documents: Document) -> str:
     devices = models[0][1].devices
     table = Table("", [Column("", text=True), Column("model", text=True), Column("audio tokens")])
     table.columns += [Column(label(method), "GiB with") for method in (*BASELINES, OURS)]
-    for group in ("memory", *map(short, devices)):
+    speeds = [*((RATE, gpu) for gpu in devices), (EAGER_RATE, GPU)]
+    for group in ("memory", *map(short, devices), f"{short(GPU)} eager"):
         table.columns += [Column(against(base), group) for base in BASELINES]
     for mode in MODES:
         for model, points in models:
             for count in points.counts(mode):
                 sizes = [points.value(MEMORY, mode, method, count) for method in (*BASELINES, OURS)]
                 less = [points.change(MEMORY, mode, OURS, base, count) for base in BASELINES]
-                more = [points.change(RATE, mode, OURS, base, count, gpu) for gpu in devices for base in BASELINES]
+                more = [points.change(key, mode, OURS, base, count, gpu) for key, gpu in speeds for base in BASELINES]
                 cells = [*map(gib, sizes), *map(change, less), *map(factor, more)]
                 table.rows.append([mode, model, f"{count:,}", *cells])
     conditions = (
         f"All layers, {meta['dtype']}, training batch {meta['train_batch']}, inference batch {meta['infer_batch']}, "
-        f"{meta['text_tokens']} text tokens, {meta['new_tokens']} new tokens; {'; '.join(rates(meta))}; "
-        f"optimizer: {meta['optimizer']}. Peak memory in GiB, LAL's change of it, and LAL's throughput as a multiple:"
+        f"{meta['text_tokens']} text tokens, {meta['new_tokens']} new tokens; {'; '.join(rates(meta))}; {host(meta)}; "
+        f"optimizer: {meta['optimizer']}. Peak memory in GiB, LAL's change of it, and LAL's throughput as a multiple, "
+        "with captured graphs and in eager mode:"
     )
     return f"{conditions}\n\n{to_markdown(table)}"
 
@@ -148,19 +140,18 @@ def timed_again(before: Document, now: Document) -> str:
 
 
 def every_method(document: Document) -> str:
-    """A row for each method at one number of audio tokens: memory, and throughput on one GPU as a multiple."""
+    """A row for each method at one number of audio tokens: memory, and throughput on one GPU as multiples."""
     points = Points(document["rows"])
     table = Table("", [Column("", text=True)])
     for group in ("training", "inference"):
-        table.columns += [
-            Column(heading, group) for heading in ("GiB", against(BASELINE), f"{short(GPU)} {against(BASELINE)}")
-        ]
+        gains = [f"{on}{against(BASELINE)}" for on in ("", f"{short(GPU)} ", f"{short(GPU)} eager ")]
+        table.columns += [Column(heading, group) for heading in ("GiB", *gains)]
     for method in _compared(points):
         cells = [label(method)]
         for mode in MODES:
             cells.append(gib(points.value(MEMORY, mode, method, LENGTH)))
             cells.append(change(points.change(MEMORY, mode, method, BASELINE, LENGTH)))
-            cells.append(factor(points.change(RATE, mode, method, BASELINE, LENGTH, GPU)))
+            cells += [factor(points.change(key, mode, method, BASELINE, LENGTH, GPU)) for key in (RATE, EAGER_RATE)]
         table.rows.append(cells)
     return to_markdown(table)
 
@@ -290,6 +281,7 @@ ENTRIES = (
     Entry("docs/results.md", "compared", compared, ()),
     Entry("docs/results.md", "figure1-h200", measured, ("figure1-h200",)),
     Entry("docs/results.md", "predicted", predicted, ("figure1-h200", SIMULATED[0])),
+    Entry("docs/results.md", "predicted-rates", predicted_rates, ("figure1-h200", SIMULATED[0])),
     Entry("docs/results.md", "figure1-cpu", measured, ("figure1-cpu",)),
     Entry("docs/results.md", "figure1-cpu-llama", measured, ("figure1-cpu-llama-3.2-1b",)),
     Entry("docs/results.md", "short-clips", short_clips, ("figure1-cpu-clips",)),

@@ -27,18 +27,30 @@ def test_a_measured_table_says_how_deep_the_model_was(layers, said):
     assert table.splitlines()[-1].startswith("Made by `palkernels figure1 --audio 'my clip.wav' --model llama-3.2-1b")
 
 
+def median(row):
+    return row["samples_per_second"]["p50"]
+
+
+def eager(row):
+    return row["eager_samples_per_second"]
+
+
 def result(name):
     return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
 
 
-def test_the_headline_is_five_rows_of_the_results():
+def test_the_headline_is_seven_rows_of_the_results():
     names = ("figure1-h200", "simulate-llama-3.2-1b", "microbench-h200")
     measured, simulated, kernels = map(result, names)
     heading, _, *rows = update_docs.headline(measured, simulated, kernels).splitlines()
     assert heading.startswith("| llama-3.2-1b, 1,500 audio tokens | on |")
-    assert len(rows) == 5
-    where = [(mode, how) for mode in ("train", "infer") for how in ((measured, "measured"), (simulated, "simulated"))]
-    for line, (mode, (document, how)) in zip(rows, where, strict=False):
+    assert len(rows) == 7
+    sources = (
+        (measured, "measured", median), (simulated, "simulated, eager", eager),
+        (simulated, "simulated, captured", median),
+    )  # fmt: skip
+    where = [(mode, source) for mode in ("train", "infer") for source in sources]
+    for line, (mode, (document, how, rate)) in zip(rows, where, strict=False):
         plits, lal = (
             row
             for method in ("plits", "lal")
@@ -47,11 +59,11 @@ def test_the_headline_is_five_rows_of_the_results():
             and row.get("device", "NVIDIA H200") == "NVIDIA H200"
         )
         less = 1 - lal["peak_memory_bytes"] / plits["peak_memory_bytes"]
-        more = lal["samples_per_second"]["p50"] / plits["samples_per_second"]["p50"]
+        more = rate(lal) / rate(plits)
         assert f"| **-{100 * less:.1f} %** memory, **{more:.2f}x** throughput |" in line
         assert f"| PLITS: {plits['peak_memory_bytes'] / 2**30:.2f} GiB" in line
         assert f"| H200, {how} |" in line
-    assert "| H200, measured | cat + SDPA (flash): " in rows[4]
+    assert "| H200, measured | cat + SDPA (flash): " in rows[6]
 
 
 def test_the_simulated_memory_is_near_the_allocators():
@@ -63,6 +75,19 @@ def test_the_simulated_memory_is_near_the_allocators():
     assert all(0 <= error <= 1 for error in off)
     plits = next(line for line in lines if line.startswith("| PLITS |"))
     assert plits.startswith("| PLITS | 46.99 | 47.09 | +0.2 % | 81% | 4.18 | 4.21 |")
+
+
+def test_predictions_of_eager_mode_hold():
+    """Within a third of what an H200 did with 1,500 audio tokens, and LAL's loss in generation is predicted."""
+    lines = update_docs.predicted_rates(result("figure1-h200"), result("simulate-llama-3.2-1b")).splitlines()[2:]
+    assert len(lines) == len(DEFAULT_METHODS)
+    cells = {line.split(" | ")[0].removeprefix("| "): line.removesuffix(" |").split(" | ")[1:] for line in lines}
+    shares = [float(share) for row in cells.values() for share in (row[3], row[7])]
+    assert all(2 / 3 <= share <= 1.1 for share in shares)
+    lal, plits = (list(map(float, cells[name][4:7])) for name in ("LAL", "PLITS"))
+    assert lal[0] > 3 * plits[0]  # captured
+    assert lal[1] < plits[1]  # eager, and so it was measured
+    assert lal[2] < plits[2]
 
 
 def test_pictures_are_found_from_the_page():

@@ -1,8 +1,8 @@
 """`palkernels simulate`: what Figure 1 costs at full size on a GPU, predicted without one.
 
 Each point is one run in a model without values (`valueless`). All LLM weights train; the encoder is left out. This
-library's functions take their Triton path. The host, which in eager generation is often the slower one, is left out
-too.
+library's functions take their Triton path. Throughput is given twice: where each step is a captured CUDA graph, and in
+eager mode, where the host launches every kernel and is often the slower one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.experiments.measure import COMPARED, SERVING
 from palkernels.bench.experiments.settings import check_length, check_methods, run_conditions
 from palkernels.bench.experiments.valueless import ENCODER_WIDTH, ValuelessModel
-from palkernels.bench.instruments.rates import GPUS
+from palkernels.bench.instruments.rates import GPUS, HOST
 from palkernels.bench.methods import METHODS, MODES, Method
 from palkernels.bench.options import check_counts, check_text_tokens, dtype_name
 from palkernels.bench.presets import LlmPlan, plan_llm
 from palkernels.bench.report import document as results
 from palkernels.bench.report import files, fits
-from palkernels.bench.report.points import add_errors
-from palkernels.bench.report.serving import serving_row
+from palkernels.bench.report.points import EAGER_RATE, RATE, add_errors
+from palkernels.bench.report.serving import SERVING_FIGURES, serving_row
 from palkernels.bench.report.terminal import print_points
 
 __all__ = ["FILES", "LENGTHS", "OPTIMIZERS", "Options", "run", "simulate"]
@@ -179,9 +179,9 @@ def _rows(
         simulated = model.train(method, audio, text, batch_size, options.optimizer)
     else:
         simulated = model.infer(method, audio, text, batch_size, options.new_tokens)
-    rows = []
+    costs, rows = simulated.costs, []
     for key, gpu in GPUS.items():
-        rate = batch_size / simulated.costs[key]
+        rate = batch_size / sum(simulated.captured_seconds(key))
         rows.append(
             {
                 "method": method.name,
@@ -191,7 +191,8 @@ def _rows(
                 "batch_size": batch_size,
                 "dtype": dtype_name(model.dtype),
                 "impl": simulated.impl,
-                "samples_per_second": {"p50": rate, "samples": [rate]},
+                RATE: {"p50": rate, "samples": [rate]},
+                EAGER_RATE: batch_size / sum(simulated.eager_seconds(key)),
                 "peak_memory_bytes": simulated.peak_bytes,
                 "peak_above_static_bytes": simulated.peak_above_static_bytes,
                 "memory_source": "tracked tensor allocations, without values",
@@ -199,10 +200,12 @@ def _rows(
                 "status": "ok",
                 "device": gpu.name,
                 "memory_breakdown": simulated.memory_breakdown,
-                "attention_flops": round(simulated.costs["attention_flops"]),
-                "other_flops": round(simulated.costs["other_flops"]),
-                "traffic_bytes": round(simulated.costs["bytes"]),
-                "kernels": round(simulated.costs["kernels"]),
+                "attention_flops": round(costs["attention_flops"]),
+                "other_flops": round(costs["other_flops"]),
+                "traffic_bytes": round(costs["bytes"]),
+                "kernels": costs["kernels"],
+                "our_kernels": costs["our_kernels"],
+                "host_seconds": simulated.host_seconds,
             }
         )
     return rows
@@ -214,11 +217,13 @@ def _serving(options: Options, model: ValuelessModel, llm: LlmPlan) -> list[Call
     def simulate_point(name: str, clips: int, questions: int) -> list[results.Row]:
         method, new = METHODS[name], options.new_tokens
         simulated = model.infer(method, FIXED["audio_tokens"], FIXED["text_tokens"], questions, new, clips)
-        assert simulated.first_token is not None
         rows = []
         for key, gpu in GPUS.items():
-            first, rest = simulated.first_token[key], simulated.costs[key] - simulated.first_token[key]
-            row = serving_row(method, llm.config, model.dtype, clips, questions, FIXED, new, first, rest)
+            captured, eager = (
+                serving_row(method, llm.config, model.dtype, clips, questions, FIXED, new, first, sum(rest))
+                for first, *rest in (simulated.captured_seconds(key), simulated.eager_seconds(key))
+            )
+            row = captured | {f"eager_{figure}": eager[figure] for figure in SERVING_FIGURES}
             rows.append({**row, "peak_memory_bytes": simulated.peak_bytes, "source": "simulated", "device": gpu.name})
         return rows
 
@@ -237,6 +242,7 @@ def _meta(options: Options, llm: LlmPlan) -> dict[str, Any]:
             }
             for gpu in GPUS.values()
         },
+        "host_seconds_per_kernel": asdict(HOST),
         **run_conditions(llm),
         "text_tokens": options.text_tokens[0],
         "new_tokens": options.new_tokens,

@@ -1,7 +1,8 @@
 """A model without values, on which one training step or one generation shows what it costs.
 
 The real code of model and method runs on tensors that have shapes and no values (`shapes`). Peak memory is that of all
-its allocations (`memory`), time the least that a GPU needs for its FLOPs and bytes (`costs`).
+its allocations (`memory`). A step's time is the least that a GPU needs for its FLOPs and bytes (`costs`), or in eager
+mode the time in which its host launches the kernels, where that is longer.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from palkernels.bench.experiments.optimizer import make_adamw
-from palkernels.bench.instruments.costs import (
-    CostCounter,
-    Costs,
-)
+from palkernels.bench.instruments.costs import LAUNCHES, CostCounter, Costs
 from palkernels.bench.instruments.memory import AllocationTracker
+from palkernels.bench.instruments.rates import HOST
 from palkernels.bench.instruments.shapes import Shapes
 from palkernels.bench.methods import Batch, Method
 from palkernels.bench.presets import LlmPlan
@@ -41,8 +40,35 @@ class Simulation:
     peak_above_static_bytes: int
     memory_breakdown: dict[str, int]
     impl: str
-    costs: Costs
-    first_token: Costs | None = None  # up to the first token; None in training
+    steps: tuple[Costs, ...]  # one step of training; or all up to the first token, and each decoding step
+    training: bool
+
+    @property
+    def costs(self) -> Costs:
+        """The costs of all steps."""
+        return sum(self.steps, Costs())
+
+    @property
+    def first_token(self) -> Costs:
+        """The costs up to the first token, or of the training step."""
+        return self.steps[0]
+
+    @property
+    def host_seconds(self) -> float:
+        """The seconds in which the host launches all kernels, one by one."""
+        return sum(map(self._host_seconds, self.steps))
+
+    def captured_seconds(self, gpu: str) -> list[float]:
+        """Return each step's seconds on a GPU of `rates` where a step is one CUDA graph: the GPU's, and a launch."""
+        return [step[gpu] + HOST.seconds(1, 0, training=self.training) for step in self.steps]
+
+    def eager_seconds(self, gpu: str) -> list[float]:
+        """Return each step's seconds where the host launches every kernel: its own, or the GPU's if that is longer.
+        No step begins before the one before it has ended, as generation reads each token."""
+        return list(map(max, self.captured_seconds(gpu), map(self._host_seconds, self.steps)))
+
+    def _host_seconds(self, step: Costs) -> float:
+        return HOST.seconds(step["kernels"], step["our_kernels"], training=self.training)
 
 
 class ValuelessModel:
@@ -76,7 +102,8 @@ class ValuelessModel:
             breakdown = tracker.breakdown(parts, kept_at=0)
             for parameter in self.parameters:
                 parameter.grad = None
-        return Simulation(memory.peak_bytes, memory.peak_above_static_bytes, breakdown, impl, counter.segments[0])
+        peaks = memory.peak_bytes, memory.peak_above_static_bytes
+        return Simulation(*peaks, breakdown, impl, (counter.segments[0],), training=True)
 
     @torch.no_grad()
     def infer(
@@ -92,7 +119,8 @@ class ValuelessModel:
         """Simulate a prefill and `new_tokens` decoded tokens.
 
         At most `most_steps` decoding steps run. Caches grow by a token a step, so each of the others costs as much more
-        than the one before it as the second step does than the first.
+        than the one before it as the second step does than the first. Launches do not grow: the others make those of
+        the first, as the last step of a generation makes fewer.
         """
         with self.ready(method) as impl:
             parameters = [*self.parameters, *method.added_parameters(self.model)]
@@ -111,17 +139,14 @@ class ValuelessModel:
             before, prefill, *steps = counter.segments
             segments = [(0, 1), *((i + 2, i + 2) for i in range(len(steps)))]
             peaks = [Costs(tracker.breakdown({"parameters": parameters}, segment)) for segment in segments]
-        first_token = before + prefill
-        costs = first_token + sum(steps, Costs())
-        left_out = new_tokens - 1 - len(steps)
-        if left_out:
-            following, last = (_extrapolated(steps[0], steps[1], i) for i in (len(steps), new_tokens - 2))
-            mean = _extrapolated(following, last, 0.5)  # what grows evenly has the mean of its first and last
-            costs += Costs({name: left_out * cost for name, cost in mean.items()})
+        run = len(steps)
+        if run < new_tokens - 1:
+            steps += [_extrapolated(steps[0], steps[1], i) for i in range(run, new_tokens - 1)]
             peaks.append(_extrapolated(peaks[1], peaks[2], new_tokens - 2))
         breakdown = {name: round(size) for name, size in max(peaks, key=Costs.total).items()}
         peak = sum(breakdown.values())
-        return Simulation(peak, peak - breakdown["parameters"], breakdown, impl, costs, first_token)
+        above = peak - breakdown["parameters"]
+        return Simulation(peak, above, breakdown, impl, (before + prefill, *steps), training=False)
 
     def _batch(self, audio: int, text: int, batch_size: int, clips: int | None = None) -> Batch:
         clip = torch.empty(audio, self.width, dtype=self.dtype)
@@ -189,5 +214,6 @@ def _no_collection() -> Iterator[None]:
 
 
 def _extrapolated(first: Costs, second: Costs, steps: float) -> Costs:
-    """Return the costs `steps` after the first, if every step adds as much as the second did."""
-    return Costs({name: first[name] + (second[name] - first[name]) * steps for name in first | second})
+    """Return the costs `steps` after the first, if every step adds as much as the second did, but no launches."""
+    added = {name: (second[name] - first[name]) * steps for name in first | second}
+    return Costs({name: first[name] + (0 if name in LAUNCHES else more) for name, more in added.items()})

@@ -1,7 +1,7 @@
 """FLOPs and bytes of a block of PyTorch code, operation by operation, and the least time that a GPU needs for them.
 
 An operation reads its inputs and writes its outputs once; it takes the longer of its arithmetic and its traffic.
-Nothing is fused that PyTorch does not fuse. Views cost nothing, nor does what is integer alone.
+Nothing is fused that PyTorch does not fuse. Views cost nothing; what is integer alone costs its launch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from palkernels.bench.instruments.launches import our_launches, reads_value
 from palkernels.bench.instruments.rates import GPUS
 from palkernels.op_costs import arguments_by_name, tensor_bytes
 
-__all__ = ["CostCounter", "Costs"]
+__all__ = ["LAUNCHES", "CostCounter", "Costs"]
 
+LAUNCHES = ("kernels", "our_kernels")  # what Costs count of launches
 Arguments = dict[str, Any]  # of an operation, by the names of its schema
 aten = torch.ops.aten
 
@@ -34,7 +36,8 @@ OVERWRITES = (aten.zero_, aten.fill_, aten.copy_)
 
 
 class Costs(Counter[str]):
-    """Sums over operations: `attention_flops`, `other_flops`, `bytes`, `kernels`, and seconds by each GPU's key."""
+    """Sums over operations: `attention_flops`, `other_flops`, `bytes`, seconds by each GPU's key, and launched
+    `kernels`, of which `our_kernels` are this library's."""
 
 
 class CostCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -54,13 +57,18 @@ class CostCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        traffic = _traffic(func, arguments_by_name(func, args, kwargs), out)
+        arguments = arguments_by_name(func, args, kwargs)
+        written = _written(func, arguments, out)
+        costs = self.segments[-1]
+        launched = any(x.numel() for x in written) or reads_value(func)
+        pytorch, ours = our_launches(func, args, kwargs) or (int(launched), 0)
+        costs.update({"kernels": pytorch + ours, "our_kernels": ours})
+        traffic = _traffic(func, arguments, written)
         if not traffic:
             return out
         flops = _flops(func, args, kwargs, out)
         part = "attention" if func._schema.name.partition("::")[2].startswith(ATTENTION) else "other"
-        costs = self.segments[-1]
-        costs.update({f"{part}_flops": flops, "bytes": traffic, "kernels": 1})
+        costs.update({f"{part}_flops": flops, "bytes": traffic})
         costs.update({name: gpu.within_reach.seconds(flops, traffic) for name, gpu in GPUS.items()})
         return out
 
@@ -82,20 +90,23 @@ def _sdpa_flops(arguments: Arguments, *, backward: bool) -> int:
     return int((10 if backward else 4) * batch * heads * head_dim * pairs)
 
 
-def _traffic(func: Any, arguments: Arguments, out: Any) -> int:
-    """Return the bytes read and written, 0 for views and for operations on integers alone."""
-    packet = func._overloadpacket
-    inputs, outputs = _tensors(arguments), _tensors(out)
-    if packet in ALLOCATIONS or not any(x.is_floating_point() for x in (*inputs, *outputs)):
-        return 0
+def _written(func: Any, arguments: Arguments, out: Any) -> list[Tensor]:
+    """Return the tensors that an operation changes or computes; views and allocations have none."""
+    if func._overloadpacket in ALLOCATIONS:
+        return []
     if func._schema.is_mutable:
         mutated = [x.name for x in func._schema.arguments if x.alias_info is not None and x.alias_info.is_write]
-        outputs = _tensors([arguments.get(name) for name in mutated])
-    else:
-        storages = {id(x.untyped_storage()) for x in inputs}
-        outputs = [x for x in outputs if id(x.untyped_storage()) not in storages]
-        if not outputs:
-            return 0  # a view
+        return _tensors([arguments.get(name) for name in mutated])
+    storages = {id(x.untyped_storage()) for x in _tensors(arguments)}
+    return [x for x in _tensors(out) if id(x.untyped_storage()) not in storages]
+
+
+def _traffic(func: Any, arguments: Arguments, outputs: list[Tensor]) -> int:
+    """Return the bytes read and written, 0 for views and for operations on integers alone."""
+    packet = func._overloadpacket
+    inputs = _tensors(arguments)
+    if not outputs or not any(x.is_floating_point() for x in (*inputs, *outputs)):
+        return 0
     written = sum(map(tensor_bytes, outputs))
     if packet in SELECTIONS:
         return 2 * written

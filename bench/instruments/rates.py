@@ -1,4 +1,5 @@
-"""What devices do per second: GPUs by their data sheets, and this machine by a large product and a large copy."""
+"""What devices do per second: GPUs by their data sheets, this machine by a large product and a large copy. And what a
+GPU's host takes for a launch, by measured runs."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 
 from palkernels.bench.instruments.timing import fastest_seconds
 
-__all__ = ["GPUS", "Gpu", "Rates", "measure_rates"]
+__all__ = ["GPUS", "HOST", "Gpu", "Host", "Rates", "measure_rates"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,26 @@ GPUS = {
     "a100-80gb": Gpu("NVIDIA A100-SXM4-80GB", Rates(312e12, 2.039e12)),
     "h200": Gpu("NVIDIA H200", Rates(989e12, 4.8e12)),
 }
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a GPU's host takes to launch a kernel in eager mode, in seconds, with the Python around it."""
+
+    generating: float  # a kernel of PyTorch in a generation
+    training: float  # a kernel of PyTorch in a training step: autograd and AdamW have their part in it
+    ours: float  # a kernel of this library
+
+    def seconds(self, kernels: float, ours: float, *, training: bool) -> float:
+        """Return the time of launching `kernels`, of which `ours` are this library's, one after the other."""
+        return (kernels - ours) * (self.training if training else self.generating) + ours * self.ours
+
+
+# One H200's host, 2026-11 (bench/results). Stock code that waits for its host there, LAL, eager with 1,500 audio
+# tokens, took 369 ms to generate and 96 ms to train with (figure1-h200.json): that over its launches as they are
+# counted here (simulate-llama-3.2-1b.json). Ours: the median of what forward, backward and decoding took
+# (microbench-h200.json, microbench-h200-again.json), of backward half, which launches two kernels.
+HOST = Host(generating=16.6e-6, training=32.7e-6, ours=321e-6)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from palkernels.bench.report.conditions import mode_title, short
 from palkernels.bench.report.document import GIB, Row
-from palkernels.bench.report.points import ABOVE_STATIC, SECONDS, Points, value
+from palkernels.bench.report.points import ABOVE_STATIC, EAGER_SECONDS, SECONDS, Points, has_eager, value
 from palkernels.bench.report.roles import MODES, label, style_of
 from palkernels.bench.report.style import PART_COLORS, frame, grid, plain
 
@@ -22,6 +22,7 @@ MOST_COUNTS = 4  # panels that fit side by side
 # The cost in a line of panels -> its title and unit, and the factor from a row's figure to the unit.
 QUANTITIES = {
     SECONDS: ("time", "ms", 1e3),
+    EAGER_SECONDS: ("time, eager", "ms", 1e3),
     ABOVE_STATIC: ("peak memory above the static part", "GiB", 1.0),
     "attention_flops": ("FLOPs of attention", "TFLOP", 1e-12),
 }
@@ -70,12 +71,13 @@ def draw_lengths(document: dict[str, Any], mode: str) -> Figure:
     """Draw the costs of a mode ("train" or "prefill") as a length varies: a column of panels for each length."""
     rows = [row for row in document["lengths"] if row["mode"] == mode]
     lengths = list(dict.fromkeys(row["varies"] for row in rows))
-    figure, axes = grid(len(QUANTITIES), len(lengths), (5.1 * len(lengths), 12.0))
+    quantities = {key: about for key, about in QUANTITIES.items() if key != EAGER_SECONDS or has_eager(rows)}
+    figure, axes = grid(len(quantities), len(lengths), (5.1 * len(lengths), 4.0 * len(quantities)))
     keys = ("mode", "varies", "method", "device", "quantity")
     fits = {tuple(fit[key] for key in keys): fit["exponent"] for fit in document.get("exponents", [])}
     devices = list(dict.fromkeys(row["device"] for row in rows))
-    for line, (quantity, (name, unit, scale)) in zip(axes, QUANTITIES.items(), strict=True):
-        shown = devices if quantity == SECONDS else devices[:1]  # the others are the same on every GPU
+    for line, (quantity, (name, unit, scale)) in zip(axes, quantities.items(), strict=True):
+        shown = devices if quantity in (SECONDS, EAGER_SECONDS) else devices[:1]  # the others are the same on every GPU
         for ax, varies in zip(line, lengths, strict=True):
             varied = [row for row in rows if row["varies"] == varies]
             for method in dict.fromkeys(row["method"] for row in varied):

@@ -6,8 +6,8 @@ import shlex
 from typing import Any
 
 __all__ = [
-    "caption", "command", "counted", "depth", "experiment", "is_simulated", "listed", "mode_title", "rates", "short",
-    "sizes", "title",
+    "caption", "command", "counted", "depth", "experiment", "host", "is_simulated", "listed", "mode_title", "rates",
+    "short", "sizes", "title",
 ]  # fmt: skip
 
 Meta = dict[str, Any]
@@ -61,13 +61,14 @@ def counted(meta: Meta) -> tuple[str, str]:
             "inference. The static part is the weights and, in training, gradients and AdamW states",
             "the encoder, which runs once beforehand; the batch's inputs",
         )
-    optimizer = meta["optimizer"] != "none"
+    optimizer, eager = meta["optimizer"] != "none", " (captured graphs), or its host's launches (eager)"
     return (
         f"connector and LLM: forward and backward pass{', AdamW' if optimizer else ''} in training, prefill and "
         "decoding in inference. Memory is the peak of all tensors; time is the least that the GPU needs for each "
-        "operation's FLOPs and bytes",
-        f"the encoder{'' if optimizer else '; the optimizer, its states included'}; the host and launches; what an "
-        "allocator rounds up or reserves. So times are lower bounds",
+        f"operation's FLOPs and bytes{eager if host(meta) else ''}",
+        f"the encoder{'' if optimizer else '; the optimizer, its states included'}; "
+        f"{'' if host(meta) else 'the host and launches; '}what an allocator rounds up or reserves. So times"
+        f"{' of captured graphs' if host(meta) else ''} are lower bounds",
     )
 
 
@@ -80,7 +81,8 @@ def caption(meta: Meta) -> str:
         lines = [
             "simulated, not measured: memory is the peak of all tensors, time the least that the GPU needs for each "
             "operation's FLOPs and bytes",
-            f"{'; '.join(rates(meta))}; without audio encoder and host; {optimizer}; connector {meta['connector']}",
+            f"{'; '.join(rates(meta))}; {host(meta) or 'without host'}",
+            f"without audio encoder; {optimizer}; connector {meta['connector']}",
         ]
     else:
         repeats = meta["repeats"]
@@ -103,6 +105,7 @@ def listed(meta: Meta) -> list[tuple[str, str]]:
     entries = [
         ("Machine", "" if simulated else f"{meta['device_name']} ({meta['device']}){threads}"),
         ("GPUs assumed", "; ".join(rates(meta)) if simulated else ""),
+        ("Host assumed", host(meta)),
         (
             "Model",
             f"{meta['model']}, {depth(meta)}" + (f", weights {meta['llm_weights']}" if "llm_weights" in meta else ""),
@@ -136,6 +139,15 @@ def command(meta: Meta) -> str:
         elif value is not None:
             words += [option, ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
     return shlex.join(words)
+
+
+def host(meta: Meta) -> str:
+    """Return what a simulated GPU's host is assumed to take for a launch; "" where it was left out."""
+    seconds = meta.get("host_seconds_per_kernel")
+    if seconds is None:
+        return ""
+    generating, training, ours = (f"{1e6 * seconds[name]:.3g} us" for name in ("generating", "training", "ours"))
+    return f"eager: {generating} a kernel in inference, {training} in training, {ours} one of this library's"
 
 
 def rates(meta: Meta) -> list[str]:

@@ -62,7 +62,8 @@ def read(path: Path) -> dict[str, Any]:
 def _check_row(row: Row) -> None:
     if missing := [key for key in COLUMNS if key not in row]:
         raise ValueError(f"a row without {missing[0]}")
-    for key, kind in {**COLUMNS, "device": str | None}.items():
+    optional = {"device": str | None, "eager_samples_per_second": int | float | None}
+    for key, kind in {**COLUMNS, **optional}.items():
         if not isinstance(row.get(key), kind):
             raise ValueError(f"a row whose {key} is {row[key]!r}")
     figures = (row["samples_per_second"]["p50"], row["peak_memory_bytes"], row["peak_above_static_bytes"])

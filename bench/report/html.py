@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from palkernels.bench.report import charts, conditions, plot, tables
 from palkernels.bench.report.conditions import mode_title, short
-from palkernels.bench.report.points import MEMORY, RATE, SECONDS, Points
+from palkernels.bench.report.points import EAGER_SECONDS, MEMORY, SECONDS, Points
 from palkernels.bench.report.roles import BASELINES, LEVERS, MODES, OURS, about, label
 from palkernels.bench.report.style import svg
 from palkernels.bench.report.table import Table, change, factor
@@ -79,10 +79,11 @@ def _gain(points: Points, mode: str, base: str, count: int) -> str:
     if ours is None or theirs is None:
         return ""
     less = change(points.change(MEMORY, mode, OURS, base, count))
-    rates = [
-        factor(points.change(RATE, mode, OURS, base, count, device)) + (f" on {short(device)}" if device else "")
-        for device in points.devices
-    ]
+    rates = []
+    for device in points.devices:
+        multiples = [factor(points.change(key, mode, OURS, base, count, device)) for key in points.rates]
+        eager = f" (eager {multiples[1]})" if len(multiples) > 1 else ""
+        rates.append(multiples[0] + (f" on {short(device)}" if device else "") + eager)
     memory = f"{ours:.2f} instead of {theirs:.2f} GiB ({less})"
     return f"{label(OURS)} against {label(base)}: peak memory {memory}, throughput {' and '.join(rates)}"
 
@@ -133,7 +134,8 @@ def _point_sections(meta: dict[str, Any], points: Points, heading_suffix: str, n
         "From PLITS to LAL one change at a time: what each saves (-) or costs (+), and its share of the whole gain.",
     ]
     falls = [tables.steps(points, mode, MEMORY) for mode in modes]
-    falls += [tables.steps(points, mode, SECONDS, device) for mode in modes for device in points.devices]
+    times = (SECONDS, EAGER_SECONDS)[: len(points.rates)]
+    falls += [tables.steps(points, mode, key, device) for mode in modes for device in points.devices for key in times]
     sections += section("gain", "Where the gain comes from", words, falls)
     parts = [tables.breakdown(points, mode) for mode in modes]
     if any(parts):

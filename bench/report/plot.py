@@ -19,10 +19,10 @@ from matplotlib.lines import Line2D
 from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.report.conditions import short, sizes
 from palkernels.bench.report.document import Row, read, write_all
-from palkernels.bench.report.points import ABOVE_STATIC, MEMORY, PUBLISHED, RATE, Points, value
+from palkernels.bench.report.points import ABOVE_STATIC, EAGER_RATE, MEMORY, PUBLISHED, RATE, RATES, Points, value
 from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OURS, label, style_of
 from palkernels.bench.report.style import frame, grid, plain
-from palkernels.bench.report.tables import gains
+from palkernels.bench.report.tables import gains, launched
 
 __all__ = ["digest", "draw", "render"]
 
@@ -36,6 +36,7 @@ PANELS = {
     MEMORY: ("peak memory", "GiB"),
     ABOVE_STATIC: ("peak memory above the static part", "GiB"),
     RATE: ("throughput", "samples per second"),
+    EAGER_RATE: ("throughput", "samples per second"),
 }
 
 
@@ -58,7 +59,8 @@ def draw(document: dict[str, Any]) -> Figure:
     points = Points(row for row in document["rows"] if row["text_tokens"] == meta["text_tokens"])
     methods = [method for method in points.methods() if method not in LEVERS] or points.methods()
     devices = points.devices or [None]
-    panels = [(MEMORY, devices[0]), (ABOVE_STATIC, devices[0]), *((RATE, device) for device in devices)]
+    panels = [(MEMORY, devices[0]), (ABOVE_STATIC, devices[0])]
+    panels += [(key, device) for device in devices for key in points.rates]
     if len(devices) > 1:
         del panels[1]
     figure, axes = grid(len(MODES), len(panels), (5.1 * len(panels), 9.7))
@@ -105,7 +107,9 @@ def _panel(ax: Axes, points: Points, methods: list[str], mode: str, key: str, de
     ax.set_xlim(-0.45, max(len(counts), 1) - 0.55)
     ax.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
     heading, unit = PANELS[key]
-    ax.set_title(heading + (f" on {short(device)}" if device and key == RATE else ""), fontsize=11)
+    if key in RATES:
+        heading = launched(heading + (f" on {short(device)}" if device else ""), None, key, points.rates)
+    ax.set_title(heading, fontsize=11)
     ax.set_ylabel(unit)
     plain(ax, "y")
     ax.tick_params(axis="x", length=0)

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
     from palkernels.bench.methods import Method
 
-__all__ = ["serving_row"]
+__all__ = ["SERVING_FIGURES", "serving_row"]
+
+SERVING_FIGURES = ("first_token_seconds", "tokens_per_second")
 
 
 def serving_row(

@@ -8,9 +8,12 @@ from palkernels.bench.report.conditions import mode_title, short
 from palkernels.bench.report.document import ERRORS, GIB, PARTS, Row
 from palkernels.bench.report.points import (
     ABOVE_STATIC,
+    EAGER_RATE,
+    EAGER_SECONDS,
     MEMORY,
     PUBLISHED,
     RATE,
+    RATES,
     SECONDS,
     Points,
     relative,
@@ -20,24 +23,33 @@ from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OU
 from palkernels.bench.report.table import Column, Table, change, factor, gib, number
 
 __all__ = [
-    "breakdown", "every_point", "exponents", "gains", "levers", "paper", "serving", "short_clips", "steps",
-    "summary",
+    "breakdown", "eager_summary", "every_point", "exponents", "gains", "launched", "levers", "paper", "serving",
+    "short_clips", "steps", "summary",
 ]  # fmt: skip
 
 MEMORY_GROUPS = {MEMORY: "peak memory", ABOVE_STATIC: "above static"}
+MODES_OF_LAUNCH = {RATE: "captured", EAGER_RATE: "eager", SECONDS: "captured", EAGER_SECONDS: "eager"}
 
 
 def every_point(points: Points, mode: str) -> Table:
     """Every point of a mode, with its gains over the baselines and the error where it was measured, too."""
     with_errors = any(ERRORS in row for row in points.rows)
-    return _point_table(points, mode, BASELINES, tuple(MEMORY_GROUPS), with_attention=True, with_errors=with_errors)
+    memory = tuple(MEMORY_GROUPS)
+    return _point_table(points, mode, BASELINES, memory, points.rates, with_attention=True, with_errors=with_errors)
 
 
 def summary(points: Points, mode: str) -> Table:
     """Every point of a mode in at most 80 columns: gains over PLITS alone; memory above the static part gives way to a
-    second device."""
+    second device. Throughput is that of captured graphs where eager mode has a table of its own."""
     memory = tuple(MEMORY_GROUPS) if len(points.devices) == 1 else (MEMORY,)
-    return _point_table(points, mode, (BASELINE,), memory, with_attention=False, with_errors=False)
+    return _point_table(points, mode, (BASELINE,), memory, (RATE,), with_attention=False, with_errors=False)
+
+
+def eager_summary(points: Points, mode: str) -> Table | None:
+    """The throughput of every point of a mode in eager mode; None where nothing tells it from captured graphs."""
+    if EAGER_RATE not in points.rates:
+        return None
+    return _point_table(points, mode, (BASELINE,), (), (EAGER_RATE,), with_attention=False, with_errors=False)
 
 
 def _point_table(
@@ -45,6 +57,7 @@ def _point_table(
     mode: str,
     baselines: tuple[str, ...],
     memory: tuple[str, ...],
+    rates: tuple[str, ...],
     *,
     with_attention: bool,
     with_errors: bool,
@@ -57,8 +70,9 @@ def _point_table(
     for key in memory:
         with_error = error if key == MEMORY else []
         columns += [Column(heading, MEMORY_GROUPS[key]) for heading in ["GiB", *headings, *with_error]]
-    for device in points.devices:
-        group = " ".join(filter(None, ("throughput", short(device))))
+    speeds = [(device, key) for device in points.devices for key in rates]
+    for device, key in speeds:
+        group = launched("throughput", device, key, points.rates)
         columns += [Column(heading, group) for heading in ["samples/s", *headings, *error]]
     table = Table(_title(points, mode), columns)
 
@@ -66,7 +80,7 @@ def _point_table(
         """The error of the first device that has one: a point is measured on one device, and memory is the same on
         all."""
         rows = [row for device in devices if (row := points.row(mode, method, count, device))]
-        shares = [row[ERRORS][key] for row in rows if ERRORS in row]
+        shares = [row[ERRORS].get(key) for row in rows if ERRORS in row]
         return [change(shares[0] if shares else None)] * with_errors
 
     for count in points.counts(mode):
@@ -83,18 +97,24 @@ def _point_table(
                 cells.append(gib(points.value(key, mode, method, count)))
                 cells += [change(points.change(key, mode, method, base, count)) for base in bases]
                 cells += errors(key, method, count, points.devices) if key == MEMORY else []
-            for device in points.devices:
-                cells.append(number(points.value(RATE, mode, method, count, device)))
-                cells += [factor(points.change(RATE, mode, method, base, count, device)) for base in bases]
-                cells += errors(RATE, method, count, [device])
+            for device, key in speeds:
+                cells.append(number(points.value(key, mode, method, count, device)))
+                cells += [factor(points.change(key, mode, method, base, count, device)) for base in bases]
+                cells += errors(key, method, count, [device])
     return table
+
+
+def launched(what: str, device: str | None, key: str, rates: tuple[str, ...]) -> str:
+    """Return a quantity's name with its device, and with how kernels are launched if `rates` tell that apart."""
+    named = " ".join(filter(None, (what, short(device))))
+    return ", ".join(filter(None, (named, MODES_OF_LAUNCH[key]))) if len(rates) > 1 else named
 
 
 def gains(points: Points, mode: str, key: str, device: str | None) -> Table:
     """LAL's gain in one figure: a row for each baseline, a column for each number of audio tokens."""
     counts = points.counts(mode)
     table = Table("", [Column("", text=True), *(Column(f"{count:,}") for count in counts)])
-    write = factor if key == RATE else change
+    write = factor if key in RATES else change
     for base in BASELINES:
         cells = [write(points.change(key, mode, OURS, base, count, device)) for count in counts]
         table.rows.append([f"{label(OURS)} {against(base)}", *cells])
@@ -110,8 +130,10 @@ def paper(points: Points, published_alone: bool = False) -> Table | None:
     quantities: list[tuple[str, str, str | None]] = [
         ("peak memory", MEMORY, None),
         ("memory above static", ABOVE_STATIC, None),
-        *(("throughput" + (f" on {short(device)}" if device else ""), RATE, device) for device in points.devices),
     ]
+    for device in points.devices:
+        on = "throughput" + (f" on {short(device)}" if device else "")
+        quantities += [(launched(on, None, key, points.rates), key, device) for key in points.rates]
     for mode in MODES:
         for name, key, device in quantities:
             if published_alone and (mode, key) not in PUBLISHED:
@@ -130,7 +152,7 @@ def steps(points: Points, mode: str, key: str, device: str | None = None) -> Tab
     is nothing to compare."""
     scale, unit, write = (1.0, "GiB", gib) if key == MEMORY else (1e3, "ms", number)
     quantity = "peak memory" if key == MEMORY else "time of a step" if mode == "train" else "time of a batch"
-    on = f" on {device}" if device and key != MEMORY else ""
+    on = launched(f" on {device}" if device else "", None, key, points.rates) if key != MEMORY else ""
     table = Table(f"{mode_title(mode)}: {quantity}{on}", [Column("", text=True)])
     methods = points.methods(mode)
     chain = waterfall(dict.fromkeys(methods))
@@ -191,8 +213,9 @@ def levers(points: Points) -> Table | None:
     columns = [Column("audio tokens"), Column("method", text=True)]
     for group in MEMORY_GROUPS.values():
         columns += [Column("GiB", group), Column(against(OURS), group)]
-    for device in points.devices:
-        group = " ".join(filter(None, ("step", short(device))))
+    speeds = [(device, key) for device in points.devices for key in (SECONDS, EAGER_SECONDS)[: len(points.rates)]]
+    for device, key in speeds:
+        group = launched("step", device, key, points.rates)
         columns += [Column("ms", group), Column(against(OURS), group)]
     table = Table(_title(points, mode), columns)
     for count in points.counts(mode):
@@ -208,10 +231,10 @@ def levers(points: Points) -> Table | None:
             for key in MEMORY_GROUPS:
                 cells.append(gib(points.value(key, mode, method, count)))
                 cells.append(change(points.change(key, mode, method, OURS, count)))
-            for device in points.devices:
-                seconds = points.value(SECONDS, mode, method, count, device)
+            for device, key in speeds:
+                seconds = points.value(key, mode, method, count, device)
                 cells.append(number(None if seconds is None else 1e3 * seconds))
-                cells.append(change(points.change(SECONDS, mode, method, OURS, count, device)))
+                cells.append(change(points.change(key, mode, method, OURS, count, device)))
     return table
 
 
@@ -222,10 +245,11 @@ def serving(rows: list[Row]) -> Table | None:
     devices = list(dict.fromkeys(row.get("device") for row in rows))
     columns = [Column("clips"), Column("questions"), Column("method", text=True)]
     columns += [Column("MiB per clip", "K/V"), Column(against(BASELINE), "K/V")]
-    for device in devices:
-        headings = ("first token, ms", against(BASELINE), "tokens/s", against(BASELINE))
-        columns += [Column(heading, short(device)) for heading in headings]
     first = rows[0]
+    rates = RATES if "eager_tokens_per_second" in first else RATES[:1]
+    headings = ("first token, ms", against(BASELINE), "tokens/s", against(BASELINE))
+    for device in devices:
+        columns += [Column(heading, launched("", device, key, rates)) for key in rates for heading in headings]
     sizes = f"{first['audio_tokens']:,} audio, {first['text_tokens']} text and {first['new_tokens']} new tokens"
     table = Table(f"{sizes}, {first['dtype']}", columns)
     index = {(row["clips"], row["questions"], row["method"], row.get("device")): row for row in rows}
@@ -236,7 +260,9 @@ def serving(rows: list[Row]) -> Table | None:
 
     quantities = [("kv_bytes_per_clip", rows[0].get("device"), 1 / 2**20, change)]
     for device in devices:
-        quantities += [("first_token_seconds", device, 1e3, change), ("tokens_per_second", device, 1.0, factor)]
+        for prefix in ("", "eager_")[: len(rates)]:
+            quantities.append((f"{prefix}first_token_seconds", device, 1e3, change))
+            quantities.append((f"{prefix}tokens_per_second", device, 1.0, factor))
     for clips, questions, method in dict.fromkeys(key[:3] for key in index):
         cells = [str(clips), str(questions), label(method)]
         table.rows.append(cells)

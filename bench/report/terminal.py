@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from palkernels.bench.report import tables
-from palkernels.bench.report.conditions import is_simulated
+from palkernels.bench.report.conditions import host, is_simulated
 from palkernels.bench.report.points import Points
 from palkernels.bench.report.roles import BASELINE, MODES, label
 from palkernels.bench.report.table import Table
@@ -30,8 +30,10 @@ def print_points(document: dict[str, Any], console: Console) -> None:
     for points in Points.by_text_tokens(document["rows"]).values():
         for mode in MODES:
             if points.counts(mode):
-                print_table(tables.summary(points, mode), console)
-                console.print()
+                for table in (tables.summary(points, mode), tables.eager_summary(points, mode)):
+                    if table is not None:
+                        print_table(table, console)
+                        console.print()
     clips = tables.short_clips(document.get("short_clips", []))
     if clips is not None:
         print_table(clips, console)
@@ -43,6 +45,8 @@ def print_points(document: dict[str, Any], console: Console) -> None:
 def _notes(document: dict[str, Any]) -> list[str]:
     meta, rows = document["meta"], document["rows"]
     notes = ["Simulated, not measured."] if is_simulated(meta) else []
+    if host(meta):
+        notes.append("Captured: a step is one CUDA graph. Eager: the host launches each kernel; the slower one counts.")
     if any(row["method"] == BASELINE for row in rows):
         notes.append(f"vs {label(BASELINE)}: the change of memory, and the speed-up, at the same point.")
     by_attention: dict[str, dict[str, None]] = {}

@@ -12,13 +12,13 @@ from transformers import LlamaConfig
 from palkernels.bench.experiments import simulate
 from palkernels.bench.experiments.optimizer import make_adamw
 from palkernels.bench.experiments.simulate import LENGTHS, OPTIMIZERS
-from palkernels.bench.experiments.valueless import ValuelessModel
+from palkernels.bench.experiments.valueless import Simulation, ValuelessModel
+from palkernels.bench.instruments.costs import Costs
 from palkernels.bench.instruments.memory import AllocationTracker
-from palkernels.bench.instruments.rates import GPUS
+from palkernels.bench.instruments.rates import GPUS, HOST
 from palkernels.bench.machine import package_version
 from palkernels.bench.methods import DEFAULT_METHODS, LEVERS, METHODS, Batch
 from palkernels.bench.presets import LlmPlan, plan_llm
-from palkernels.bench.report import fits
 from palkernels.bench.report.points import add_errors
 from palkernels.model.connectors.mlp import MlpConnector
 from palkernels.op_costs import plain_function
@@ -31,18 +31,18 @@ AUDIO, TEXT, ROWS, NEW, WIDTH = 96, 24, 3, 9, 48
 FITTED = {varies: (counts[0], *counts[1:][-3:]) for varies, counts in LENGTHS.items()}
 
 
-def small_plan() -> LlmPlan:
+def small_plan(layers: int = 3) -> LlmPlan:
     config = LlamaConfig(
         vocab_size=2000,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=16_384,
         tie_word_embeddings=True,
     )
-    return LlmPlan("small", config, 3, None)
+    return LlmPlan("small", config, layers, None)
 
 
 def tracked(name: str, mode: str, optimizer: str = "none") -> tuple[int, int]:
@@ -103,7 +103,9 @@ def test_decoding_steps_that_are_not_run(name: str, new_tokens: int) -> None:
     found, whole = model.infer(method, *sizes), model.infer(method, *sizes, most_steps=new_tokens)
     for key, value in whole.costs.items():
         assert found.costs[key] == pytest.approx(value, rel=1e-3), key
-    assert found.costs["attention_flops"] == whole.costs["attention_flops"]
+    for key in ("attention_flops", "kernels", "our_kernels"):
+        assert found.costs[key] == whole.costs[key]
+    assert len(found.steps) == new_tokens
     assert found.first_token == whole.first_token
     assert found.peak_bytes == pytest.approx(whole.peak_bytes, rel=1e-3)
     assert found.memory_breakdown["K/V cache"] == pytest.approx(whole.memory_breakdown["K/V cache"], rel=0.01)
@@ -126,6 +128,27 @@ def test_what_memory_consists_of() -> None:
     assert sum(parts.values()) == infer.peak_bytes
     assert infer.peak_above_static_bytes == infer.peak_bytes - parameters
     assert parts["K/V cache"] >= 3 * 2 * ROWS * AUDIO * 64 * 2  # layers, K and V, rows, tokens, heads x head dim, bytes
+
+
+def test_a_step_takes_the_longer_of_its_gpus_time_and_its_hosts() -> None:
+    """In eager mode; a captured graph is launched once."""
+    sizes = ((3e-3, 20, 2), (1e-3, 120, 20))
+    steps = tuple(Costs({"h200": gpu, "kernels": all_, "our_kernels": ours}) for gpu, all_, ours in sizes)
+    for training, each in ((False, HOST.generating), (True, HOST.training)):
+        found = Simulation(0, 0, {}, "", steps, training)
+        hosts = [18 * each + 2 * HOST.ours, 100 * each + 20 * HOST.ours]
+        assert found.host_seconds == pytest.approx(sum(hosts))
+        assert found.captured_seconds("h200") == pytest.approx([3e-3 + each, 1e-3 + each])
+        assert found.eager_seconds("h200") == pytest.approx([3e-3 + each, hosts[1]])
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_launches_of_a_decoding_step(layers: int) -> None:
+    """LAL and PLITS launch the same for one token, with our kernel in attention's place."""
+    model = ValuelessModel(small_plan(layers), torch.float16, WIDTH)
+    plits, lal = (model.infer(METHODS[name], AUDIO, TEXT, ROWS, 3).steps[-1] for name in ("plits", "lal"))
+    assert plits["kernels"] == lal["kernels"]
+    assert (plits["our_kernels"], lal["our_kernels"]) == (0, layers)
 
 
 def test_adamw_adds_its_states() -> None:
@@ -205,7 +228,8 @@ def test_rows(document: dict[str, Any]) -> None:
         assert (row["source"], row["status"]) == ("simulated", "ok")
         assert row["batch_size"] == {"train": 8, "infer": 12}[row["mode"]]
         assert row["dtype"] == {"train": "bfloat16", "infer": "float16"}[row["mode"]]
-        assert row["samples_per_second"]["p50"] > 0
+        assert 0 < row["eager_samples_per_second"] <= row["samples_per_second"]["p50"]
+        assert (row["our_kernels"] > 0) == (row["impl"] == "triton")
         assert sum(row["memory_breakdown"].values()) == row["peak_memory_bytes"] > row["peak_above_static_bytes"] > 0
     assert {row["impl"] for row in rows if row["method"] == "lal"} == {"triton"}
 
@@ -237,33 +261,6 @@ def test_lal_is_linear_in_audio(model: str) -> None:
         assert entry["exponent"] == pytest.approx(1.0, abs=0.1), entry
 
 
-def test_an_exponent_is_one_power() -> None:
-    """What does not grow, or first hardly and then much, has none."""
-
-    def rows(memory: list[int]) -> list[dict[str, Any]]:
-        common = {"varies": "audio_tokens", "mode": "train", "method": "lal", "device": "x", "batch_size": 1}
-        return [
-            {
-                **common,
-                "audio_tokens": n,
-                "peak_above_static_bytes": y,
-                "attention_flops": 1,
-                "samples_per_second": {"p50": 1.0},
-            }
-            for n, y in zip((1, 2, 4, 8, 16), memory, strict=True)
-        ]
-
-    def exponent(memory: list[int]) -> float | None:
-        by_quantity = {x["quantity"]: x["exponent"] for x in fits.exponents(rows(memory))}
-        assert by_quantity["seconds"] is by_quantity["attention_flops"] is None
-        return by_quantity["peak_above_static_bytes"]
-
-    assert exponent([5 + 3 * (n - 1) for n in (1, 2, 4, 8, 16)]) == pytest.approx(1.0)
-    assert exponent([5 + (n - 1) ** 2 for n in (1, 2, 4, 8, 16)]) == pytest.approx(2.0)
-    assert exponent([100, 101, 102, 103, 900]) is None
-    assert exponent([100] * 5) is None
-
-
 def test_serving(document: dict[str, Any]) -> None:
     """Questions about one clip share its keys and values with LAL; with PLITS each has its own."""
     rows = {(x["method"], x["clips"], x["questions"]): x for x in document["serving"]}
@@ -273,6 +270,9 @@ def test_serving(document: dict[str, Any]) -> None:
         assert rows["plits", 1, questions]["kv_bytes_per_clip"] == per_token * questions * (1500 + 128 + 4)
     assert rows["lal", 1, 32]["first_token_seconds"] < rows["plits", 1, 32]["first_token_seconds"]
     assert rows["lal", 1, 32]["tokens_per_second"] > rows["plits", 1, 32]["tokens_per_second"]
+    for row in rows.values():
+        assert row["eager_first_token_seconds"] >= row["first_token_seconds"]
+        assert row["eager_tokens_per_second"] < row["tokens_per_second"]
 
 
 def test_figure1_simulate_is_the_same(tiny: Path, tmp_path: Path) -> None:

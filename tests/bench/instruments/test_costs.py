@@ -69,6 +69,23 @@ def test_a_loss_reads_one_probability_of_each_row() -> None:
     assert costs_of(lambda: cross_entropy(logits, labels))["bytes"] < 2.1 * logits.nbytes  # log_softmax
 
 
+@pytest.mark.parametrize(
+    ("work", "kernels"),
+    [
+        (lambda x: x.t()[2:].view(torch.float32).unsqueeze(0).expand(3, -1, -1), 0),
+        (lambda x: torch.empty_like(x), 0),
+        (lambda x: x[:0] + 1, 0),  # nothing to compute
+        (lambda x: x.add_(1).relu(), 2),
+        (lambda x: torch.arange(5) * 3, 2),  # integers are launched too
+        (lambda x: x.sum().item(), 2),  # a sum, and a copy to the host
+    ],
+)
+def test_launches(work: Callable[[Tensor], Any], kernels: int) -> None:
+    costs = costs_of(lambda: work(torch.randn(20, 10)))
+    assert costs["kernels"] == 1 + kernels
+    assert costs["our_kernels"] == 0
+
+
 @pytest.mark.parametrize(("causal", "pairs"), [(True, 7 * 8 // 2), (False, 7 * 7)])
 def test_attention_of_pytorch(causal: bool, pairs: int) -> None:
     """What a causal mask hides is not computed; the backward pass computes the scores again."""

@@ -165,6 +165,24 @@ def test_serving_and_exponents() -> None:
     assert table[2] == ["Training step", "audio tokens", "1.25", "1.25", "1.25", "1.25", "1.00", "1.00", "", ""]
 
 
+def test_eager_mode_beside_captured_graphs() -> None:
+    report = page(documents.simulated_eager())
+    groups, heads, *lines = report.tables["points"][0]
+    assert groups[-4:] == [f"throughput {gpu}, {how}" for gpu in ("A100", "H200") for how in ("captured", "eager")]
+    assert len(heads) == 9 + 4 * 3
+    lal = next(line for line in lines if line[1] == "LAL")
+    assert lal[9:15] == ["10.0", "5.00x", "4.00x", "5.00", "2.50x", "4.00x"]
+    assert "throughput 5.00x on A100 (eager 2.50x)" in report.sections[""]
+    said = report.sections["conditions"]
+    assert "eager: 16.7 us a kernel in inference, 32.7 us in training, 321 us one of this library's" in said
+    assert "the host" not in said
+    lines = {line[0]: line[1:] for line in report.tables["paper"][0]}
+    assert lines["Training step: throughput on H200, eager, against PLITS"][-1] == "+150.0 %"
+    assert report.tables["levers"][0][2][6:] == ["200", "", "400", "", "100", "", "200", ""]
+    lal = report.tables["serving"][0][3]
+    assert lal[5:13] == ["50.0", "-75.0 %", "1,500", "1.50x", "100", "-50.0 %", "750", "0.75x"]
+
+
 def test_serving_that_was_measured_names_no_device() -> None:
     document = documents.measured()
     document["serving"] = [

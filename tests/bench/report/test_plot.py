@@ -62,14 +62,24 @@ def test_a_simulation_shows_memory_once_and_each_gpus_throughput() -> None:
     assert METHODS["lal-recompute"].label not in everything
 
 
+def test_eager_mode_has_panels_of_its_own() -> None:
+    document = documents.simulated_eager()
+    figure = plot.draw(document)
+    ways = [f"throughput on {gpu}, {how}" for gpu in ("A100", "H200") for how in ("captured", "eager")]
+    assert [ax.get_title() for ax in figure.axes[:5]] == ["peak memory", *ways]
+    lengths = charts.draw_lengths(document, "train").axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in lengths[1].lines}  # type: ignore[arg-type]
+    assert drawn["LAL, H200"] == [pytest.approx(4.0 * count) for count in (64, 128, 256)]
+
+
 def test_every_method_has_a_colour_and_a_marker_of_its_own() -> None:
     styles = [style_of(method) for method in (*METHODS, "an unknown one")]
     for looks in ([style.color for style in styles], [style.marker for style in styles]):
         assert len(set(looks)) == len(METHODS) + 1
 
 
-def test_what_is_written_does_not_overlap() -> None:
-    document = documents.simulated()
+@pytest.mark.parametrize("document", [documents.simulated(), documents.simulated_eager()])
+def test_what_is_written_does_not_overlap(document: dict[str, Any]) -> None:
     for count in (1024, 1500, 3000):
         more = [{**row, "audio_tokens": count} for row in document["rows"] if row["audio_tokens"] == 512]
         document["rows"] += more

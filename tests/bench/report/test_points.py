@@ -3,7 +3,18 @@
 import pytest
 from support import documents
 
-from palkernels.bench.report.points import MEMORY, RATE, SECONDS, Points, relative, value, waterfall
+from palkernels.bench.report.points import (
+    EAGER_RATE,
+    EAGER_SECONDS,
+    MEMORY,
+    RATE,
+    SECONDS,
+    Points,
+    add_errors,
+    relative,
+    value,
+    waterfall,
+)
 
 
 def test_gains_over_a_baseline() -> None:
@@ -19,6 +30,20 @@ def test_gains_over_a_baseline() -> None:
         assert points.change(key, "train", "lal", "plits", 1500) is None  # the baseline did not fit
         assert points.change(key, "train", "lal", "plits", 77) is None  # nobody was there
     assert relative(1.0, 0.0) is None
+
+
+def test_what_was_measured_ran_eagerly() -> None:
+    row = documents.row("lal", "train", 512, 6.0, 3.0, 0.5)
+    assert value(row, EAGER_RATE) == 6.0
+    predicted = row | {"source": "simulated"}
+    assert value(predicted, EAGER_RATE) is None
+    predicted |= {"eager_samples_per_second": 4.0}
+    assert (value(predicted, RATE), value(predicted, EAGER_RATE)) == (6.0, 4.0)
+    assert value(predicted, EAGER_SECONDS) == 0.5
+    predicted["device"] = "GPU"
+    add_errors([predicted], {"meta": {"device_name": "GPU"}, "rows": [row | {"samples_per_second": {"p50": 5.0}}]})
+    errors = {"peak_memory_bytes": 0.0, "samples_per_second": 0.2, "eager_samples_per_second": -0.2}
+    assert predicted["error_against_measured"] == pytest.approx(errors)
 
 
 def test_a_rate_of_zero_takes_no_time() -> None:

@@ -57,6 +57,15 @@ def test_a_second_device_takes_the_place_of_memory_above_static() -> None:
     assert "LAL                   4.00 -75.0 %       10.0 5.00x       20.0 5.00x" in text
 
 
+def test_eager_mode_has_a_table_of_its_own() -> None:
+    text = printed(documents.simulated_eager())
+    assert max(map(len, text.splitlines())) <= 80 + len("each kernel; the slower one counts.")
+    captured, eager = (line.split() for line in text.splitlines() if "LAL      " in line and "10.0" in line)
+    assert captured == ["LAL", "4.00", "-75.0", "%", "10.0", "5.00x", "20.0", "5.00x"]
+    assert eager == ["LAL", "5.00", "2.50x", "10.0", "2.50x"]
+    assert "Captured: a step is one CUDA graph." in text
+
+
 def test_each_number_of_text_tokens_has_its_table() -> None:
     document = documents.measured()
     document["rows"] += [{**row, "text_tokens": 64} for row in document["rows"]]
