@@ -183,11 +183,17 @@ class LalHandle(Attached):
 
     def prepared(self, request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
         self.check_layers()
-        if request.plan.packing is not None:
+        packed, routed = request.plan.packing is not None, arguments.get("output_router_logits")
+        if routed is None:
+            routed = getattr(self.model.config, "output_router_logits", False)
+        if packed:
             self._take_other_attention()
-            # A mask of four dimensions is taken as it is, so that transformers makes none; no layer looks at it.
-            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=request.texts.device)
-            arguments = arguments | {"attention_mask": mask, "use_cache": False}
+            arguments = arguments | {"use_cache": False}
+        if packed or (len(self.selected) == len(self.decoder_layers) and not routed):
+            # No layer looks at a mask. One of four dimensions is taken as it is, where transformers would read the
+            # given one's values and make another of it. (The loss of a router leaves padding out by the given one.)
+            mask = torch.empty(1, 1, 1, 0, dtype=torch.bool, device=request.texts.device)
+            arguments = arguments | {"attention_mask": mask}
         elif arguments.get("attention_mask") is None and cache_of(arguments) is None:
             # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
             arguments = arguments | {"attention_mask": torch.ones_like(arguments["position_ids"])}
@@ -276,10 +282,15 @@ class LalHandle(Attached):
 
 
 def forwards_of(layer: Any) -> tuple[Any, ...]:
-    """Return the functions that a layer and its attention run, to be compared with those of another time.
-
-    FSDP2 derives a class of its own, whose forward is the same one.
-    """
+    """Return the functions that a layer and its attention run, to be compared with those of another time."""
     attention = layer.self_attn
     own, of_attention = vars(layer).get("forward"), vars(attention).get("forward")
-    return attention, type(layer).forward, own, type(attention).forward, of_attention
+    return attention, own_class(layer).forward, own, own_class(attention).forward, of_attention
+
+
+def own_class(module: nn.Module) -> Any:
+    """Return a module's class, sharded or not: FSDP2 derives one with a copy of its forward."""
+    for base in type(module).__mro__:
+        if not base.__module__.startswith("torch."):
+            return base
+    return type(module)

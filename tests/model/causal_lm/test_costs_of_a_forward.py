@@ -30,7 +30,8 @@ ATTACH = {"lal": attach, "flamingo": lambda model: attach_flamingo(model, 1)}
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_forward_waits_for_the_device_once(method, kind, training, monkeypatch):
-    """Padding, holes, positions, places and shared places are all looked at, in one read."""
+    """Padding, holes, positions, places and shared places are all looked at, in one read. LAL's layers need no mask:
+    without it, transformers reads nothing either."""
     model = build("llama").train(training)
     _, padded, mask = batch(texts(), "right" if training else "left")
     arguments = {"input_ids": padded, "attention_mask": mask, "use_cache": False}
@@ -39,17 +40,16 @@ def test_a_forward_waits_for_the_device_once(method, kind, training, monkeypatch
     state = audio_state(kind, torch.float32)
     ATTACH[method](model)
     with_audio = count_reads(lambda: model(**arguments, audio=state), monkeypatch)
-    assert with_audio == stock + 1
+    assert stock > 0
+    assert with_audio == (1 if method == "lal" else stock + 1)
 
 
 def test_without_mask_and_places_nothing_is_read(monkeypatch):
     model = build("llama").train()
-    _, padded, mask = batch(texts(), "none")
+    _, padded, _ = batch(texts(), "none")
     state = audio_state("lengths", torch.float32)
-    # Without a mask, positions that jump need one of ones, which transformers looks at.
-    stock = count_reads(lambda: model(padded, attention_mask=mask, use_cache=False), monkeypatch)
     attach(model)
-    assert count_reads(lambda: model(padded, use_cache=False, audio=state), monkeypatch) == stock
+    assert count_reads(lambda: model(padded, use_cache=False, audio=state), monkeypatch) == 0
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -58,16 +58,12 @@ def test_a_step_by_hand_waits_for_the_device_once(cache, monkeypatch):
     """A forward that continues a cache looks at the mask anew, also where the cache counts on the device."""
     model = build("llama")
     _, padded, mask = batch(texts(), "left")
-    counts = []
-    for state in (None, audio_state("shared, inserted", torch.float32)):
-        audio = {} if state is None else {"audio": state}
-        if state is not None:
-            attach(model)
-        kept = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=9)
-        model(padded[:, :8], attention_mask=mask[:, :8], past_key_values=kept, **audio)
-        last = {"input_ids": padded[:, 8:], "attention_mask": mask, "past_key_values": kept}
-        counts.append(count_reads(lambda arguments=last | audio: model(**arguments), monkeypatch))
-    assert counts[1] == counts[0] + 1
+    attach(model)
+    audio = {"audio": audio_state("shared, inserted", torch.float32)}
+    kept = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=9)
+    model(padded[:, :8], attention_mask=mask[:, :8], past_key_values=kept, **audio)
+    last = {"input_ids": padded[:, 8:], "attention_mask": mask, "past_key_values": kept}
+    assert count_reads(lambda: model(**last, **audio), monkeypatch) == 1
 
 
 @pytest.mark.parametrize("method", ATTACH)

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from support.attached import audio_state, batch, texts
+from support.counting import count_reads
 from support.decoding import HOST, deep, per_layer_and_step, per_step
 from transformers import AttentionInterface
 
@@ -87,6 +88,15 @@ def test_a_step_of_a_small_model_asks_hardly_more(layers, cache):
         for audio in ((), ("inserted", change))
     )
     assert 0 < ours <= MOST * stock
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_waits_for_the_device(kind, cache, monkeypatch):
+    """But for what generate itself waits for, whether all texts have ended: a stock model makes masks, by values."""
+    change = functools.partial(attach, config=LalConfig(impl="sdpa"))
+    model_of = generating("llama", cache, KINDS[kind], kind, change)
+    assert per_step(model_of(2), lambda run: count_reads(run, monkeypatch)) == 1
 
 
 @pytest.mark.parametrize("counted", ["Python calls", "C calls"])

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.attached import batch, texts, tiny
 from support.oracles import FAMILIES, build
 from support.training import TOKENS, WIDTH, gradients, inputs, same
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -142,3 +143,21 @@ def test_a_hundred_steps(dtype, gap):
     assert losses["sdpa"][-1] < 0.1 * losses["sdpa"][0]
     assert gaps[-1] <= gap
     assert dtype != torch.float32 or max(gaps) <= gap  # in bfloat16 the steep part may be passed a step apart
+
+
+@pytest.mark.parametrize("where", ["forward", "config"])
+def test_the_loss_of_a_router_leaves_padding_out(where):
+    """Though no layer takes a mask, so that transformers makes none."""
+    model = tiny("mixtral", num_local_experts=4).train()
+    _, padded, mask = batch(texts(), "right")
+    arguments = {"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, -100)}
+    if where == "config":
+        model.config.output_router_logits = True
+    else:
+        arguments["output_router_logits"] = True
+    want = model(**arguments)
+    attach(model)
+    silence = AudioState(torch.randn(3, TOKENS, WIDTH), lengths=torch.zeros(3, dtype=torch.long))
+    got = model(**arguments, audio=silence)
+    torch.testing.assert_close(got.aux_loss, want.aux_loss)
+    torch.testing.assert_close(got.loss, want.loss)

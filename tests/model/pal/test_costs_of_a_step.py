@@ -1,0 +1,93 @@
+"""What a decoding step of an audio LLM costs besides attention: what its language model costs alone, or hardly more."""
+
+import functools
+
+import pytest
+import torch
+from support.audio_llm import MIXED, batch_of_two, build_pal, text_config
+from support.counting import count_reads
+from support.decoding import HOST, LAYERS, per_layer_and_step, per_step
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from palkernels.model.causal_lm import attention
+
+CACHES = {"dynamic": {}, "static": {"cache_implementation": "static", "disable_compile": True}}
+MOST = 1.3  # of stock's calls
+NAMES = ("lal", "plits", "plits+lal", "lal+lal")
+
+
+def one_operator(query, *args, **kwargs):
+    """Stands in for lal_attention, whose own costs are tested elsewhere."""
+    return torch.empty_like(query)
+
+
+def one_operator_of_stock(module, query, *args, **kwargs):
+    """Stands in for a stock attention function."""
+    return one_operator(query).transpose(1, 2), None
+
+
+AttentionInterface.register("one_operator_of_an_audio_llm", one_operator_of_stock)
+
+
+@pytest.fixture(autouse=True)
+def attention_is_one_operator(monkeypatch):
+    monkeypatch.setattr(attention, "lal_attention", one_operator)
+
+
+def with_audio(name, cache):
+    """From a number of layers to a function that generates with an audio LLM."""
+
+    def model_of(layers):
+        model = build_pal(*MIXED[name], text={"num_hidden_layers": layers})
+        if name == "plits":  # its language model is a stock one
+            model.language_model.set_attn_implementation("one_operator_of_an_audio_llm")
+        batch = batch_of_two(model) | CACHES[cache]
+        return lambda tokens: model.generate(**batch, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
+
+    return model_of
+
+
+def of_text(cache, implementation="one_operator_of_an_audio_llm"):
+    """The same with a language model alone, and the texts of the batch."""
+
+    def model_of(layers):
+        model = AutoModelForCausalLM.from_config(text_config(num_hidden_layers=layers)).eval()
+        model.set_attn_implementation(implementation)
+        found = batch_of_two(build_pal(*MIXED["lal"]))
+        batch = {name: found[name] for name in ("input_ids", "attention_mask")} | CACHES[cache]
+        return lambda tokens: model.generate(**batch, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
+
+    return model_of
+
+
+@functools.cache
+def of_stock(cache, counted):
+    implementation = "one_operator_of_an_audio_llm" if counted == "operators" else "sdpa"
+    return per_layer_and_step(of_text(cache, implementation), HOST[counted])
+
+
+@pytest.mark.parametrize("counted", HOST)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_asks_no_more_of_the_host(name, cache, counted):
+    """As many operators as a layer of the language model alone, and at most 1.3 times its calls."""
+    stock, ours = of_stock(cache, counted), per_layer_and_step(with_audio(name, cache), HOST[counted])
+    assert ours == stock if counted == "operators" else ours <= MOST * stock
+    assert stock > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_asks_hardly_more_of_the_host(name):
+    """With what is made once for all its layers."""
+    text, ours = (
+        per_step(model_of(LAYERS[1]), HOST["Python calls"])
+        for model_of in (of_text("dynamic", "sdpa"), with_audio(name, "dynamic"))
+    )
+    assert 0 < ours <= MOST * text
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_step_waits_for_the_device(name, cache, monkeypatch):
+    """But for what generate itself waits for, whether all texts have ended."""
+    assert per_step(with_audio(name, cache)(2), lambda run: count_reads(run, monkeypatch)) == 1
