@@ -2,8 +2,10 @@
 # make figure1-all  measure it with every method, into figure1-all-out/
 # make simulate     predict Figure 1 at full size for two GPUs, without a GPU, into simulate-out/
 # make lint         format, types and the direction of imports, on the installed wheel
-# make test         lint, then every test, on the installed wheel, with the newest versions (constraints.txt)
-# make test-oldest  the tests of kernels and models with the oldest ones (constraints-oldest.txt), in .venv-oldest
+# make test         lint, then every test, on the installed wheel, with the newest versions (constraints.txt); of what
+#                   can be combined every pair, not everything (tests/lib/support/thorough.py)
+# make test-oldest  the tests of kernels and models with the oldest ones (constraints-oldest.txt), in .venv-oldest;
+#                   everything that can be combined
 # make aot          compile every tile in every dtype for sm_80, sm_90 and sm_100 (make test: bfloat16, some of them)
 # make mutants      run seeded faults in the kernels, which the tests must catch, into tests/mutants/outcome.json
 # make clean        remove everything that these made
@@ -39,7 +41,7 @@ test: lint
 	PALKERNELS_TEST_WHEEL=1 $(call pytest,$(BIN))
 
 test-oldest: .venv-oldest/installed
-	PALKERNELS_TEST_WHEEL=1 $(call pytest,$(OLDEST)) tests/attention tests/kernels tests/projection tests/model
+	PALKERNELS_TESTS=all PALKERNELS_TEST_WHEEL=1 $(call pytest,$(OLDEST)) tests/attention tests/kernels tests/projection tests/model
 
 aot: .venv/installed
 	PALKERNELS_AOT=all $(BIN)/pytest tests/kernels/test_aot.py
@@ -51,7 +53,7 @@ lint: .venv/installed
 	cd dist && ../$(BIN)/lint-imports --no-cache --no-logo ../pyproject.toml
 
 mutants: .venv/installed
-	$(BLAS) $(BIN)/python tests/mutants/run.py
+	PALKERNELS_TESTS=all $(BLAS) $(BIN)/python tests/mutants/run.py
 
 .venv-oldest/installed: export PIP_CONSTRAINT := $(CURDIR)/constraints-oldest.txt
 .venv/installed: constraints.txt

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from support.kernel_runs import attention
+from support.thorough import cases as number_of
 
 from palkernels import lal_attention
 from palkernels.kernels import tiles
@@ -74,13 +75,13 @@ def test_sdpa_float32(case):
 
 
 @given(case=cases(torch.float64))
-@random_cases(40)
+@random_cases(number_of(40))
 def test_triton_float64(case):
     check_against_reference(case, "triton", 1e-12)
 
 
 @given(case=cases(torch.float32))
-@random_cases(25)
+@random_cases(number_of(25))
 def test_triton_float32(case):
     check_against_reference(case, "triton", 1e-5)
 
@@ -135,14 +136,14 @@ def test_sdpa_gradients_float32(case):
 
 
 @given(case=cases(torch.float64), with_lse=st.booleans())
-@random_cases(30)
+@random_cases(number_of(30))
 def test_triton_gradients_float64(case, with_lse):
     check_gradients(case, "triton", with_lse, 1e-10)
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "triton"])
 @given(case=cases(torch.float32))
-@random_cases(25)
+@random_cases(number_of(25))
 def test_unreachable_values_do_not_matter(impl, case):
     """NaN and Inf in padding, beyond lengths and ends: bitwise the results of zeros there."""
     out, lse = run(fill_unreachable(case, 0.0), impl)

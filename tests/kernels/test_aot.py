@@ -1,7 +1,8 @@
 """Every shipped tile compiles for the GPUs it is meant for, and fits them. No GPU is needed.
 
-bfloat16 on Hopper, and on Ampere with every option, which takes the most registers; with ``PALKERNELS_AOT=all``, as
-``make aot`` sets it, all options, every dtype, and Blackwell.
+bfloat16 on Hopper, with padding and with every option, and on Ampere with every option, which takes the most
+registers; with ``PALKERNELS_TESTS=all`` on Hopper without any option too; with ``PALKERNELS_AOT=all``, as ``make aot``
+sets it, all options, every dtype, and Blackwell.
 """
 
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import thorough
 from support.compiled import compile_ahead, run_compiling
 
 from palkernels.kernels import tiles
@@ -21,7 +23,9 @@ CAPABILITIES = [80, 90, 100] if EVERYTHING else [80, 90]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32} if EVERYTHING else {
     "bfloat16": torch.bfloat16
 }  # fmt: skip
-OPTIONS = dict.fromkeys(CAPABILITIES, FEATURES) if EVERYTHING else {80: ("all",), 90: FEATURES}
+OPTIONS = dict.fromkeys(CAPABILITIES, FEATURES) if EVERYTHING else {
+    80: ("all",), 90: FEATURES if thorough.EVERYTHING else ("padding", "all")
+}  # fmt: skip
 # Bytes per thread that ptxas may keep on the stack: a few scalars that it parks outside the inner loops. A tile that
 # spills its accumulators takes hundreds.
 STACK = {80: 32, 90: 0, 100: 16}

@@ -1,4 +1,4 @@
-"""Run one of two processes that train an attached model by FSDP2 or DDP, and save loss and gradients."""
+"""Run one of two processes that train attached models by FSDP2 or DDP, and save losses and gradients."""
 
 import os
 
@@ -11,10 +11,28 @@ from palkernels.model import AudioState, EncodedAudio, MlpConnector, attach
 from support.oracles import build
 
 
-def run(rank, world, folder, empty):
+def join(rank, world, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+
+
+def leave():
+    dist.barrier()
+    os._exit(0)  # an orderly end of Python aborts at times, while a thread of gloo's still runs
+
+
+def run(rank, world, folder):
+    """Train a model with its values and one without, and save the results in "with values.pt" and "without.pt"."""
+    join(rank, world, folder)
+    for name, empty in (("with values", False), ("without", True)):
+        results = sharded_results(rank, world, empty)
+        if rank == 0:
+            torch.save(results, f"{folder}/{name}.pt")
+    leave()
+
+
+def sharded_results(rank, world, empty):
     mesh = dist.init_device_mesh("cpu", (world,))
     with torch.device("meta" if empty else "cpu"):
         model = build("llama", torch.float64).train()
@@ -51,10 +69,7 @@ def run(rank, world, folder, empty):
     results["loss"] = loss.detach()
     dist.all_reduce(results["loss"])
     results["loss"] /= world
-    if rank == 0:
-        torch.save(results, f"{folder}/found.pt")
-    dist.barrier()
-    os._exit(0)  # an orderly end of Python aborts at times, while a thread of gloo's still runs
+    return results
 
 
 def with_connector():
@@ -68,11 +83,20 @@ def with_connector():
     return model, handle, ({"input_ids": ids[0], "audio": EncodedAudio(encoded)}, {"input_ids": ids[1]})
 
 
-def run_with_connector(rank, world, folder, how):
-    """``how``: "ddp", "fsdp2" (the connector in the model's group) or "fsdp2 apart" (in a group of its own)."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+WAYS = ("ddp", "fsdp2", "fsdp2 apart")  # the connector in the model's group, or in a group of its own
+
+
+def run_with_connector(rank, world, folder):
+    """Train in each of WAYS and save the gradients in a file of that name."""
+    join(rank, world, folder)
+    for how in WAYS:
+        gradients = gradients_with_connector(rank, world, how)
+        if rank == 0:
+            torch.save(gradients, f"{folder}/{how}.pt")
+    leave()
+
+
+def gradients_with_connector(rank, world, how):
     model, _, batches = with_connector()
     wrapped = model
     if how == "ddp":
@@ -89,8 +113,4 @@ def run_with_connector(rank, world, folder, how):
         model.zero_grad()
         wrapped(**batch, labels=batch["input_ids"]).loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    gradients = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in gradients.items()}
-    if rank == 0:
-        torch.save(gradients, f"{folder}/found.pt")
-    dist.barrier()
-    os._exit(0)
+    return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in gradients.items()}

@@ -10,6 +10,7 @@ from support.attached import (
     unpadded,
 )
 from support.oracles import build
+from support.thorough import combinations
 
 from palkernels.model import attach
 
@@ -30,8 +31,9 @@ def test_compiled_model_has_the_eager_gradients():
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2-window", "gemma3", "phi3"])
-@pytest.mark.parametrize("kind", ["prefix", "shared, inserted"])
+@pytest.mark.parametrize(
+    ("family", "kind"), combinations(["llama", "qwen2-window", "gemma3", "phi3"], ["prefix", "shared, inserted"])
+)
 @torch.no_grad()
 def test_compiled_forward_is_one_graph(family, kind):
     model, keywords = attached(family, kind)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.oracles import build
-from support.sharded import run_with_connector, with_connector
+from support.sharded import WAYS, run_with_connector, with_connector
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from palkernels.model import AudioState, EncodedAudio, MlpConnector, attach
@@ -257,13 +257,19 @@ def test_compiled_whole():
             torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2", "fsdp2 apart"])
-def test_two_processes_one_without_audio(tmp_path, how):
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(run_with_connector, (2, str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_two_processes_one_without_audio(two_processes, how):
     """The gradients are those of the mean of both losses; the process without audio does not hang the other."""
-    torch.multiprocessing.spawn(run_with_connector, (2, str(tmp_path), how), nprocs=2)
     model, handle, batches = with_connector()
     sum(model(**batch, labels=batch["input_ids"]).loss / 2 for batch in batches).backward()
-    found = torch.load(tmp_path / "found.pt")
+    found = torch.load(two_processes / f"{how}.pt")
     assert all(parameter.grad.any() for parameter in handle.connector.parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, msg=name)

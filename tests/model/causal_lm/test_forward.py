@@ -1,7 +1,5 @@
 """A forward with audio: the logits and gradients of stock models on the concatenated sequence."""
 
-import itertools
-
 import pytest
 import torch
 from support.attached import (
@@ -17,13 +15,12 @@ from support.attached import (
     unpadded,
 )
 from support.oracles import FAMILIES, build, oracle_logits, rows_of
+from support.thorough import combinations
 
 from palkernels.model import AudioState, LalConfig, attach
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rope", ["sequence", "none"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("family", "rope", "kind"), combinations(FAMILIES, ["sequence", "none"], KINDS))
 def test_logits(family, rope, kind):
     """Left- and right-padded and unpadded batches, all layers and a subset: fp32 within 1e-5."""
     model = build(family)
@@ -50,8 +47,9 @@ def test_other_implementations(impl):
         assert largest_difference(got, oracle_rows(model, "sequence", ids, state, "all")) <= 1e-5
 
 
+GRADIENT_KINDS = ["inserted", "shared, inserted", "per layer"]
 GRADIENT_CASES = [
-    *itertools.product(FAMILIES, ["sequence", "none"], ["inserted", "shared, inserted", "per layer"], ["sdpa"]),
+    *((*case, "sdpa") for case in combinations(FAMILIES, ["sequence", "none"], GRADIENT_KINDS)),
     ("llama", "sequence", "shared, inserted", "triton"),
     ("qwen2", "none", "per layer", "triton"),
 ]

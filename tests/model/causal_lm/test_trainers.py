@@ -80,20 +80,26 @@ def test_accelerate_moves_the_audio_once(attached, monkeypatch):
     assert len(moves) <= 1
 
 
-@pytest.mark.parametrize("empty", [False, True])
-def test_fsdp2_on_two_processes(tmp_path, empty):
-    """fully_shard on two CPU processes, also of a model without values: loss and gradients of one process with the
-    whole batch."""
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
     from support.sharded import run
 
-    torch.multiprocessing.spawn(run, (2, str(tmp_path), empty), nprocs=2)
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(run, (2, str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["with values", "without"])
+def test_fsdp2_on_two_processes(two_processes, name):
+    """fully_shard on two CPU processes, also of a model without values: loss and gradients of one process with the
+    whole batch."""
     model = build("llama", torch.float64).train()
     attach(model)
     want = gradients(model)
     ids, states, insert_at = inputs()
     with torch.no_grad():
         loss = model(ids, labels=ids, audio=AudioState(states, insert_at=insert_at)).loss
-    results = torch.load(tmp_path / "found.pt")
+    results = torch.load(two_processes / f"{name}.pt")
     torch.testing.assert_close(results.pop("loss"), loss)
     results["states"] = results["states"] / 2  # each process took the mean over its half of the rows
     same(results, want)
