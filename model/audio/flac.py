@@ -38,7 +38,8 @@ def inspect_flac(file: BinaryIO, start: int, name: str) -> Inspection:
     stated = int.from_bytes(data[21:26], "big") & (2**36 - 1)
     if not stated:
         return _with_length(data, fixed_block, name)
-    first, end = max(42, size - LONGEST_FRAME), size
+    end = len(data.rstrip(b"\0"))  # a file may have been given room for more than was written
+    first = max(42, end - LONGEST_FRAME)
     while (at := data.rfind(b"\xff", first, end)) >= 0:
         last_sample = _end_of_frame(data[at : at + 16].ljust(16, b"\0"), fixed_block)
         if last_sample is not None:

@@ -58,6 +58,16 @@ def test_refuses_one_that_states_no_length_and_has_no_frame(tmp_path: Path) -> N
     assert refusal(path).endswith("must state its length, got a header that leaves it open")
 
 
+def test_zeros_behind_a_file_hide_nothing(tmp_path: Path) -> None:
+    """A recorder may set aside room and state a length before it is through."""
+    data = bytearray(write(tmp_path / "a", noise(), format="FLAC").read_bytes())
+    (tmp_path / "a").write_bytes(data + bytes(2**21))
+    assert load_audio(tmp_path / "a").shape == (RATE,)
+    data[22:26] = (RATE // 2).to_bytes(4, "big")
+    (tmp_path / "a").write_bytes(data + bytes(2**21))
+    assert "must state its length, got 8000 samples for 16000" in refusal(tmp_path / "a")
+
+
 def test_refuses_two_files_in_a_row(tmp_path: Path) -> None:
     data = write(tmp_path / "a", noise(), format="FLAC").read_bytes()
     (tmp_path / "a").write_bytes(data + data)
