@@ -55,6 +55,10 @@ def inspect_ogg(file: BinaryIO, size: int, name: str) -> Inspection:
     if len(streams) > 1:
         way = convert_with("ogg")
         raise AudioError(f"{name} must hold one stream, got {len(streams)} OGG streams in one file: {way}")
+    strangers = {page.serial for page in pages} - {page.serial for page in pages if page.flags & FIRST}
+    if streams and strangers:
+        way = convert_with("ogg")
+        raise AudioError(f"{name} must hold one stream, got OGG pages of another one without its beginning: {way}")
     serial = streams[0].serial if streams else pages[0].serial
     pages = [page for page in pages if page.serial == serial]
     ends = [index for index, page in enumerate(pages) if page.flags & LAST]
@@ -62,6 +66,13 @@ def inspect_ogg(file: BinaryIO, size: int, name: str) -> Inspection:
         raise AudioError(f"{name} must be one OGG stream, got {len(pages) - 1 - ends[0]} pages behind its end")
     if any(page.packets and page.position == NO_POSITION for page in pages):
         raise AudioError(f"{name} must state the position of every page, got an OGG page without one")
+    stated = [page for page in pages if page.position != NO_POSITION]
+    for before, after in itertools.pairwise(stated):  # libsndfile goes by the last one
+        if after.position < before.position:
+            raise AudioError(
+                f"{name} must state positions that do not decrease, got an OGG page at sample {after.position} behind "
+                f"one at {before.position}"
+            )
     for before, after in itertools.pairwise(pages):
         if after.number != (before.number + 1) % 2**32:
             raise AudioError(

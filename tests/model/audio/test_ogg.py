@@ -164,3 +164,25 @@ def test_durations_of_packets(tmp_path: Path, codec: str, rate: int, channels: i
     for count, position in ends[2:-1]:
         assert sum(samples_of(sound[: count - headers + (codec == "OPUS")])) == position
     assert durations([b"Speex   "]) is None
+
+
+@CODECS
+def test_pages_of_a_stream_that_does_not_begin(tmp_path: Path, codec: str) -> None:
+    """As where two recordings were joined and the second one's first page was left out: libsndfile reads the first."""
+    first = write(tmp_path / "a", noise(2.0), 16_000, "OGG", codec)
+    pages, others = pages_of(first), pages_of(write(tmp_path / "b", noise(1.0), 16_000, "OGG", codec))[1:]
+    for page in others:
+        page[14:18] = b"else"
+    path = save(tmp_path / "c", *pages, *map(with_checksum, others))
+    assert soundfile.info(path).frames == 32_000
+    assert "must hold one stream, got OGG pages of another one without its beginning: ffmpeg" in refusal(path)
+
+
+@CODECS
+def test_a_last_position_before_others(tmp_path: Path, codec: str) -> None:
+    """libsndfile takes the last page's position for the stream's length."""
+    pages = pages_of(write(tmp_path / "a", noise(6.0), 16_000, "OGG", codec))
+    (last,) = struct.unpack("<Q", pages[-1][6:14])
+    pages[-1][6:14] = struct.pack("<Q", last // 2)
+    path = save(tmp_path / "a", *pages[:-1], with_checksum(pages[-1]))
+    assert f"must state positions that do not decrease, got an OGG page at sample {last // 2} behind" in refusal(path)
