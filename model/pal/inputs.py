@@ -41,6 +41,13 @@ class AudioInputs:
             raise ValueError("audio must be input_features or audio_features, got both")
         if features is not None and self.audio_lengths is not None:
             raise ValueError("audio_lengths must come with input_features, got audio_features, which have their own")
+        if self.input_features is not None:
+            tensors = [self.input_features] if isinstance(self.input_features, Tensor) else self.input_features
+            if any(isinstance(tensor, Tensor) and tensor.ndim and not tensor.shape[0] for tensor in tensors):
+                raise ValueError(
+                    "input_features must hold at least one clip, got none: leave them, and what describes clips, out "
+                    "where no text hears any"
+                )
         for name in ("audio_lengths", "audio_index", "insert_at"):
             if getattr(self, name) is not None and not self.has_clips:
                 raise ValueError(f"{name} must come with clips, input_features or audio_features, got none")
@@ -79,6 +86,8 @@ def clip_index(audio_index: Tensor | None, batch: int, clips: Clips, placeholder
             and None. Values are checked on the CPU only: elsewhere it would wait for the device.
     """
     count = clips.states.shape[0]
+    if not batch:
+        raise ValueError("input_ids must hold at least one text with audio, got none")
     if audio_index is None:
         if placeholders is not None and not torch.compiler.is_compiling():
             inferred = infer_index(placeholders.tolist(), clips.lengths.tolist())

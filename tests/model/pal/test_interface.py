@@ -203,3 +203,16 @@ def test_whole_graphs(name):
     got = compiled(**batch, use_cache=True)
     torch.testing.assert_close(got.logits[valid], want[valid], rtol=1e-4, atol=1e-4)
     assert memory_of(got.past_key_values) is not None
+
+
+@pytest.mark.parametrize("run", ["forward", "generate"])
+def test_no_clips_and_no_texts_are_named(run):
+    model = model_of("plits+lal")
+    batch = batch_of(model)
+    call = model if run == "forward" else model.generate
+    none = [features[:0] for features in batch["input_features"]]
+    with pytest.raises(ValueError, match="input_features must hold at least one clip, got none: leave them"):
+        call(**batch | {"input_features": none, "audio_lengths": batch["audio_lengths"][:0]})
+    of_texts = ("input_ids", "attention_mask", "audio_index", "insert_at")
+    with pytest.raises(ValueError, match="input_ids must hold at least one text with audio, got none"):
+        call(**batch | {name: batch[name][:0] for name in of_texts})
