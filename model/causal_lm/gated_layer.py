@@ -100,11 +100,10 @@ class GatedLayer(nn.Module):
             sees_audio: (B, T, 1), bool, of each query; None: all do.
         """
         query = self._heads(self.q_proj(self.attention_norm(hidden)))
-        unseen = query.detach()  # lal_attention must be given the text's keys
         attended = lal_attention(
             query,
-            unseen,
-            unseen,
+            query.detach(),  # the text's keys must be given, and are not seen
+            query.detach(),  # another tensor than the keys: torch.compile would break the graph there
             *audio_kv,
             audio_lengths=mask.audio_lengths,
             audio_index=mask.audio_index,

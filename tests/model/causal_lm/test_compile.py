@@ -9,17 +9,22 @@ from support.attached import (
     texts,
     unpadded,
 )
+from support.flamingo import open_gates
 from support.oracles import build
 from support.thorough import combinations
 
-from palkernels.model import attach
+from palkernels.model import attach, attach_flamingo
 
 
-def test_compiled_model_has_the_eager_gradients():
+@pytest.mark.parametrize("way", ["lal", "flamingo"])
+def test_compiled_model_has_the_eager_gradients(way):
     """Graph breaks are allowed, wrong gradients are not."""
     model = build("llama").train()
     _, padded, _ = batch(texts(), "none")
-    attach(model)
+    if way == "lal":
+        attach(model)
+    else:
+        open_gates(attach_flamingo(model, every=1))
     torch._dynamo.reset()
     gradients = []
     for run in (model, torch.compile(model, backend="aot_eager")):
