@@ -105,8 +105,10 @@ def token_places(rows: AudioRows, insert_at: Tensor, index: Tensor) -> Tensor:
     Raises:
         ValueError: ``insert_at`` has another shape.
     """
-    places = insert_at.reshape(index.shape[0], -1).to(index.device)
-    if places.shape != index.shape:
+    places = insert_at.to(index.device)
+    if places.ndim == 1:
+        places = places.unsqueeze(1)
+    if places.shape != index.shape:  # another order of the same numbers must not pass
         raise ValueError(f"insert_at must be (B, K) = {tuple(index.shape)}, got {tuple(insert_at.shape)}")
     # Where there is no clip there is no place: it takes that of the clip before it, so that places do not decrease.
     clip_before = places.masked_fill(index < 0, 0).cummax(dim=1).values

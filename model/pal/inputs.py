@@ -66,7 +66,7 @@ def lengths_by_tower(audio_lengths: Tensor | None, encoded: Sequence[Tensor]) ->
     if audio_lengths is None:
         return [None] * len(encoded)
     shape = encoded[0].shape[0], len(encoded)
-    if audio_lengths.numel() != shape[0] * shape[1]:
+    if tuple(audio_lengths.shape) not in (shape, (shape[0],) if shape[1] == 1 else shape):
         raise ValueError(f"audio_lengths must be (C, towers) = {shape}, got {tuple(audio_lengths.shape)}")
     return audio_lengths.reshape(shape).to(encoded[0].device).unbind(1)
 
