@@ -5,7 +5,8 @@ import sys
 
 import torch
 
-from palkernels import audio_kv
+from palkernels import audio_kv, plans
+from palkernels.attention import plans as attention_plans
 from support.planned import (
     HKV,
     HQ,
@@ -176,6 +177,28 @@ def a_repetition_makes_few_python_calls():
     lal_attention(*leaves)
     both = python_calls(lambda: torch.autograd.grad(lal_attention(*leaves), leaves, upstream))
     assert both <= 140, both
+
+
+@scenario
+def what_is_saved_must_not_change():
+    x = tensors(16, grad=True)
+    backward(x)
+    out = lal_attention(*x)
+    with torch.no_grad():
+        x[1].mul_(2)
+    must_raise(RuntimeError, "modified by an inplace operation", lambda: out.sum().backward())
+
+
+@scenario
+def plans_are_bounded():
+    most, plans.MOST_PLANS = plans.MOST_PLANS, 8
+    try:
+        for n in range(20):
+            lal_attention(*tensors(2, 30 + n))
+        assert len(attention_plans.FORWARD) <= 8
+        assert long_launches(lambda: lal_attention(*tensors(2, 49))) == 0
+    finally:
+        plans.MOST_PLANS = most
 
 
 if __name__ == "__main__":
