@@ -183,18 +183,17 @@ class LalHandle(Attached):
 
     def prepared(self, request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
         self.check_layers()
-        packed, routed = request.plan.packing is not None, arguments.get("output_router_logits")
-        if routed is None:
-            routed = getattr(self.model.config, "output_router_logits", False)
-        if packed:
+        if request.plan.packing is not None:
             self._take_other_attention()
-            arguments = arguments | {"use_cache": False}
-        if packed or (len(self.selected) == len(self.decoder_layers) and not routed):
-            # No layer looks at a mask. One of four dimensions is taken as it is, where transformers would read the
-            # given one's values and make another of it. (The loss of a router leaves padding out by the given one.)
-            mask = torch.empty(1, 1, 1, 0, dtype=torch.bool, device=request.texts.device)
-            arguments = arguments | {"attention_mask": mask}
-        elif arguments.get("attention_mask") is None and cache_of(arguments) is None:
+            arguments = arguments | {"attention_mask": unread_mask(request), "use_cache": False}
+        elif arguments.get("attention_mask") is not None:
+            routed = arguments.get("output_router_logits")
+            if routed is None:
+                routed = getattr(self.model.config, "output_router_logits", False)
+            # The loss of a router leaves padding out by the mask; no layer that takes audio looks at it.
+            if not routed and len(self.selected) == len(self.decoder_layers):
+                arguments = arguments | {"attention_mask": unread_mask(request)}
+        elif cache_of(arguments) is None:
             # Without a mask, transformers reads a jump in position_ids as the start of another packed sequence.
             arguments = arguments | {"attention_mask": torch.ones_like(arguments["position_ids"])}
         return super().prepared(request, arguments)
@@ -279,6 +278,11 @@ class LalHandle(Attached):
                     f"replaces it first, then attach again ({error})"
                 ) from error
         self._forwards = forwards
+
+
+def unread_mask(request: Request) -> Tensor:
+    """Return a mask of four dimensions: transformers takes it as it is, where it would read a given one's values."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=request.texts.device)
 
 
 def forwards_of(layer: Any) -> tuple[Any, ...]:
