@@ -15,8 +15,10 @@ SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setupto
 # Forks a process for each module. What they all find imported is other people's packages, which take seconds.
 IMPORT_ALONE = """
 import importlib, os, sys, traceback
-import matplotlib.figure, torch, transformers, triton.language, typer
+import matplotlib.figure, rich.progress, torch, transformers, triton.language, typer
 import transformers.models.auto.modeling_auto, transformers.models.whisper.modeling_whisper
+import transformers.models.blip_2.modeling_blip_2, transformers.models.clap.modeling_clap
+import transformers.models.clap.feature_extraction_clap, transformers.models.whisper.feature_extraction_whisper
 
 assert not [name for name in sys.modules if name.split(".")[0] == "palkernels"]
 for module in sys.argv[1:]:

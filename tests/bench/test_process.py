@@ -33,10 +33,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def commands(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("out") / "out"
+
+
+@pytest.fixture(scope="module")
+def commands(model: Path, out: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("tiny")
     tiny_config().save_pretrained(folder)
-    out = tmp_path_factory.mktemp("out") / "out"
     return {
         "help": ["--help"],
         "doctor": ["doctor"],
@@ -72,9 +76,9 @@ def test_interrupted_at_any_time(commands: dict[str, list[str]], name: str, dela
     ("number", "code", "message"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_started_in_the_background(
-    commands: dict[str, list[str]], number: signal.Signals, code: int, message: str
+    commands: dict[str, list[str]], out: Path, number: signal.Signals, code: int, message: str
 ) -> None:
-    """A shell without job control starts what runs in the background with Ctrl-C ignored."""
+    """A shell without job control starts what runs in the background with Ctrl-C ignored. Nothing is left behind."""
     shell = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
     with child([*shell, sys.executable, "-c", PLAIN, *commands["figure1"]]) as process:
         assert process.stdout is not None
@@ -83,6 +87,7 @@ def test_started_in_the_background(
         process.send_signal(number)
         _, error = process.communicate(timeout=120)
     assert (process.returncode, error) == (code, f"error: {message}\n")
+    assert list(out.parent.iterdir()) == []
 
 
 # What an interruption may become on its way, or whether it gets lost.
