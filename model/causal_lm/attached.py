@@ -106,13 +106,7 @@ class Attached(ABC):
             return arguments
         if not any(parameter.requires_grad for parameter in parts.parameters()):
             return arguments
-        anchor, embeddings = parts(None), arguments.get("inputs_embeds")
-        if embeddings is None and isinstance(arguments.get("input_ids"), Tensor):
-            embeddings = self.model.get_input_embeddings()(arguments["input_ids"])
-            arguments = {name: value for name, value in arguments.items() if name != "input_ids"}
-        if embeddings is None:
-            return arguments
-        return arguments | {"inputs_embeds": tied(embeddings, anchor)}
+        return tied(arguments, parts(None), self.model.get_input_embeddings())
 
     def save_parts(self, directory: "str | os.PathLike[str]", state_dict: Mapping[str, Tensor] | None) -> Path:
         """Write what :func:`attach` loads again: settings, connector and projectors."""

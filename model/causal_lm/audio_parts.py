@@ -4,7 +4,7 @@ So whatever walks over a model's parameters reaches them: ``to`` and ``half``, o
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -107,11 +107,17 @@ def zero(parameters: Iterable[Tensor]) -> Tensor:
     return _Zero.apply(*trained) if trained else torch.zeros(())
 
 
-def tied(tensor: Tensor, anchor: Tensor) -> Tensor:
-    """Return a tensor bitwise as it is, with ``anchor`` in its backward pass.
+def tied(arguments: dict[str, Any], anchor: Tensor, embed: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Return a forward's arguments, its text embedded bitwise as it is, with ``anchor`` in the backward pass.
 
     A batch without audio so gives the parts that only audio passes a gradient of zeros, which DDP and FSDP2 wait for.
     Tied to the input embeddings, it comes last in the backward pass, where the audio's gradient comes too: all
     processes then run the same collectives in the same order.
     """
-    return _Tied.apply(tensor, anchor) if anchor.requires_grad else tensor
+    embeddings = arguments.get("inputs_embeds")
+    if embeddings is None and isinstance(arguments.get("input_ids"), Tensor):
+        embeddings = embed(arguments["input_ids"])
+        arguments = {name: value for name, value in arguments.items() if name != "input_ids"}
+    if embeddings is None or not anchor.requires_grad:
+        return arguments
+    return arguments | {"inputs_embeds": _Tied.apply(embeddings, anchor)}

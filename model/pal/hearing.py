@@ -1,13 +1,13 @@
 """What the texts of a batch hear, made once for a forward or a generate call, and what one forward takes of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from palkernels.model.causal_lm.audio_parts import tied, zero
 from palkernels.model.causal_lm.facts import DeviceFacts
 from palkernels.model.causal_lm.memory import Memory, remember
 from palkernels.model.causal_lm.request import Carried
@@ -15,7 +15,7 @@ from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.pal.clips import Clips
 from palkernels.model.pal.placeholders import Placeholders, mismatch, put_in_place
 
-__all__ = ["IGNORED", "Hearing", "Kept", "Step", "check_placeholders", "labels_of", "recall", "step_of", "tied"]
+__all__ = ["IGNORED", "Hearing", "Kept", "Step", "check_placeholders", "labels_of", "recall", "step_of"]
 
 IGNORED = -100  # a label that the loss passes over
 
@@ -102,6 +102,28 @@ class Step:
         if inputs_embeds is not None:
             return arguments | {"inputs_embeds": inputs_embeds}
         return arguments | {"input_ids": input_ids}
+
+    def trained_texts(
+        self,
+        embedding: nn.Module,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        parts: Iterable[nn.Module],
+        ways: int,
+    ) -> dict[str, Any]:
+        """Return what :meth:`texts` does, in training: parts that only audio passes get a gradient, if of zeros.
+
+        DDP and FSDP2 wait for the gradient of every parameter that trains, also where a batch is without audio.
+
+        Args:
+            parts: encoders, connectors and the layers' own parts.
+            ways: in how many ways audio enters, among the text and within the layers.
+        """
+        arguments = self.texts(embedding, input_ids, inputs_embeds)
+        entered = [audio for audio in (self.tokens, self.audio) if getattr(audio, "requires_grad", False)]
+        if len(entered) == ways or not torch.is_grad_enabled():
+            return arguments
+        return tied(arguments, zero(parameter for part in parts for parameter in part.parameters()), embedding)
 
     def keep(self, cache: Any) -> None:
         """Let the cache of this forward remember what its texts have heard."""
@@ -207,26 +229,3 @@ def labels_of(labels: Tensor | None, shifted: Tensor | None) -> Tensor | None:
     if shifted is None:
         return labels
     return torch.nn.functional.pad(shifted[:, :-1], (1, 0), value=IGNORED)
-
-
-def tied(outputs: Any, parameters: Sequence[nn.Parameter]) -> Any:
-    """Return a training forward's outputs, such that all parameters that train get a gradient.
-
-    DDP and FSDP2 wait for each, also where a batch is without audio. What they get here is zero: it comes of the sum of
-    no elements, which changes no bit of the loss.
-    """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    name = "loss" if getattr(outputs, "loss", None) is not None else "logits"
-    target = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, name, None)
-    if not trained or not isinstance(target, Tensor) or not torch.is_grad_enabled():
-        return outputs
-    target = target + sum(_no_elements(parameter).sum().to(target) for parameter in trained)
-    if isinstance(outputs, tuple):
-        return (target, *outputs[1:])
-    outputs[name] = target
-    return outputs
-
-
-def _no_elements(parameter: Tensor) -> Tensor:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return local.flatten()[:0]

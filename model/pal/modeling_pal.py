@@ -21,7 +21,7 @@ from palkernels.model.causal_lm.support import base_model
 from palkernels.model.pal.clips import AudioFeatures
 from palkernels.model.pal.configuration_pal import PalConfig
 from palkernels.model.pal.generation import LISTEN, STEP, current, generation_of
-from palkernels.model.pal.hearing import labels_of, tied
+from palkernels.model.pal.hearing import labels_of
 from palkernels.model.pal.inputs import AudioInputs
 from palkernels.model.pal.listening import Listener
 from palkernels.model.pal.parts import (
@@ -253,7 +253,13 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         if step is None:
             final = labels_of(labels, kwargs.get("shift_labels"))
             step = self.step(input_ids, inputs_embeds, audio, cache, final, attention_mask)
-        arguments = step.texts(self.get_input_embeddings(), input_ids, inputs_embeds)
+        texts = self.get_input_embeddings(), input_ids, inputs_embeds
+        if self.training:
+            parts = self.audio_tower, self.multi_modal_projector, self.layer_projector, self.gated_layer
+            ways = self.config.uses("plits") + (self.config.uses("lal") or self.config.uses("flamingo"))
+            arguments = step.trained_texts(*texts, parts, ways)
+        else:
+            arguments = step.texts(*texts)
         optional = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -266,10 +272,7 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
             arguments["logits_to_keep"] = logits_to_keep
         outputs = self.language_model(**arguments, **kwargs)
         step.keep(cache_after(cache, outputs))
-        if not self.training:
-            return outputs
-        parts = (self.audio_tower, self.multi_modal_projector, self.layer_projector, self.gated_layer)
-        return tied(outputs, [parameter for part in parts for parameter in part.parameters()])
+        return outputs
 
     @torch.no_grad()
     def generate(

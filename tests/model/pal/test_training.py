@@ -5,11 +5,13 @@ import torch
 from support.audio_llm import (
     AUDIO_TOKEN,
     INTEGRATIONS,
+    batch_of,
     batch_of_two,
     build_pal,
     entry,
     labelled,
     logits,
+    open_gates,
     processor_of,
     tone,
 )
@@ -30,6 +32,39 @@ def test_what_is_trained():
     assert {name.split(".")[1] for name in plain if name.startswith("multi_modal")} == {"0", "1"}
     assert {name.split(".")[1] for name in encoders - plain} == {"0", "1"}
     assert {name.split(".")[-3] for name in plain - ffn} == {"mlp"}
+
+
+def trained(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("kind", INTEGRATIONS)
+def test_a_batch_without_audio_gives_its_parts_gradients_of_zero(kind):
+    """And nothing else: loss and all other gradients are bitwise the language model's own. With audio, none is left
+    out either, where no text hears the clip."""
+    entries, settings = INTEGRATIONS[kind]
+    model = open_gates(build_pal(*entries, freeze_encoders=False, **settings)).train()
+    text = labelled(batch_of(model, ["hello", "none"], []))
+    with torch.no_grad():
+        for connector in model.multi_modal_projector:
+            next(connector.parameters()).fill_(torch.inf)  # 0 times it would be NaN
+    want = model.language_model(**text).loss
+    want.backward()
+    stock = {name: x.grad.clone() for name, x in model.language_model.named_parameters()}
+    for arguments in (text, {"inputs_embeds": model.get_input_embeddings()(text["input_ids"]), **text}):
+        if "inputs_embeds" in arguments:
+            del arguments["input_ids"]
+        model.zero_grad()
+        loss = model(**arguments).loss
+        assert torch.equal(loss, want)
+        loss.backward()
+        for name, parameter in trained(model).items():
+            expected = stock.get(name.removeprefix("language_model."), torch.zeros_like(parameter))
+            assert torch.equal(parameter.grad, expected), name
+    model = build_pal(*entries, freeze_encoders=False, **settings).train()
+    clip = batch_of(model, [f"{AUDIO_TOKEN}is a"], [tone()])["input_features"]
+    model(**text, input_features=clip, audio_index=torch.full((2, 1), -1)).loss.backward()
+    assert [name for name, parameter in trained(model).items() if parameter.grad is None] == []
 
 
 def test_lora_on_the_language_model(tmp_path):
