@@ -10,10 +10,12 @@ from torch import Tensor
 from palkernels import audio_kv, lal_attention
 from palkernels.bench.instruments.costs import CostCounter
 from palkernels.kernels.launch import Launch
-from palkernels.projection.ops import audio_kv_backward, audio_kv_forward, audio_kv_layers
+from palkernels.projection import ops
 
 FUNCTIONS = {
-    operator._qualname: operator._init_fn for operator in (audio_kv_forward, audio_kv_backward, audio_kv_layers)
+    "palkernels::audio_kv_forward": ops.forward,
+    "palkernels::audio_kv_backward": ops.backward,
+    "palkernels::audio_kv_layers": ops.layers_forward,
 }
 
 
