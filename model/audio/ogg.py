@@ -19,6 +19,7 @@ CONTINUED, FIRST, LAST = 1, 2, 4  # flags of a page
 NO_POSITION = 2**64 - 1  # of a page on which no packet ends
 STEADY = 0.9  # If the full pages differ by no more in a measure, it shows which page is not full:
 FULL = 0.97  # one with less than this of the least full one.
+MOST_TRIMMED = 4  # packets, as long as the longest: an encoder leaves out less than one, a tool that cuts hardly more
 STEP = 2**20  # bytes read at a time
 REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
@@ -48,7 +49,8 @@ def inspect_ogg(file: BinaryIO, size: int, name: str) -> Inspection:
     libsndfile reads up to the last whole page, and of several streams the first.
 
     Raises:
-        AudioError: The last page is incomplete or not the end, or there are several streams.
+        AudioError: The last page is incomplete or not the end, there are several streams, or pages hold other samples
+            than their positions say.
     """
     pages = _pages(file, size, name)
     streams = [page for page in pages if page.flags & FIRST and not page.magic.startswith(b"fishead")]
@@ -78,6 +80,7 @@ def inspect_ogg(file: BinaryIO, size: int, name: str) -> Inspection:
             raise AudioError(
                 f"{name} must be whole, got an OGG stream whose page {after.number} follows {before.number}"
             )
+    _check_positions(file, pages, name)
     if ends:
         return Inspection()
     last = pages[-1]
@@ -162,17 +165,56 @@ def _ends_within_a_packet(file: BinaryIO, pages: list[Page]) -> bool:
     return last.position - before.position < sum(samples_of(packets))
 
 
+def _check_positions(file: BinaryIO, pages: list[Page], name: str) -> None:
+    """Check that pages hold as many samples as their positions say: libsndfile reads up to the last one.
+
+    Any page's position may lie behind a gap. The last page may end within its last packets, and Vorbis' first one may
+    begin within its first.
+
+    Raises:
+        AudioError: A page holds more samples than it says.
+    """
+    of_pages = list(_packets_by_page(file, pages))
+    samples_of = durations(list(itertools.islice(itertools.chain.from_iterable(of_pages), 3)))
+    if samples_of is None:
+        return
+    is_vorbis = of_pages[0][0].startswith(b"\x01vorbis")
+    headers, before, position = 3 if is_vorbis else 2, [] if is_vorbis else [b""], 0
+    last = [page for page in pages if page.packets][-1]
+    for page, packets in zip(pages, of_pages, strict=True):
+        sound, headers = packets[headers:], max(headers - len(packets), 0)
+        if not sound:
+            continue
+        lengths = samples_of([*before, *sound])
+        held, stated = sum(lengths), page.position - position
+        may_be_trimmed = page is last or (is_vorbis and position == 0)
+        left_out = MOST_TRIMMED * max(lengths, default=0) if may_be_trimmed else 0
+        if held - stated > left_out:
+            raise AudioError(
+                f"{name} must state positions that fit its packets, got an OGG page of {held} samples at the positions "
+                f"{position} to {page.position}: {convert_with('ogg')}"
+            )
+        before, position = sound[-1:], page.position
+
+
 def _packets(file: BinaryIO, pages: list[Page]) -> Iterator[bytes]:
     """Read the packets that begin and end on some pages of a stream."""
+    return itertools.chain.from_iterable(_packets_by_page(file, pages))
+
+
+def _packets_by_page(file: BinaryIO, pages: list[Page]) -> Iterator[list[bytes]]:
+    """Read, for each of some pages of a stream, the packets that end there and began on one of them."""
     packet, whole = b"", not pages[0].flags & CONTINUED
     for page in pages:
+        packets: list[bytes] = []
         file.seek(page.at + 27 + len(page.lacing))
         for length in page.lacing:
             packet += file.read(length)
             if length < 255:
                 if whole:
-                    yield packet
+                    packets.append(packet)
                 packet, whole = b"", True
+        yield packets
 
 
 def _with_end_mark(file: BinaryIO, page: Page) -> bytes:

@@ -186,3 +186,32 @@ def test_a_last_position_before_others(tmp_path: Path, codec: str) -> None:
     pages[-1][6:14] = struct.pack("<Q", last // 2)
     path = save(tmp_path / "a", *pages[:-1], with_checksum(pages[-1]))
     assert f"must state positions that do not decrease, got an OGG page at sample {last // 2} behind" in refusal(path)
+
+
+@CODECS
+@pytest.mark.parametrize("rate", [16_000, 48_000])
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.3, 4.0])
+@pytest.mark.parametrize("scale", [0.25, 0.5])
+def test_positions_that_do_not_fit_the_packets(
+    tmp_path: Path, codec: str, rate: int, seconds: float, scale: float
+) -> None:
+    """Halved on every page they look in order: libsndfile reads half of the clip, and nothing is missing."""
+    path = write(tmp_path / "a", noise(seconds, rate), rate, "OGG", codec)
+    pages = pages_of(path)
+    for page in pages:
+        (position,) = struct.unpack("<Q", page[6:14])
+        page[6:14] = struct.pack("<Q", int(position * scale))
+        with_checksum(page)
+    save(path, *pages)
+    message = refusal(path)
+    assert "must state positions that fit its packets, got an OGG page of " in message
+    assert message.endswith(": ffmpeg -i in.ogg out.wav converts it")
+
+
+@CODECS
+@pytest.mark.parametrize("rate", [8_000, 16_000, 48_000])
+def test_positions_of_clips_of_any_length_fit_their_packets(tmp_path: Path, codec: str, rate: int) -> None:
+    for samples in (1, 1_000, 9_999, 123_456):
+        for sound in (noise(samples / rate, rate), np.zeros(samples), sine(rate=rate, seconds=samples / rate)):
+            path = write(tmp_path / "a", sound, rate, "OGG", codec)
+            assert load_audio(path, rate, strict=True).numel() == samples
