@@ -11,6 +11,7 @@ from torch import Tensor
 from palkernels import devices
 from palkernels.arguments import Call
 from palkernels.kernels import decode, scratch, tiles
+from palkernels.kernels.division import Division
 from palkernels.kernels.launch import Launch
 from palkernels.kernels.operands import Matrix
 from palkernels.kernels.ready import ReadyLaunch, ready, repeatable
@@ -28,7 +29,7 @@ class ForwardPlan(NamedTuple):
     dtype: torch.dtype
     lse_shape: tuple[int, ...]
     device: torch.device
-    division: decode.Division | None  # the decoding kernel's
+    division: Division | None  # the decoding kernel's
     scratch: tuple[int, ...]  # its floats; where row_max and row_sum begin among them, in bytes; its counters
     numbers: tuple[Any, ...]  # the prepared call's
 
@@ -61,7 +62,7 @@ class ForwardPlan(NamedTuple):
         numbers: dict[str, Any] = {"key": Matrix.of(key)[1:], "value": Matrix.of(value)[1:], "num_keys": num_keys}
         if self.division is None:
             return ForwardPlan(self.launch.with_numbers(self.launch.num_programs, numbers), *self[1:])
-        division = decode.Division(*self.division[:4], num_keys, *self.division[5:])
+        division = Division(*self.division[:4], num_keys, *self.division[5:])
         shares = division.shares()
         numbers["audio_shares"], numbers["text_shares"] = shares
         launch = self.launch.with_numbers(division.num_programs(shares), numbers)
@@ -105,7 +106,7 @@ def forward_plan(
     repeated = _ready([launch], [compiled], operands)
     if repeated is None:
         return None
-    division = decode.Division.of(call, tiles.capability(call.query.device)) if is_decode else None
+    division = decode.division_of(call, tiles.capability(call.query.device)) if is_decode else None
     return ForwardPlan(
         launch=repeated[0],
         shape=tuple(out.shape),
@@ -138,6 +139,6 @@ def _ready(
     return None if None in repeated else tuple(repeated)  # type: ignore[arg-type]
 
 
-def _scratch_of(division: decode.Division, shares: tuple[int, int]) -> tuple[int, ...]:
+def _scratch_of(division: Division, shares: tuple[int, int]) -> tuple[int, ...]:
     _, row_max, row_sum, end = division.places(shares)
     return end, row_max * FLOAT_BYTES, row_sum * FLOAT_BYTES, division.num_counters()

@@ -9,7 +9,7 @@ from support.kernel_runs import strict
 
 from palkernels import lal_attention
 from palkernels.arguments import INTEGERS, Call
-from palkernels.kernels import decode, tiles
+from palkernels.kernels import decode, division, tiles
 from palkernels.kernels.forward import forward_launch
 from palkernels.testing import FEATURES, fill_unreachable, lal_case, max_error
 
@@ -115,7 +115,7 @@ def test_readers_of_one_clip_share_its_loads(readers, monkeypatch):
 @pytest.mark.parametrize("programs", [1, 3, 1000])
 def test_any_number_of_splits(monkeypatch, programs, features):
     """The keys go to one program or to one for each block; every launch leaves its counters at zero."""
-    monkeypatch.setattr(decode, "_multiprocessors", lambda *args: programs)
+    monkeypatch.setattr(division, "multiprocessors_of", lambda *args: programs)
     zeros = torch.zeros(4, dtype=torch.int32)
     monkeypatch.setattr(decode, "_zeros", lambda *args: zeros)
     case = lal_case(batch=2, queries=2, features=features, dtype=torch.float64, **SHAPE)
