@@ -13,7 +13,8 @@ from palkernels.model.audio.riff import inspect_riff, is_riff
 
 __all__ = ["inspect_file"]
 
-# What people have and libsndfile does not read: where in the file, which bytes, what it is, how such files are named.
+# What people have and is not read, as libsndfile does not or a missing end would not show: where in the file, which
+# bytes, what it is, how such files are named.
 FOREIGN = (
     (4, b"ftyp", "MP4 or M4A (AAC)", "m4a"),
     (0, b"\x1a\x45\xdf\xa3", "WebM or Matroska", "webm"),
@@ -21,9 +22,14 @@ FOREIGN = (
     (0, b"#!AMR", "AMR", "amr"),
     (0, b"\xff\xf1", "AAC", "aac"),
     (0, b"\xff\xf9", "AAC", "aac"),
+    (0, b"BW64", "BW64", "wav"),
+    (0, b"riff", "W64", "w64"),  # a WAV file's are capitals
+    (0, b"FORM", "AIFF", "aiff"),
+    (0, b"caff", "CAF", "caf"),
+    (0, b".snd", "AU", "au"),
+    (0, b"NIST", "NIST", "sph"),
+    (0, b"Creative Voi", "VOC", "voc"),
 )
-
-OTHERS = (b"FORM", b"caff", b"riff", b".snd", b"NIST", b"Creative Voice"[:12])  # libsndfile knows these by name
 
 
 def inspect_file(file: BinaryIO, size: int, name: str) -> Inspection:
@@ -43,8 +49,6 @@ def inspect_file(file: BinaryIO, size: int, name: str) -> Inspection:
         return inspect_ogg(file, size, name)
     if is_riff(magic):
         return inspect_riff(file, size, name)
-    if magic.startswith(OTHERS):
-        return Inspection()
     start = id3_size(magic)
     file.seek(start)
     if file.read(4) == b"fLaC":

@@ -84,8 +84,8 @@ def load_audio(
     Damage is found where the format allows it: a checksum (FLAC, OGG), a stated length (WAV, FLAC, MP3 with a tag), a
     frame that is not all there (MP3, FLAC), an end mark and the packets up to each position (OGG). Without an end mark
     an OGG stream counts as cut short where its last page is as full as the others and ends with a packet. Several
-    streams in one OGG or FLAC file, and bytes behind a WAV file's samples that are in no chunk and may be samples
-    (4 KiB or more) are refused too.
+    streams in one OGG or FLAC file, several chunks of samples in a WAV file, and bytes behind its samples that are in
+    no chunk and may be samples (4 KiB or more) are refused too.
     """
     soundfile = import_audio_package("soundfile", "load_audio")
     import_audio_package("torchaudio", "load_audio")  # the same for every file, whether it is resampled or not
@@ -149,7 +149,8 @@ def _check_header(file: Any, name: str, announced: int | None, sampling_rate: in
     """Refuse what the header rules out, before anything is decoded. `announced` is its count of frames."""
     rate, channels = file.samplerate, file.channels
     if file.format not in FORMATS:
-        raise AudioError(f"{name} must be WAV, FLAC, OGG or MP3, got {file.format}")
+        way = "soundfile.write(out, *soundfile.read(file)) converts it"  # it is one of libsndfile's formats
+        raise AudioError(f"{name} must be WAV, FLAC, OGG or MP3, got {file.format}: {way}")
     if not 1 <= channels <= MAX_CHANNELS:
         raise AudioError(f"{name} must have 1 to {MAX_CHANNELS} channels, got {channels}")
     check_rates(name, rate, sampling_rate)

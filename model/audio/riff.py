@@ -30,7 +30,8 @@ def inspect_riff(file: BinaryIO, size: int, name: str) -> Inspection:
     libsndfile takes the end of the file for the end of the samples, and a length of zero at its word.
 
     Raises:
-        AudioError: Fewer bytes of samples are there than the header states, or the chunks are too many.
+        AudioError: Fewer bytes of samples are there than the header states, they are in several chunks, or the chunks
+            are too many.
     """
     file.seek(0)
     order = BYTE_ORDERS[file.read(4)]
@@ -70,6 +71,8 @@ def _inspect_samples(
         unknown = True  # a header written before the samples, and never again
     if length > present and not unknown:
         raise cut_short(name, f"{length} bytes of samples are announced and {present} are there")
+    if not unknown and _more_samples(file, at + length + length % 2, size, order):
+        raise AudioError(f"{name} must have its samples in one chunk, got several: {convert_with('wav')}")
     if length > present or (unknown and length == 0):
         fault = f"a header that states no length ({present} bytes of samples are there)"
         return Inspection(fault, _mended(file, unpadded, at, present, order, is_long))
@@ -94,6 +97,17 @@ def _encoding(format: bytes, order: str) -> int:
 def _is_unpadded(file: BinaryIO, at: int) -> bool:
     """Return whether the chunk behind an odd one begins at `at` itself, and not a byte later as it should."""
     return _read(file, at, 4) in KNOWN_CHUNKS and _read(file, at + 1, 4) not in KNOWN_CHUNKS
+
+
+def _more_samples(file: BinaryIO, at: int, size: int, order: str) -> bool:
+    """Return whether one of the chunks from `at` on holds samples: libsndfile does not open a file with several."""
+    for _ in range(MAX_CHUNKS):
+        head = _read(file, at, 8)
+        if at >= size or len(head) < 8 or head[:4] == b"data":
+            return head[:4] == b"data"
+        at += 8 + int(struct.unpack(order + "I", head[4:])[0])
+        at += at % 2
+    return False
 
 
 def _ends_in_chunks(file: BinaryIO, at: int, size: int, order: str, *, padding: bool = True) -> bool:

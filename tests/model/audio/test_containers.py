@@ -84,6 +84,7 @@ def test_refuses_damage_in_the_middle(tmp_path: Path, format: str) -> None:
         (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9", "WMA or ASF", "wma"),
         (b"\xff\xf1\x50\x80\x2e\x7f\xfc", "AAC", "aac"),
         (b"#!AMR\n", "AMR", "amr"),
+        (b"BW64\xff\xff\xff\xffWAVEds64", "BW64", "wav"),
     ],
 )
 def test_formats_that_have_to_be_converted(tmp_path: Path, start: bytes, format: str, ending: str) -> None:
@@ -93,13 +94,26 @@ def test_formats_that_have_to_be_converted(tmp_path: Path, start: bytes, format:
     assert refusal(path).endswith(message)
 
 
-@pytest.mark.parametrize("format", ["W64", "AIFF", "AU"])
+@pytest.mark.parametrize(
+    ("format", "ending"),
+    [("W64", "w64"), ("AIFF", "aiff"), ("CAF", "caf"), ("AU", "au"), ("NIST", "sph"), ("VOC", "voc")],
+)
 @pytest.mark.parametrize("kept", [0.5, 1.0])
-def test_formats_of_libsndfile_that_are_not_checked(tmp_path: Path, format: str, kept: float) -> None:
+def test_formats_of_libsndfile_that_are_not_checked(tmp_path: Path, format: str, ending: str, kept: float) -> None:
     """They are refused, cut short or not, since what is missing would not show."""
-    path = write(tmp_path / "a", noise(), format=format)
+    path = write(tmp_path / "a", noise(), format=format, subtype="PCM_16")
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
-    assert refusal(path).endswith(f"must be WAV, FLAC, OGG or MP3, got {format}")
+    message = f"must be WAV, FLAC, OGG or MP3, got {format}: ffmpeg -i in.{ending} out.wav converts it"
+    assert refusal(path).endswith(message)
+
+
+def test_rare_formats_of_libsndfile(tmp_path: Path) -> None:
+    """The way that the message names leads to a file that is read."""
+    path = write(tmp_path / "a", noise(), format="PVF", subtype="PCM_16")
+    way = "soundfile.write(out, *soundfile.read(file)) converts it"
+    assert refusal(path).endswith(f"must be WAV, FLAC, OGG or MP3, got PVF: {way}")
+    soundfile.write(tmp_path / "b.wav", *soundfile.read(path))
+    assert load_audio(tmp_path / "b.wav").shape == (RATE,)
 
 
 @pytest.mark.filterwarnings("error")

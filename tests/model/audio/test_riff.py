@@ -150,3 +150,13 @@ def test_mp3_in_a_wav_file(tmp_path: Path) -> None:
     extended = struct.pack("<HHIIHHHHI", 0xFFFE, 1, RATE, 4000, 1, 0, 22, 0, 4) + struct.pack("<H", 0x55) + bytes(14)
     path.write_bytes(chunk(b"RIFF", b"WAVE" + chunk(b"fmt ", extended) + chunk(b"data", frames)))
     assert refusal(path).endswith(message)
+
+
+@pytest.mark.parametrize("between", [b"", chunk(b"LIST", b"INFO")], ids=["", "LIST"])
+@pytest.mark.parametrize("riff", [None, 36 + len(DATA)], ids=["whole", "first"])
+def test_several_chunks_of_samples(tmp_path: Path, between: bytes, riff: int | None) -> None:
+    """As two files in a row, the second without its header, or a recording that was paused."""
+    path = tmp_path / "a"
+    path.write_bytes(wav(chunk(b"data", DATA), between, chunk(b"data", DATA), riff=riff))
+    message = "must have its samples in one chunk, got several: ffmpeg -i in.wav out.wav converts it"
+    assert refusal(path).endswith(message)
