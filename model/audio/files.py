@@ -84,8 +84,9 @@ def load_audio(
     Damage is found where the format allows it: a checksum (FLAC, OGG), a stated length (WAV, FLAC, MP3 with a tag), a
     frame that is not all there (MP3, FLAC), an end mark and the packets up to each position (OGG). Without an end mark
     an OGG stream counts as cut short where its last page is as full as the others and ends with a packet. Several
-    streams in one OGG or FLAC file, several chunks of samples in a WAV file, and bytes behind its samples that are in
-    no chunk and may be samples (4 KiB or more) are refused too.
+    streams in one OGG, FLAC or MP3 file, several chunks of samples in a WAV file, and bytes behind its samples that are
+    in no chunk and may be samples (4 KiB or more) are refused too. MP3 files in a row are several streams where a later
+    one begins with a tag of its own; without one its frames are like those before.
     """
     soundfile = import_audio_package("soundfile", "load_audio")
     import_audio_package("torchaudio", "load_audio")  # the same for every file, whether it is resampled or not

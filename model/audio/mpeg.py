@@ -57,6 +57,7 @@ class Walk:
     incomplete: bool = False  # whether the last one is cut
     damage: int | None = None  # where bytes between frames begin that are neither a frame nor a tag
     kinds: int = 1  # of streams met
+    streams: int = 1  # that begin with a tag of their own, the first one in any case
 
 
 def id3_size(head: bytes) -> int:
@@ -74,7 +75,8 @@ def inspect_mpeg(file: BinaryIO, start: int, name: str) -> Inspection | None:
     the first frame's bit rate and stops there, wherever the file ends.
 
     Raises:
-        AudioError: The file is cut short, damaged, or of several sampling rates, or its frames do not tell its length.
+        AudioError: The file is cut short, damaged, of several sampling rates or several files in a row, or its frames
+            do not tell its length.
     """
     file.seek(start)
     if HEADER.search(file.read(SEARCHED)) is None:
@@ -90,6 +92,9 @@ def inspect_mpeg(file: BinaryIO, start: int, name: str) -> Inspection | None:
     if walk.kinds > 1:
         way = convert_with("mp3")
         raise AudioError(f"{name} must be one stream, got MP3 frames of several rates or channel counts: {way}")
+    if walk.streams > 1:
+        way = convert_with("mp3")
+        raise AudioError(f"{name} must hold one stream, got {walk.streams} MP3 streams in one file: {way}")
     stated = walk.tag_frames
     # Encoders differ on whether the tag's frame counts.
     if stated and not walk.first.silent and walk.frames < stated - (not (walk.exact or walk.incomplete or walk.damage)):
@@ -167,6 +172,8 @@ def _walk(data: bytes, start: int) -> Walk | None:
             return walk
         if frame.kind != kind:
             kind, walk.kinds = frame.kind, walk.kinds + 1
+        if at > walk.start and _is_tag(data, at, frame):  # at the start it may be an older one that was kept
+            walk.streams += 1
         walk.frames += 1
         at += frame.size
     return walk
@@ -202,6 +209,12 @@ def _tag_frames(data: bytes, at: int, frame: Frame) -> int | None:
     if tag[:4] == b"VBRI" and len(tag) == 18:
         return int(struct.unpack(">I", tag[14:])[0])
     return None
+
+
+def _is_tag(data: bytes, at: int, frame: Frame) -> bool:
+    """Return whether a frame holds a tag and nothing else: before a tag there are zeros, where sound says how to decode
+    it."""
+    return _tag_frames(data, at, frame) is not None and not any(data[at + 6 : at + frame.tag_at])
 
 
 def _length_tag(header: bytes, walk: Walk) -> bytes:

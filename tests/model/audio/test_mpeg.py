@@ -89,14 +89,36 @@ def test_a_tag_that_states_less_than_there_is(tmp_path: Path, stated: int | None
     assert torch.equal(read(path, bytes(data), fault), read(path, without_tag(bytes(data)), UNTAGGED))
 
 
-def test_two_files_in_a_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tagged", [True, False])
+def test_two_files_in_a_row(tmp_path: Path, tagged: bool) -> None:
+    """As of FLAC and OGG, where the second one begins with a tag of its own."""
     path = tmp_path / "a"
     first, second = mp3(path, noise(3.0)), mp3(path, noise(2.0))
-    audio = read(path, first + second, "an MP3 whose tag states 86 frames, of 145 that are there")
+    first = first if tagged else without_tag(first)
+    for between in (b"", b"TAG" + bytes(125), b"ID3\x04\0\0\0\0\0\x08" + bytes(8)):
+        path.write_bytes(first + between + second)
+        message = "must hold one stream, got 2 MP3 streams in one file: ffmpeg -i in.mp3 out.wav converts it"
+        assert refusal(path).endswith(message)
+
+
+def test_frames_in_a_row_are_one_stream(tmp_path: Path) -> None:
+    """Where nothing tells the second file from frames of the first, such as a broadcast that was recorded in parts."""
+    path = tmp_path / "a"
+    first, second = mp3(path, noise(3.0)), without_tag(mp3(path, noise(2.0)))
+    audio = read(path, first + second, "an MP3 whose tag states 86 frames, of 144 that are there")
     assert 5 * RATE <= len(audio) <= 5 * RATE + 6 * 576
     assert audio[-RATE:].abs().max() > 0.2
-    bare = read(path, without_tag(first) + b"ID3\x04\0\0\0\0\0\x08" + bytes(8) + without_tag(second), UNTAGGED)
+    bare = read(path, without_tag(first) + b"ID3\x04\0\0\0\0\0\x08" + bytes(8) + second, UNTAGGED)
     assert 5 * RATE <= len(bare) <= 5 * RATE + 6 * 576
+
+
+def test_an_older_tag_behind_the_first(tmp_path: Path) -> None:
+    """As programs leave it that put a tag before what is there."""
+    path = tmp_path / "a"
+    data = mp3(path, noise(2.0))
+    tag = data[: len(data) - len(without_tag(data))]
+    path.write_bytes(tag + data)
+    assert 2 * RATE <= len(load_audio(path)) <= 2 * RATE + 3 * 576
 
 
 def test_two_files_of_other_kinds_in_a_row(tmp_path: Path) -> None:
