@@ -17,6 +17,18 @@ REQUIRED_KEYS, OPTIONAL_KEYS = ("type", "connector"), ("config", "integration")
 ATTENTION_KEYS = ("", "text_config", "encoders")
 
 
+def _of_text_config(name: str) -> property:
+    """Return an attribute that is the language model's: read and set there, and not saved a second time."""
+
+    def read(config: "PalConfig") -> Any:
+        return getattr(config.text_config, name, None)
+
+    def write(config: "PalConfig", value: Any) -> None:
+        setattr(config.text_config, name, value)
+
+    return property(read, write)
+
+
 class PalConfig(PreTrainedConfig):  # type: ignore[misc]
     """Configuration of :class:`PalForConditionalGeneration`.
 
@@ -44,6 +56,7 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
             no audio enters by PLITS.
         freeze_encoders: whether the encoders keep their weights in training.
         freeze_ffn: whether the language model's FFNs keep their weights in training.
+        pad_token_id, bos_token_id, eos_token_id: those of ``text_config``.
         attn_implementation: how the parts attend, by transformers' names: one for all of them, or a dict with
             "text_config", the language model's, and "encoders", that of encoders and connectors. What is not named is
             as the part's own default is. As in all of transformers it is not saved.
@@ -85,6 +98,11 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
         self.layers = "all" if layers == "all" else list(layers)
         self._check()
         super().__post_init__(**kwargs)
+
+    # Seq2SeqTrainer asks the model's own config how generated texts are padded.
+    pad_token_id = _of_text_config("pad_token_id")
+    bos_token_id = _of_text_config("bos_token_id")
+    eos_token_id = _of_text_config("eos_token_id")
 
     @property
     def _attn_implementation(self) -> str | None:

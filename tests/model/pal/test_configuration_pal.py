@@ -29,6 +29,17 @@ def test_config_round_trip(tmp_path):
     assert short == {"type": "clap", "config": {}, "integration": "lal", "connector": {"type": "mlp", "config": {}}}
 
 
+def test_special_tokens_are_those_of_the_language_model():
+    config = config_of(entry("sslam"))
+    assert config.pad_token_id == config.text_config.pad_token_id == TOKENIZER.pad_token_id
+    assert config.eos_token_id == config.text_config.eos_token_id
+    config.eos_token_id = 5
+    assert config.text_config.eos_token_id == 5
+    assert not {"pad_token_id", "bos_token_id", "eos_token_id"} & set(config.to_dict())
+    again = PalConfig.from_dict(json.loads(config.to_json_string()))
+    assert (again.pad_token_id, again.eos_token_id) == (config.pad_token_id, 5)
+
+
 def test_a_connector_says_which_towers_it_fuses(monkeypatch):
     class Pair(Connector):
         tower_types = ("clap", "whisper")

@@ -15,7 +15,15 @@ from support.audio_llm import (
     processor_of,
     tone,
 )
-from transformers import AutoModelForMultimodalLM, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from palkernels.model import PalForConditionalGeneration
 
@@ -227,3 +235,28 @@ def test_the_trainer_with_texts_and_clips(tmp_path):
     again, processor = AutoModelForMultimodalLM.from_pretrained(saved), AutoProcessor.from_pretrained(saved)
     batch = processor([f"{AUDIO_TOKEN}is"], [tone()], 16_000)
     assert torch.equal(logits(again, batch), logits(model.eval(), batch))
+
+
+@pytest.mark.parametrize("with_processor", [True, False])
+def test_the_trainer_that_generates(with_processor, tmp_path):
+    """It pads what was generated, as the config or the processor says."""
+    model = build_pal(entry("whisper", "plits"), entry("sslam"))
+    processor = processor_of(model)
+    texts, clips = [f"{AUDIO_TOKEN}is", f"{AUDIO_TOKEN}is it"], [tone(), tone(300)]
+    rows = [{"text": text, "clip": clip} for text, clip in zip(texts, clips, strict=True)]
+
+    def collate_prompts(rows):
+        batch = dict(processor([row["text"] for row in rows], [row["clip"] for row in rows], 16_000))
+        return labelled(batch)
+
+    arguments = Seq2SeqTrainingArguments(
+        tmp_path, per_device_eval_batch_size=2, predict_with_generate=True, generation_max_length=40, report_to=[],
+        disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
+    )  # fmt: skip
+    settings = {"processing_class": processor} if with_processor else {}
+    trainer = Seq2SeqTrainer(model, arguments, data_collator=collate_prompts, **settings)
+    found = trainer.predict(rows).predictions
+    want = model.generate(**processor(texts, clips, 16_000), max_length=40)
+    assert found.shape == (2, 40)
+    assert (found[:, : want.shape[1]] == want.numpy()).all()
+    assert (found[:, want.shape[1] :] == model.config.pad_token_id).all()
