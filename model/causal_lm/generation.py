@@ -1,15 +1,17 @@
 """``generate`` of an attached model: audio is projected once, and every step is prepared before the model runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.attached import Attached
 from palkernels.model.causal_lm.caches import CACHE_KEYWORDS, cache_of
+from palkernels.model.causal_lm.layers import AudioKV
 from palkernels.model.causal_lm.memory import check_complete, recalled, remember, text_lengths, text_rows, whole_again
 from palkernels.model.causal_lm.plan import check_prompt
 from palkernels.model.causal_lm.request import Carried, Request
@@ -36,6 +38,7 @@ class Generation:
         self.unchecked: int | None = prompt  # None once the whole prompt has been checked
         self.request: Request | None = None  # of the last forward
         self.cache: Any = None  # that remembers the audio
+        self.settled = False  # whether compiled steps know where the audio's K and V are
         # Positions behind which RoPE changes, where audio counts for it, and those of the prompt's longest row.
         shifted = getattr(getattr(handle, "config", None), "rope", None) == "sequence"
         self.limit = handle.rotary.changes_behind if shifted else None
@@ -85,6 +88,7 @@ class Generation:
         request = self.request
         if request is None or not request.plan.begun or self._frequencies_change(texts):
             request = self.handle.request(self.state, texts, keep=True)
+            self.settled = False
         else:
             if prompt is not None:
                 check_prompt(self.state, texts)
@@ -98,6 +102,9 @@ class Generation:
         if cache is not self.cache:
             remember(cache, self.state, text_rows(batch, copies, texts.device))
             self.cache = cache
+        if request.cached and not self.settled and getattr(cache, "is_compileable", False):
+            settle(request.cached.values())
+            self.settled = True
 
     def _prompt_that_is_whole(self, mask: Tensor | None) -> int | None:
         """Return the prompt's columns if this forward completes it: a prompt may come in chunks.
@@ -112,6 +119,14 @@ class Generation:
         """Return whether what is cached may no longer hold: Phi-3 drops its cache where its frequencies change."""
         no_cache = isinstance(texts.num_cached, int) and texts.num_cached == 0
         return self.handle.rotary.depends_on_length and no_cache
+
+
+def settle(kept: Iterable[AudioKV]) -> None:
+    """Say that K and V stay where they are, as static caches do of theirs: a step that is a CUDA graph would copy them
+    into memory of its own every time."""
+    for key_value in kept:
+        for tensor in key_value:
+            torch._dynamo.mark_static_address(tensor)
 
 
 def check_unchanged(request: Request, arguments: dict[str, Any]) -> None:

@@ -1,10 +1,27 @@
-"""Compile kernels in fresh processes: in the tests' own the interpreter has taken the compiler's place."""
+"""Compile models in graphs that are counted, and kernels in fresh processes: here the interpreter is in the way."""
 
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from transformers import CompileConfig
+
+
+def in_whole_graphs(backend=None):
+    """Return a list that graphs are added to, and the options with which ``generate`` compiles its steps on a CPU."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    config = CompileConfig(fullgraph=True, backend=backend or count, mode=None)
+    config._compile_all_devices = True
+    return graphs, {"cache_implementation": "static", "compile_config": config}
 
 
 def compile_ahead(jobs, folder):

@@ -1,5 +1,7 @@
 """torch.compile of an attached model: whole graphs, and the eager results."""
 
+from functools import partial
+
 import pytest
 import torch
 from support.attached import (
@@ -9,9 +11,12 @@ from support.attached import (
     texts,
     unpadded,
 )
+from support.compiled import in_whole_graphs
 from support.flamingo import open_gates
 from support.oracles import build
 from support.thorough import combinations
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
 
 from palkernels.model import attach, attach_flamingo
 
@@ -68,3 +73,38 @@ def test_compiled_static_decode_is_one_graph(family):
     got = model.generate(**options, cache_implementation="static")
     assert torch.equal(got, want)
     assert len(graphs) <= (2 if family == "llama" else 5)
+
+
+@pytest.mark.parametrize(("family", "most"), [("llama", 1), ("phi3", 1), ("gemma2", 2)])
+@torch.no_grad()
+def test_generate_compiles_its_steps_once(family, most):
+    """transformers compiles the steps behind the prompt: one graph serves them, and those of the next call, with the
+    eager tokens. A second one is made for the window of transformers' own cache, which counts its first steps."""
+    model, keywords = attached(family, "shared, inserted")
+    options = keywords | {"max_new_tokens": 22, "do_sample": False, "eos_token_id": None}
+    want = model.generate(**options)
+    graphs, static = in_whole_graphs()
+    for _ in range(2):
+        assert torch.equal(model.generate(**options, **static), want)
+        assert len(graphs) == most
+
+
+@pytest.mark.parametrize("attaching", [attach, partial(attach_flamingo, every=1)], ids=["lal", "flamingo"])
+@torch.no_grad()
+def test_a_compiled_step_has_the_audio_where_it_is(attaching):
+    """A CUDA graph copies its inputs into memory of its own, but for those that stay where they are: of a model's keys
+    and values none is left to copy."""
+    model = build("llama")
+    attaching(model)
+    _, padded, mask = batch(texts(), "left")
+    copied = []
+
+    def compiler(graph, inputs):
+        stays = set(TracingContext.get().fw_metadata.static_input_indices)
+        copied.append([x.shape for i, x in enumerate(inputs) if i not in stays and x.is_floating_point()])
+        return graph.forward
+
+    _, static = in_whole_graphs(aot_autograd(fw_compiler=compiler))
+    options = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    model.generate(padded, audio=audio_state("prefix", torch.float32), **options, **static)
+    assert copied == [[]]
