@@ -126,7 +126,7 @@ def problems_of(call: Call, computed: Call) -> list[Exception]:
     for name in ("audio_key", "audio_value"):
         tensor = getattr(call, name)
         recipe = getattr(tensor, _ATTRIBUTE, None)
-        if is_view(tensor):
+        if are_views(tensor):
             problems.append(ValueError(f"{name} must be what audio_kv(recompute=True) returned, got a view of it"))
         elif recipe is not None and getattr(computed, name) is not tensor:
             wanted, got = getattr(computed, name).dtype, tensor.dtype
@@ -134,9 +134,12 @@ def problems_of(call: Call, computed: Call) -> list[Exception]:
     return problems
 
 
-def is_view(tensor: Tensor) -> bool:
-    """Whether a tensor is a view of keys or values that are made again, which attention could not tell."""
-    return not hasattr(tensor, _ATTRIBUTE) and hasattr(tensor._base, _ATTRIBUTE)
+def are_views(*tensors: Tensor) -> bool:
+    """Whether one of these tensors is a view of keys or values that are made again, which attention could not tell."""
+    for tensor in tensors:  # noqa: SIM110 (a generator takes several calls)
+        if hasattr(tensor._base, _ATTRIBUTE) and not hasattr(tensor, _ATTRIBUTE):
+            return True
+    return False
 
 
 def compile_problems(recompute: bool) -> list[Exception]:

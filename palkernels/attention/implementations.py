@@ -13,7 +13,7 @@ from palkernels.arguments import FLOATS, Call
 from palkernels.attention import checks, launches, ops, packed, plans, sdpa
 from palkernels.attention.parts import Settings
 from palkernels.plans import Geometry
-from palkernels.recompute import instead_of_saving, is_view
+from palkernels.recompute import are_views, instead_of_saving
 
 
 def repeat(seen: Geometry, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
@@ -22,7 +22,7 @@ def repeat(seen: Geometry, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Te
     ``tensors`` are the caller's, in the order of :class:`Call`. That call was checked, and chose Triton.
     """
     audio_key, audio_value = tensors[3:5]
-    if is_view(audio_key) or is_view(audio_value):  # type: ignore[arg-type]
+    if are_views(audio_key, audio_value):  # type: ignore[arg-type]
         return None  # to be refused
     plan = plans.find(seen, tensors)
     results = None if plan is None else plan.run(tensors)

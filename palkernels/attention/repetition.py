@@ -36,7 +36,7 @@ class ForwardPlan(NamedTuple):
     def run(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
         """Output and LSE; None, and nothing is launched, where this launch must not be repeated for these tensors."""
         device = self.device
-        index = devices.index(device)
+        index = device.index or 0
         if not repeatable(index) or self.launch.kernel.pre_run_hooks:
             return None
         out = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
