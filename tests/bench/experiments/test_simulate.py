@@ -20,7 +20,6 @@ from palkernels.bench.instruments.rates import GPUS, HOST
 from palkernels.bench.machine import package_version
 from palkernels.bench.methods import DEFAULT_METHODS, LEVERS, METHODS, Batch
 from palkernels.bench.presets import LlmPlan, plan_llm
-from palkernels.bench.report.points import add_errors
 from palkernels.model.connectors.mlp import MlpConnector
 from palkernels.op_costs import plain_function
 
@@ -285,21 +284,6 @@ def test_figure1_simulate_is_the_same(tiny: Path, tmp_path: Path, monkeypatch: p
     one, other = (json.loads((tmp_path / x / "simulate.json").read_text()) for x in "ab")
     assert one["rows"] == other["rows"]
     assert one["serving"] == []
-
-
-def test_errors_against_a_measured_run() -> None:
-    row = {
-        "method": "lal", "mode": "train", "audio_tokens": 4, "text_tokens": 2, "batch_size": 1, "dtype": "bfloat16",
-        "status": "ok", "peak_memory_bytes": 100, "samples_per_second": {"p50": 2.0},
-    }  # fmt: skip
-    simulated = [{**row, "device": "NVIDIA H200", "peak_memory_bytes": 103}, {**row, "device": "NVIDIA A100"}]
-    found = add_errors(
-        simulated, {"meta": {"device_name": "NVIDIA H200"}, "rows": [{**row, "samples_per_second": {"p50": 1.6}}]}
-    )
-    assert found == 1
-    assert simulated[0]["error_against_measured"]["peak_memory_bytes"] == pytest.approx(0.03)
-    assert simulated[0]["error_against_measured"]["samples_per_second"] == pytest.approx(0.25)
-    assert "error_against_measured" not in simulated[1]
 
 
 def test_weights_in_the_directory_change_nothing(tiny: Path, tmp_path: Path) -> None:

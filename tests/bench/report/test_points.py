@@ -66,3 +66,18 @@ def test_steps_sum_to_the_whole() -> None:
     assert "our kernels" in steps[1].what
     assert waterfall({"plits": 1.0, "lal-eager": 2.0}) == []
     assert [step.share for step in waterfall({"plits": None, "lal": 2.0})] == [None]
+
+
+def test_errors_against_a_measured_run() -> None:
+    row = {
+        "method": "lal", "mode": "train", "audio_tokens": 4, "text_tokens": 2, "batch_size": 1, "dtype": "bfloat16",
+        "status": "ok", "peak_memory_bytes": 100, "samples_per_second": {"p50": 2.0},
+    }  # fmt: skip
+    simulated = [{**row, "device": "NVIDIA H200", "peak_memory_bytes": 103}, {**row, "device": "NVIDIA A100"}]
+    found = add_errors(
+        simulated, {"meta": {"device_name": "NVIDIA H200"}, "rows": [{**row, "samples_per_second": {"p50": 1.6}}]}
+    )
+    assert found == 1
+    assert simulated[0]["error_against_measured"]["peak_memory_bytes"] == pytest.approx(0.03)
+    assert simulated[0]["error_against_measured"]["samples_per_second"] == pytest.approx(0.25)
+    assert "error_against_measured" not in simulated[1]
