@@ -44,7 +44,7 @@ UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's frame count for a FLAC file whose hea
 
 
 def load_audio(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | bytes,
     sampling_rate: int = 16_000,
     *,
     max_bytes: int = MAX_BYTES,
@@ -58,7 +58,7 @@ def load_audio(
     floats untouched, no normalisation.
 
     Args:
-        path: The file. Its content decides the format, not its name.
+        path: The file, or all of its bytes. Its content decides the format, not its name.
         sampling_rate: Samples per second of the result, in Hz.
         max_bytes: The largest file that is opened.
         max_seconds: The longest audio that is accepted. Decoding stops there, whatever the header says.
@@ -99,17 +99,21 @@ def load_audio(
     if not 0 < max_seconds < math.inf:
         raise ValueError(f"max_seconds must be positive and finite, got {max_seconds!r}")
 
-    name = f"audio file {os.fspath(path)!r}"  # repr: a line break in a file name stays inside the line
+    held = path if isinstance(path, bytes) else None
+    # repr: a line break in a file name stays inside the line
+    name = f"audio file {os.fspath(path)!r}" if held is None else "audio file in memory"
     size = _checked_size(path, name, max_bytes)
     try:
         # One descriptor for our checks and for libsndfile, so that both see the same file. By name, soundfile would
         # also take a ".raw" ending for an order to read headerless samples.
-        with open(path, "rb") as handle:
+        with open(path, "rb") if held is None else io.BytesIO(held) as handle:
             found = inspect_file(handle, size, name)
             if found.fault and strict:
                 raise AudioError(f"{name} must be free of faults with strict=True, got {found.fault}")
-            os.lseek(handle.fileno(), 0, os.SEEK_SET)
-            source = handle.fileno() if found.image is None else io.BytesIO(found.image)
+            if held is None:
+                os.lseek(handle.fileno(), 0, os.SEEK_SET)
+            image = held if found.image is None else found.image
+            source = handle.fileno() if image is None else io.BytesIO(image)
             with soundfile.SoundFile(source, closefd=False) as file:
                 _check_header(file, name, None if found.frames else file.frames, sampling_rate, max_seconds)
                 blocks = _mono_blocks(file, name, found.frames or file.frames, max_seconds)
@@ -127,7 +131,17 @@ def load_audio(
     return audio
 
 
-def _checked_size(path: str | os.PathLike[str], name: str, max_bytes: int) -> int:
+def _checked_size(path: str | os.PathLike[str] | bytes, name: str, max_bytes: int) -> int:
+    """Return the file's size in bytes, which is within the limits."""
+    size = len(path) if isinstance(path, bytes) else _size_of(path, name)
+    if size == 0:
+        raise AudioError(f"{name} must hold audio, got an empty file")
+    if size > max_bytes:
+        raise AudioError(f"{name} must have at most {max_bytes} bytes, got {size}")
+    return size
+
+
+def _size_of(path: str | os.PathLike[str], name: str) -> int:
     """Return the file's size in bytes without opening the file: opening a pipe would wait for a writer."""
     try:
         status = os.stat(path)
@@ -139,10 +153,6 @@ def _checked_size(path: str | os.PathLike[str], name: str, max_bytes: int) -> in
         raise AudioError(f"{name} must be a file, got a directory")
     if not stat.S_ISREG(status.st_mode):
         raise AudioError(f"{name} must be a regular file, got a device, pipe or socket")
-    if status.st_size == 0:
-        raise AudioError(f"{name} must hold audio, got an empty file")
-    if status.st_size > max_bytes:
-        raise AudioError(f"{name} must have at most {max_bytes} bytes, got {status.st_size}")
     return status.st_size
 
 

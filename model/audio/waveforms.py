@@ -16,7 +16,7 @@ from palkernels.model.audio.files import load_audio
 from palkernels.model.audio.limits import MAX_CHANNELS, AudioError, check_amplitude, check_rates
 from palkernels.model.audio.resampling import resample
 
-__all__ = ["waveform"]
+__all__ = ["check_rank", "waveform"]
 
 
 def waveform(clip: Any, rate: int | None, sampling_rate: int, *, max_seconds: float, max_bytes: int) -> Tensor:
@@ -25,7 +25,7 @@ def waveform(clip: Any, rate: int | None, sampling_rate: int, *, max_seconds: fl
     Args:
         clip: (samples,), a float tensor or NumPy array, mono; such an array with its rate, {"array", "sampling_rate"};
             torchcodec's AudioSamples, or a decoder that gives them, of which the mean over the channels is taken; or
-            the path of a file, for `load_audio`.
+            the path of a file or its bytes, for `load_audio`, in a dict or not.
         rate: Of an array that comes without its own, in Hz.
         sampling_rate: Of the result, in Hz.
         max_seconds, max_bytes: The longest clip, and the largest array or file. Both are looked at before anything is
@@ -40,17 +40,17 @@ def waveform(clip: Any, rate: int | None, sampling_rate: int, *, max_seconds: fl
         clip, rate = _mono(_decoded(clip, max_seconds), max_bytes)
     elif not isinstance(clip, numpy.ndarray | Tensor) and hasattr(clip, "data") and hasattr(clip, "sample_rate"):
         clip, rate = _mono(clip, max_bytes)
-    if isinstance(clip, str | os.PathLike):
-        if str(clip).startswith(("http://", "https://")):
+    if isinstance(clip, str | os.PathLike | bytes):
+        if not isinstance(clip, bytes) and str(clip).startswith(("http://", "https://")):
             raise AudioError(f"audio must be an array or a file on this machine, got the address {str(clip)!r}")
         return load_audio(clip, sampling_rate, max_bytes=max_bytes, max_seconds=max_seconds)
     if not isinstance(clip, numpy.ndarray | Tensor):
         raise AudioError(f"audio must be a NumPy array, a tensor or a path, got {type(clip).__name__}")
-    if clip.ndim != 1:
-        raise AudioError(f"audio must have shape (samples,), one channel, got {tuple(clip.shape)}")
+    check_rank(clip)
     is_float = clip.dtype.is_floating_point if isinstance(clip, Tensor) else clip.dtype in ("f2", "f4", "f8")
     if not is_float:
-        raise AudioError(f"audio must be floating point, in [-1, 1] by custom, got {clip.dtype}")
+        way = ": samples of 16 bits are divided by 32768" if "int" in str(clip.dtype) else ""
+        raise AudioError(f"audio must be floating point, in [-1, 1] by custom, got {clip.dtype}{way}")
     if rate is None:
         raise AudioError('sampling_rate must be given with arrays that are not {"array", "sampling_rate"}, got None')
     if isinstance(rate, bool) or not isinstance(rate, Integral):
@@ -72,14 +72,27 @@ def waveform(clip: Any, rate: int | None, sampling_rate: int, *, max_seconds: fl
     return resample(clip, rate, sampling_rate)
 
 
+def check_rank(clip: Any) -> None:
+    """Check that an array is one clip of one channel.
+
+    Raises:
+        AudioError: It has another number of dimensions.
+    """
+    if clip.ndim != 1:
+        way = "list(audio) is one clip per row, audio.mean(0) one clip of rows that are channels"
+        raise AudioError(f"audio must have shape (samples,), one channel, got {tuple(clip.shape)}: {way}")
+
+
 def _from_dict(clip: Mapping[str, Any], rate: int | None) -> tuple[Any, Any]:
-    """Return the array or path that a clip of `datasets` holds, and its rate."""
+    """Return the array, path or bytes that a clip of `datasets` holds, decoded or not, and its rate."""
     if clip.get("array") is not None and clip.get("sampling_rate") is not None:
         return clip["array"], clip["sampling_rate"]
+    if clip.get("array") is None and isinstance(clip.get("bytes"), bytes):
+        return clip["bytes"], rate
     if clip.get("array") is None and clip.get("bytes") is None and isinstance(clip.get("path"), str | os.PathLike):
         return clip["path"], rate
     held = sorted(str(key) for key, value in clip.items() if value is not None)
-    raise AudioError(f"audio must be a dict with an array and its sampling_rate, or a path alone, got {held}")
+    raise AudioError(f"audio must be a dict with an array and its sampling_rate, bytes or a path, got {held}")
 
 
 def _decoded(decoder: Any, max_seconds: float) -> Any:

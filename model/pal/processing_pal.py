@@ -1,21 +1,32 @@
 """From texts and clips to the inputs that :class:`PalForConditionalGeneration` takes."""
 
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from palkernels.model.audio.limits import MAX_BYTES, AudioError
+from palkernels.model.audio.limits import MAX_BYTES
 from palkernels.model.audio.waveforms import waveform
 from palkernels.model.encoders.registry import TOWERS
 from palkernels.model.pal.configuration_pal import PalConfig, complete_entry
 from palkernels.model.pal.messages import ChatTemplate, conversations_of, template_source, template_variables
 from palkernels.model.pal.options import Options, is_option, read_options
 from palkernels.model.pal.parts import by_entry, outline_connectors, tower_settings
-from palkernels.model.pal.rows import IGNORED, Span, cut, distinct, ends_of_texts, expand, is_list, pad, read_row, table
+from palkernels.model.pal.rows import (
+    IGNORED,
+    Span,
+    checked_clips,
+    cut,
+    distinct,
+    ends_of_texts,
+    expand,
+    is_list,
+    pad,
+    read_row,
+    table,
+)
 from palkernels.model.pal.tokenizer import AUDIO_TOKEN, knows_token
 
 __all__ = ["PalProcessor"]
@@ -114,7 +125,7 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
             audio: clips in the order of their tokens, or a list of them for each text; a single clip needs no list.
                 Each is (samples,), a float NumPy array or tensor; such an array with its rate, as ``datasets`` has it:
                 {"array": ..., "sampling_rate": ...}; torchcodec's AudioDecoder or AudioSamples; or the path of a
-                file. An object that is given several times is encoded once.
+                file or its bytes, in a dict or not. An object given several times is encoded once.
             sampling_rate: of arrays that come without theirs, in Hz. Other rates than the encoders' are converted.
             output_labels: whether to return labels, of all text.
             labels_from: where in each text the labels begin, in characters, an ``audio_token`` counting as it is
@@ -307,17 +318,14 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
 
     def _clips_of_texts(self, audio: Any, counts: list[int]) -> list[list[Any]]:
         """Return the clips of each text, as many as ``counts`` says that it has audio tokens."""
-        clips = [] if audio is None else list(audio) if is_list(audio) else [audio]
-        innermost = clips[0] if clips and is_list(clips[0]) else clips
-        if is_list(audio) and innermost and isinstance(innermost[0], Real):
-            raise AudioError("audio must be a NumPy array, a tensor or a path, got a list of numbers")
-        by_text = bool(clips) and all(map(is_list, clips))
+        clips = [] if audio is None else checked_clips(audio)
+        by_text = bool(clips) and all(isinstance(of_text, list) for of_text in clips)
         got: Any = [len(of_text) for of_text in clips] if by_text else len(clips)
         expected: Any = counts if by_text else sum(counts)
         if got != expected:
             raise ValueError(f"audio must hold a clip for each {self.audio_token} in the text, {expected}, got {got}")
         if by_text:
-            return [list(of_text) for of_text in clips]
+            return clips
         remaining = iter(clips)
         return [[next(remaining) for _ in range(count)] for count in counts]
 

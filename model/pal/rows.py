@@ -3,18 +3,22 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, TypeGuard
 
+import numpy
 import torch
 from torch import Tensor
 
+from palkernels.model.audio.limits import AudioError
+from palkernels.model.audio.waveforms import check_rank
 from palkernels.model.pal.options import Options
 
 __all__ = [
     "IGNORED",
     "Row",
     "Span",
+    "checked_clips",
     "cut",
     "distinct",
     "ends_of_texts",
@@ -179,6 +183,29 @@ def ends_of_texts(begins: Any, texts: Sequence[str]) -> list[list[Span]]:
     if not fits:
         raise ValueError(f"labels_from must be a position in each of {len(texts)} texts, in characters, got {begins!r}")
     return [[(int(position), None)] for position in positions]
+
+
+def checked_clips(audio: Any) -> list[Any]:
+    """Return a caller's clip or clips as a list of clips, or of lists of them, after checking what each is.
+
+    Raises:
+        AudioError: in the place of a clip there is a number, as in a list of samples or in an array's pair with its
+            rate, or an array of several clips or channels.
+    """
+    clips = [list(item) if is_list(item) else item for item in audio] if is_list(audio) else [audio]
+    for several in (clips, *(item for item in clips if isinstance(item, list))):
+        for clip in several:
+            if isinstance(clip, numpy.ndarray | Tensor):
+                check_rank(clip)
+        numbers = [isinstance(clip, Real) for clip in several] if is_list(audio) else []
+        if any(numbers) and all(numbers):
+            raise AudioError("audio must be a NumPy array, a tensor or a path, got a list of numbers")
+        if any(numbers):
+            raise AudioError(
+                'audio must be a dict {"array": ..., "sampling_rate": ...}, or an array beside sampling_rate=, got an '
+                "array and its rate as a pair"
+            )
+    return clips
 
 
 def distinct(clips_of_texts: list[list[Any]]) -> tuple[list[Any], list[list[int]]]:

@@ -16,7 +16,7 @@ HOSTILE = {
     "rank 2": (torch.zeros(2, 100), 16_000, r"audio must have shape \(samples,\), one channel, got \(2, 100\)"),
     "rank 0": (numpy.float32(1), 16_000, "audio must be a NumPy array, a tensor or a path, got float32"),
     "list": ([0.5], 16_000, "audio must be a NumPy array, a tensor or a path, got a list of numbers"),
-    "int16": (numpy.zeros(100, "i2"), 16_000, r"audio must be floating point, in \[-1, 1\] by custom, got int16"),
+    "int16": (numpy.zeros(100, "i2"), 16_000, "audio must be floating point, .*, got int16: samples of 16 bits"),
     "object": (numpy.array([None] * 9), 16_000, "audio must be floating point.*got object"),
     "complex": (torch.zeros(9, dtype=torch.complex64), 16_000, "audio must be floating point.*got torch.complex64"),
     "empty": (torch.zeros(0), 16_000, "audio must hold at least one sample, got none"),

@@ -157,3 +157,16 @@ def test_module_imports_without_the_audio_packages(monkeypatch: pytest.MonkeyPat
     module = runpy.run_path(files.__file__)
     assert module["load_audio"].__name__ == "load_audio"
     assert runpy.run_path(resampling.__file__)["resample"].__name__ == "resample"
+
+
+@pytest.mark.parametrize("format", ["WAV", "RF64", "FLAC", "OGG", "MP3"])
+def test_bytes_are_read_as_the_file_is(tmp_path: Path, format: str) -> None:
+    path = write(tmp_path / "a", noise(), format=format)
+    assert torch.equal(load_audio(path.read_bytes(), 8_000), load_audio(path, 8_000))
+
+
+def test_bytes_of_an_unfinished_file_are_read_with_a_warning(tmp_path: Path) -> None:
+    data = bytearray(write(tmp_path / "a", noise()).read_bytes())
+    data[40:44] = bytes(4)
+    with pytest.warns(UserWarning, match="audio file in memory should be free of faults, got a header that states no"):
+        assert load_audio(bytes(data)).shape == (RATE,)

@@ -1,5 +1,6 @@
 """Clips in every form in which datasets and decoders hand them over, each with its own rate."""
 
+import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,22 +126,30 @@ def test_columns_of_a_dataset(both):
         assert all(map(torch.equal, got["input_features"], want["input_features"]))
 
 
-def test_a_path_alone(both, tmp_path):
-    import wave
-
+def test_files_that_are_not_decoded(both, tmp_path):
+    """As datasets with ``decode=False`` give them, by path or with their bytes."""
     with wave.open(str(tmp_path / "a.wav"), "wb") as file:
         file.setparams((1, 2, 16_000, 0, "NONE", ""))
         file.writeframes((tone().numpy() * 30_000).astype("<i2").tobytes())
-    got = both(AUDIO_TOKEN, {"path": str(tmp_path / "a.wav"), "bytes": None})
-    want = both(AUDIO_TOKEN, tmp_path / "a.wav")
-    assert all(map(torch.equal, got["input_features"], want["input_features"]))
+    want, held = both(AUDIO_TOKEN, tmp_path / "a.wav"), (tmp_path / "a.wav").read_bytes()
+    for clip in (
+        {"path": str(tmp_path / "a.wav"), "bytes": None},
+        {"path": "a.wav", "bytes": held},
+        {"path": None, "bytes": held},
+        held,
+    ):
+        got = both(AUDIO_TOKEN, clip)
+        assert all(map(torch.equal, got["input_features"], want["input_features"]))
 
 
 SECOND = torch.zeros(1, 16_000)
 REFUSED = {
-    "no rate": ({"array": tone().numpy()}, r"an array and its sampling_rate, or a path alone, got \['array'"),
-    "bytes": ({"bytes": b"RIFF", "path": "a.wav"}, r"or a path alone, got \['bytes', 'path'\]"),
-    "an address": ({"url": "https://example.org"}, r"or a path alone, got \['url'\]"),
+    "no rate": ({"array": tone().numpy()}, r"an array and its sampling_rate, bytes or a path, got \['array'"),
+    "bytes": ({"bytes": b"RIFF", "path": "a.wav"}, "audio file in memory must hold intact WAV, FLAC, OGG or MP3"),
+    "no bytes": ({"bytes": b"", "path": "a.wav"}, "audio file in memory must hold audio, got an empty file"),
+    "many bytes": (bytes(100_000_001), "audio file in memory must have at most 100000000 bytes, got 100000001"),
+    "text for bytes": ({"bytes": "RIFF", "path": "a.wav"}, r"bytes or a path, got \['bytes', 'path'\]"),
+    "an address": ({"url": "https://example.org"}, r"bytes or a path, got \['url'\]"),
     "a list": ({"array": [0.1], "sampling_rate": 16_000}, "audio must be a NumPy array, a tensor or a path, got list"),
     "rank 2": ({"array": SECOND, "sampling_rate": 16_000}, r"must have shape \(samples,\), one channel, got \(1, 1"),
     "a float rate": ({"array": tone(), "sampling_rate": 16e3}, "sampling_rate must be an integer, got 16000.0"),

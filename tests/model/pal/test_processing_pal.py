@@ -93,6 +93,16 @@ def test_clips_for_each_text_or_in_one_list(both):
     for numbers in ([0.1, 0.2], [[0.1, 0.2]], a.tolist()):
         with pytest.raises(AudioError, match="audio must be a NumPy array, a tensor or a path, got a list of numbers"):
             both(AUDIO_TOKEN, numbers, 16_000)
+    for pair in ((a.numpy(), 16_000), (16_000, a), [(a, 16_000)], [(a, 16_000), (b, 16_000)]):
+        with pytest.raises(AudioError, match=r'audio must be a dict {"array": .*, got an array and its rate as a pair'):
+            both([AUDIO_TOKEN] * 2, pair)
+    rows = torch.stack([a, a])
+    for several in (rows, rows.numpy(), [rows]):
+        with pytest.raises(
+            AudioError, match=r"\(samples,\), one channel, got \(2, 1600\): list\(audio\) is one clip per row"
+        ):
+            both([AUDIO_TOKEN] * 2, several, 16_000)
+    assert both([AUDIO_TOKEN] * 2, list(rows), 16_000)["audio_index"].tolist() == [[0], [1]]
 
 
 def test_messages_in_place_of_a_text(both):
