@@ -32,7 +32,7 @@ SEVERAL = -1
 class ReadyLaunch:
     """A launch to be repeated with other pointers."""
 
-    __slots__ = ("_function", "_metadata", "_run", "_slots", "_tail", "kernel", "num_programs")
+    __slots__ = ("_compiled", "_function", "_metadata", "_run", "_slots", "_tail", "kernel", "num_programs")
 
     def __init__(self, launch: Launch, compiled: Any, slots: list[Slot]) -> None:
         last = max(place for place, slot in enumerate(slots) if slot.place is not None)
@@ -41,6 +41,7 @@ class ReadyLaunch:
         constants = [launch.constants[name] for name in self.kernel.arg_names[len(launch.arguments) :]]
         self._tail = (*launch.arguments[last + 1 :], *constants)
         self.num_programs = launch.num_programs
+        self._compiled = compiled  # which unloads its code when nothing refers to it any more
         self._run, self._function, self._metadata = compiled.run, compiled.function, compiled.packed_metadata
 
     def run(self, stream: int, pointers: Sequence[int]) -> None:
@@ -71,7 +72,8 @@ class ReadyLaunch:
     def with_numbers(self, num_programs: int, numbers: Mapping[str, Any]) -> "ReadyLaunch":
         """The same kernel with other numbers, by the names of its arguments; a Matrix's are its strides."""
         new = object.__new__(ReadyLaunch)
-        new.kernel, new._run, new._function, new._metadata = self.kernel, self._run, self._function, self._metadata
+        new.kernel, new._compiled = self.kernel, self._compiled
+        new._run, new._function, new._metadata = self._run, self._function, self._metadata
         new.num_programs = num_programs
         slots, tail = list(self._slots), list(self._tail)
         for name, value in numbers.items():
