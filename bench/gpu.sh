@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests and measures the kernels on this machine's GPU, in at most 9 minutes.
 #
-#   bench/gpu.sh OUTDIR               install, microbenchmark, Figure 1, tests on the GPU
+#   bench/gpu.sh OUTDIR               install, microbenchmark, the host's time, Figure 1, tests on the GPU
 #   bench/gpu.sh --sanitize OUTDIR    compute-sanitizer's four tools on a small set of launches
 #
 # It needs no network and no virtual environment: the packages that pyproject.toml names must be installed already.
@@ -67,11 +67,12 @@ if $sanitize; then
 else
     stage microbench 120 "${command[@]}" microbench --device cuda --audio-tokens 1500 --seconds 0.05 \
         --json "$out/microbench.json"
+    stage host 45 "${command[@]}" microbench --host --device cuda --seconds 0.5 --json "$out/host.json"
     # All methods at full size. At the limit it writes the points it has, and --resume goes on with them.
-    stage figure1 200 "${command[@]}" figure1 --device cuda --methods all --audio-tokens 512,1500 --repeats 3 \
+    stage figure1 185 "${command[@]}" figure1 --device cuda --methods all --audio-tokens 512,1500 --repeats 3 \
         --out "$out/figure1"
     # -v names every test as it ends: at the limit the log says which are left.
-    stage tests 195 "$PYTHON" -m pytest --device cuda -v --numprocesses 14 --junitxml "$out/tests.xml" \
+    stage tests 170 "$PYTHON" -m pytest --device cuda -v --numprocesses 14 --junitxml "$out/tests.xml" \
         tests/attention tests/kernels tests/projection tests/test_recompute.py
 fi
 echo "results in $out" >&2

@@ -43,19 +43,30 @@ def run(tmp_path: Path):
 def test_stages(run, tmp_path: Path) -> None:
     code, stages, calls = run("out")
     assert code == 0
-    assert [stage["stage"] for stage in stages] == ["install", "doctor", "gpu", "microbench", "figure1", "tests"]
+    assert [stage["stage"] for stage in stages] == [
+        "install",
+        "doctor",
+        "gpu",
+        "microbench",
+        "host",
+        "figure1",
+        "tests",
+    ]
     assert all(stage["exit_code"] == 0 for stage in stages)
     assert "--no-index --no-deps --no-build-isolation -e ." in calls[0]
     assert "microbench --device cuda" in calls[3]
     assert calls[3].endswith(f"--json {tmp_path / 'out' / 'microbench.json'}")
-    assert "figure1 --device cuda --methods all" in calls[4]
-    assert calls[4].endswith(f"--out {tmp_path / 'out' / 'figure1'}")
-    assert "--device cuda" in calls[5]
-    assert str(tmp_path / "out" / "tests.xml") in calls[5]
+    assert "microbench --host --device cuda" in calls[4]
+    assert calls[4].endswith(f"--json {tmp_path / 'out' / 'host.json'}")
+    assert "figure1 --device cuda --methods all" in calls[5]
+    assert calls[5].endswith(f"--out {tmp_path / 'out' / 'figure1'}")
+    assert "--device cuda" in calls[6]
+    assert str(tmp_path / "out" / "tests.xml") in calls[6]
     limits = [
-        int(x) for x in re.findall(r"^ +stage (?:tests|microbench|figure1) (\d+)", SCRIPT.read_text(), re.MULTILINE)
+        int(x)
+        for x in re.findall(r"^ +stage (?:tests|microbench|host|figure1) (\d+)", SCRIPT.read_text(), re.MULTILINE)
     ]
-    assert len(limits) == 3
+    assert len(limits) == 4
     assert sum(limits) <= 520  # of 540 seconds
     # On the GPU, not in the interpreter that the tests' own environment asks for.
     assert (tmp_path / "out" / "tests.log").read_text() == "interpret=unset\n"
@@ -64,13 +75,13 @@ def test_stages(run, tmp_path: Path) -> None:
 def test_a_failing_stage_is_recorded_and_does_not_stop_the_others(run) -> None:
     code, stages, _ = run("out", failing="--junitxml")
     assert code == 1
-    assert [stage["exit_code"] for stage in stages] == [0, 0, 0, 0, 0, 3]
+    assert [stage["exit_code"] for stage in stages] == [0, 0, 0, 0, 0, 0, 3]
 
 
 def test_a_stage_at_its_limit_is_interrupted_and_writes_what_it_has(run, tmp_path: Path) -> None:
     code, stages, _ = run("out", slow="microbench", budget="7")
     assert code == 1
-    assert [stage["exit_code"] for stage in stages] == [0, 0, 0, 124, 124, 124]
+    assert [stage["exit_code"] for stage in stages] == [0, 0, 0, 124, 124, 124, 124]
     assert (tmp_path / "out" / "microbench.log").read_text().splitlines()[-1] == "interrupted"
     assert (tmp_path / "out" / "tests.log").read_text() == "no time left\n"
 
