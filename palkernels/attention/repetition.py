@@ -88,7 +88,8 @@ class BackwardPlan(NamedTuple):
             torch.empty_like(x) if need and x is not None else None
             for need, x in zip(self.needed, operands, strict=False)
         ]
-        pointers = [0 if x is None else x.data_ptr() for x in (*operands, torch.empty_like(lse), *gradients)]
+        delta = torch.empty_like(lse)  # in a name, so that it lives until everything is launched
+        pointers = [0 if x is None else x.data_ptr() for x in (*operands, delta, *gradients)]
         if reduce(operator.or_, pointers) % ALIGNMENT:
             return None
         stream = torch._C._cuda_getCurrentRawStream(index)

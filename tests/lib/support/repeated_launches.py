@@ -2,11 +2,13 @@
 
 import contextlib
 import sys
+import weakref
 
 import torch
 
 from palkernels import audio_kv, plans
 from palkernels.attention import plans as attention_plans
+from palkernels.kernels.ready import ReadyLaunch
 from support.planned import (
     HKV,
     HQ,
@@ -148,6 +150,34 @@ def a_window_is_met_as_the_text_grows_past_it():
         got = call(keys)
         with the_long_way():
             same(got, call(keys), [])
+
+
+@scenario
+def what_a_launch_is_given_is_alive():
+    """An allocator may hand out again what is freed before it is used."""
+    made, empty_like, run = [], torch.empty_like, ReadyLaunch.run
+
+    def empty_and_watched(*args, **kwargs):
+        new = empty_like(*args, **kwargs)
+        made.append(weakref.ref(new))
+        return new
+
+    def run_and_look(*args):
+        assert made, "nothing is watched"
+        assert all(reference() is not None for reference in made)
+        run(*args)
+
+    leaves = tensors(16, grad=True)
+    for _ in range(2):
+        out = lal_attention(*leaves)
+        upstream = torch.ones_like(out)
+        torch.autograd.grad(out, leaves, upstream)
+    out = lal_attention(*leaves)
+    torch.empty_like, ReadyLaunch.run = empty_and_watched, run_and_look
+    try:
+        assert long_launches(lambda: torch.autograd.grad(out, leaves, upstream)) == 0
+    finally:
+        torch.empty_like, ReadyLaunch.run = empty_like, run
 
 
 @scenario
