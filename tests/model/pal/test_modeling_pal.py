@@ -74,14 +74,22 @@ def check_against_oracle(model, lal=None, plits=None, layers=None):
 @pytest.mark.parametrize("kind", ["whisper", "clap"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_plits_is_the_stock_model_on_concatenated_embeddings(kind, family):
+    """To the bit for the embeddings that it is given. The clips' are rounded as the padding is that they come with."""
     model = build_pal(entry(kind, "plits"), family=family)
-    batch = batch_of(model)
+    batch, given = batch_of(model), []
+    hook = model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["inputs_embeds"].clone()), with_kwargs=True
+    )
     with torch.no_grad():
         got, tokens = model(**batch).logits, encoded(model, batch)
+        hook.remove()
         order = [clip for own in batch["audio_index"].tolist() for clip in own if clip >= 0]
         embeds = embeds_of(model, batch["input_ids"], torch.cat([tokens[clip] for clip in order]))
-        want = model.language_model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
+        want = model.language_model(inputs_embeds=given[0], attention_mask=batch["attention_mask"]).logits
     assert torch.equal(got, want)
+    is_text = batch["input_ids"] != AUDIO_ID
+    assert torch.equal(given[0][is_text], embeds[is_text])
+    torch.testing.assert_close(given[0], embeds, rtol=1e-5, atol=1e-6)
 
 
 def test_lal_in_no_layer_is_the_text_alone():
