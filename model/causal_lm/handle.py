@@ -170,7 +170,8 @@ class LalHandle(Attached):
 
     def report(self) -> LalReport:
         """Say per layer whether it sees audio, what attends and why not Triton, what projects and why not audio_kv."""
-        return make_report(self.model, self.decoder_layers, self.selected, self.config, self._fast_path.why_not())
+        selected = self.selected if self.is_attached() else ()
+        return make_report(self.model, self.decoder_layers, selected, self.config, self._fast_path.why_not())
 
     def connected(self, audio: object) -> Any:
         if not isinstance(audio, EncodedAudio) or self._parts is None:

@@ -19,6 +19,7 @@ def test_report_names_layers_and_reasons():
         "    2  yes    sdpa            fused",
     ]
     handle.detach()
+    assert {(layer.audio, layer.impl, layer.audio_kv) for layer in handle.report().layers} == {(False, "stock", "none")}
     model.train()
     report = attach(model, LalConfig(impl="triton")).report()
     assert {(layer.impl, layer.why_not_triton) for layer in report.layers} == {("triton", ())}
