@@ -46,8 +46,8 @@ def attach(
             There is one for every layer that takes audio, or None where all share the connector's output.
 
     Raises:
-        TypeError, ValueError: the model or the config is not supported, or a connector is no module; the message names
-            the model and the reason.
+        TypeError, ValueError: the model or the config is not supported, or a connector is no module or of another
+            width; the message names the model and the reason.
     """
     config = LalConfig() if config is None else config
     for name, module in [("connector", connector), *(("a projector", x) for x in (projectors or {}).values())]:

@@ -54,6 +54,33 @@ class AudioParts(nn.Module):
         return states, lengths
 
 
+def check_widths(connector: nn.Module | None, projectors: Mapping[int, nn.Module] | None, width: int) -> None:
+    """Check that what makes the model's states makes them as wide as they are, where its kind says how wide that is.
+
+    Raises:
+        ValueError: a connector of ours or a Linear gives another width than the projectors or the model take.
+    """
+    given = None if connector is None else _widths(connector)[1]
+    if projectors:
+        for layer, projector in projectors.items():
+            taken, made = _widths(projector)
+            if given is not None and taken is not None and taken != given:
+                raise ValueError(f"projector {layer} must take the connector's width {given}, got {taken}")
+            if made is not None and made != width:
+                raise ValueError(f"projector {layer} must give the model's hidden size {width}, got {made}")
+    elif given is not None and given != width:
+        raise ValueError(f"the connector must give the model's hidden size {width}, got {given}")
+
+
+def _widths(module: nn.Module) -> tuple[int | None, int | None]:
+    """Return the widths that a module takes and gives, None where its kind does not say."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    from palkernels.model.connectors.base import Connector  # attach alone needs no connector
+
+    return None, module.config["hidden_size"] if isinstance(module, Connector) else None
+
+
 def unwrapped(module: Any) -> Any:
     """Return the copy of a module that peft trains, where ``modules_to_save`` names it; else the module itself."""
     copies = getattr(module, "modules_to_save", None)

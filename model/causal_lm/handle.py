@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.attached import Attached
 from palkernels.model.causal_lm.attention import ATTENTION_NAME, STOCK_CONFIG
-from palkernels.model.causal_lm.audio_parts import CONNECTOR, AudioParts, unwrapped
+from palkernels.model.causal_lm.audio_parts import CONNECTOR, AudioParts, check_widths, unwrapped
 from palkernels.model.causal_lm.caches import cache_of
 from palkernels.model.causal_lm.config import LalConfig
 from palkernels.model.causal_lm.encoded import EncodedAudio
@@ -65,6 +65,7 @@ class LalHandle(Attached):
         self.config = config
         if projectors is not None and set(projectors) != set(self.selected):
             raise ValueError(f"projectors must be given for layers {list(self.selected)}, got {sorted(projectors)}")
+        check_widths(connector, projectors, model.get_input_embeddings().weight.shape[1])
         check_order(model, layers)
         self._fast_path = FastPath(layers, {i: check_layer(model, layers[i], i, self.rotary) for i in self.selected})
 

@@ -243,6 +243,24 @@ def test_refuses_functions():
         attach(model, projectors=dict.fromkeys(range(model.config.num_hidden_layers), lambda states: states))
 
 
+def test_refuses_widths_that_do_not_fit():
+    model = build("llama")
+    layers = range(model.config.num_hidden_layers)
+
+    def linears(taken, made):
+        return {layer: torch.nn.Linear(taken, made) for layer in layers}
+
+    for narrow in (MlpConnector(10, 48), torch.nn.Linear(10, 48)):
+        with pytest.raises(ValueError, match="the connector must give the model's hidden size 64, got 48"):
+            attach(model, connector=narrow)
+        with pytest.raises(ValueError, match="projector 0 must take the connector's width 48, got 64"):
+            attach(model, connector=narrow, projectors=linears(64, 64))
+        attach(model, connector=narrow, projectors=linears(48, 64)).detach()
+    with pytest.raises(ValueError, match="projector 0 must give the model's hidden size 64, got 48"):
+        attach(model, projectors=linears(64, 48))
+    attach(model, connector=torch.nn.Sequential(torch.nn.Linear(10, 48)))  # which does not say how wide its output is
+
+
 def test_compiled_whole():
     """With the connector in the graph, and without audio."""
     model, _, batches = with_connector()
