@@ -68,6 +68,8 @@ def attach(
             raise ValueError("the model must be detached before a connector or projectors are attached")
         return attached
     handle = LalHandle(model, config, connector, projectors)
+    if not handle.selected:
+        warnings.warn("layers should name a layer that hears the audio, got none: nobody hears it", stacklevel=2)
     if saved is None and connector is not None and (Path(model.name_or_path) / FILE_NAME).is_file():
         warnings.warn(
             f"the connector keeps the weights that it has, though {model.name_or_path} holds {FILE_NAME}: "

@@ -11,7 +11,8 @@ class LalConfig:
     """How audio enters the model.
 
     Args:
-        layers: "all", or the indices of the layers that see audio. Delayed LAL is ``range(4, num_layers)``.
+        layers: "all", or the indices of the layers that see audio. Delayed LAL is ``range(4, num_layers)``. With no
+            layer audio is taken and heard by nobody, of which :func:`attach` warns.
         rope: "sequence" gives audio keys the positions they would have if the audio stood in the text, and shifts
             the text behind it. "none" leaves audio keys as projected and text positions as they are. The paper does
             not say which it uses; the default follows its closest public relatives.

@@ -44,7 +44,7 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
             connector that fuses towers says which (``Connector.tower_types``): LFST's entry has "type": ["sslam",
             "clap"] and a list of two configs, or none.
         layers: "all", or the layers that LAL's audio enters; delayed LAL is ``range(4, num_layers)``. With an empty
-            list LAL's audio is not there at all.
+            list LAL's audio is not there at all. "all" where no audio enters by LAL.
         rope, impl, recompute_audio_kv: as in :class:`LalConfig`.
         projection: "shared": all layers take the connector's output; "per_layer": each projects it once more, by a
             linear map of its own. The paper does not say which; the default is ours.
@@ -145,6 +145,8 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
             raise ValueError(f"layers must be from 0 to {depth - 1}, got {self.layers}")
         if self.projection not in PROJECTIONS:
             raise ValueError(f"projection must be {_names(PROJECTIONS)}, got {self.projection!r}")
+        if self.layers != "all" and not self.uses("lal"):
+            raise ValueError(f'layers must be "all" where no audio enters by LAL, got {self.layers}')
         if self.projection == "per_layer" and not self.uses("lal"):
             raise ValueError('projection must be "shared" where no audio enters by LAL, got "per_layer"')
         for name in ("freeze_encoders", "freeze_ffn"):

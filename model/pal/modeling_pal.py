@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -101,6 +102,8 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         self.layer_projector = nn.ModuleDict({str(layer): nn.Linear(width, width) for layer in projected_layers})
         self.gated_layer = nn.ModuleDict()
         handle = self.attached()  # refuses a language model that cannot be attached
+        if handle is None and not config.uses("plits"):
+            warnings.warn("layers should name a layer that hears the audio, got none: nobody hears it", stacklevel=2)
         if isinstance(handle, FlamingoHandle):
             self.gated_layer = handle.layers
         self._freeze()

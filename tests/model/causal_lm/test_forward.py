@@ -89,7 +89,8 @@ def test_no_layers_is_the_text_alone():
     model = build("llama")
     _, padded, _ = batch(texts(), "none")
     stock = model(padded).logits
-    attach(model, LalConfig(layers=(), rope="none"))
+    with pytest.warns(UserWarning, match="layers should name a layer that hears the audio, got none"):
+        attach(model, LalConfig(layers=(), rope="none"))
     assert torch.equal(model(padded, audio=audio_state("prefix", torch.float32)).logits, stock)
 
 

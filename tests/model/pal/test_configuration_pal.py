@@ -69,6 +69,8 @@ WRONG = [
     ((entry("clap") | {"config": {"freeze": True}},), {}, "an encoder's config must not say freeze"),
     ((entry("clap") | {"connector": {"type": "mlp", "config": {"hidden_size": 8}}},), {}, "hidden_size must be the"),
     ((entry("clap"),), {"layers": [3]}, "layers must be from 0 to 2"),
+    ((entry("clap", "plits"),), {"layers": [0]}, r'layers must be "all" where no audio enters by LAL, got \[0\]'),
+    ((entry("clap", "flamingo"),), {"layers": []}, r'layers must be "all" where no audio enters by LAL, got \[\]'),
     ((entry("clap"),), {"layers": "some"}, 'layers must be "all" or layer indices'),
     ((entry("clap"),), {"rope": "x"}, 'rope must be "sequence" or "none"'),
     ((entry("clap"),), {"impl": "x"}, "impl must be one of"),

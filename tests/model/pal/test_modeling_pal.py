@@ -93,7 +93,8 @@ def test_plits_is_the_stock_model_on_concatenated_embeddings(kind, family):
 
 
 def test_lal_in_no_layer_is_the_text_alone():
-    model = build_pal(entry("sslam"), layers=[])
+    with pytest.warns(UserWarning, match="layers should name a layer that hears the audio, got none"):
+        model = build_pal(entry("sslam"), layers=[])
     batch = batch_of(model)
     with torch.no_grad():
         want = model.language_model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
