@@ -65,7 +65,7 @@ class LalHandle(Attached):
         self.config = config
         if projectors is not None and set(projectors) != set(self.selected):
             raise ValueError(f"projectors must be given for layers {list(self.selected)}, got {sorted(projectors)}")
-        check_widths(connector, projectors, model.get_input_embeddings().weight.shape[1])
+        check_widths(connector, projectors, model.config.get_text_config().hidden_size)
         check_order(model, layers)
         self._fast_path = FastPath(layers, {i: check_layer(model, layers[i], i, self.rotary) for i in self.selected})
 
