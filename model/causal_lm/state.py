@@ -24,7 +24,9 @@ class AudioState(Movable):
             at a row of length 0.
         insert_at: where the audio stands in the row's own text, in tokens without padding, counted from the start
             of the conversation. (B,), or (B, N) non-decreasing for several clips in one row; None: before the text.
-            Text before it does not see the audio; the prompt's length means that only generated tokens do.
+            Text before it does not see the audio; the prompt's length means that only generated tokens do. A forward
+            that may return a cache takes places behind its text, as the rest may come in the next one; in training and
+            with ``use_cache=False`` they are refused.
 
     B is the prompt's batch size: ``generate`` expands it for beams and several returned sequences. A state may be
     used again, with other texts and other models.
