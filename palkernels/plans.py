@@ -83,6 +83,7 @@ def usable() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or _is_profiled()
+        or torch._C._is_tracing()
         or os.environ.get("PALKERNELS_CHECK") == "1"
     )
 
@@ -116,7 +117,9 @@ def geometry(tensors: Sequence[Tensor | None], numbers: tuple[Any, ...]) -> Geom
         for tensor in tensors:
             if tensor is None:
                 signatures.append(None)
-            elif (type(tensor) is Tensor or type(tensor) is Parameter) and not tensor.is_neg():
+            elif (type(tensor) is Tensor or type(tensor) is Parameter) and not (
+                tensor.is_neg() or tensor._is_zerotensor()
+            ):
                 signatures.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
             else:
                 return None

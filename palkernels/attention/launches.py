@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from palkernels import devices
 from palkernels.arguments import Call
 from palkernels.attention import plans
 from palkernels.plans import Geometry
@@ -21,11 +22,16 @@ def forward(call: Call, seen: Geometry | None = None, tensors: Tensors = ()) -> 
     from palkernels.attention import repetition
     from palkernels.kernels import decode
     from palkernels.kernels.forward import forward_launch
+    from palkernels.kernels.ready import repeatable
 
     out, lse = empty_outputs(call.query)
     capability = _capability(call.query)
-    launch_of = decode.decode_launch if decode.takes(call, capability) else forward_launch
-    launch = launch_of(call, out, lse, capability)
+    if decode.takes(call, capability):
+        # Not an operator, whose memory may be that of a CUDA graph: torch.compile runs it there before it captures.
+        uses_kept = seen is not None and repeatable(devices.index(call.query.device))
+        launch = decode.decode_launch(call, out, lse, capability, uses_kept=uses_kept)
+    else:
+        launch = forward_launch(call, out, lse, capability)
     compiled = launch.run()
     if seen is not None and compiled is not None:
         plan = repetition.forward_plan(tensors, call, launch, compiled, out, lse)
@@ -56,6 +62,7 @@ def backward(
         name: torch.empty_like(tensor) if need else None
         for need, (name, tensor) in zip(needed, call.floats().items(), strict=True)
     }
+    lse = lse.contiguous()  # as it was; who saved it meanwhile may have laid it out anew
     delta = torch.empty_like(lse)
     launches = backward_launches(call, out, lse, dout, dlse, delta, gradients, _capability(call.query))
     compiled = [launch.run() for launch in launches]

@@ -33,8 +33,16 @@ def merged_attention(
         tensor if tensor.stride(-1) == 1 else tensor.contiguous()
         for tensor in (query, key, value, audio_key, audio_value)
     )
-    out, lse = _MergedAttention.apply(query, key, value, audio_key, audio_value, settings)
+    out, lse = _MergedAttention.apply(*_distinct(query, key, value, audio_key, audio_value), settings)
     return out, lse
+
+
+def _distinct(*tensors: Tensor) -> list[Tensor]:
+    """The tensors; one that was there before as a view: torch.compile traces no autograd.Function with it twice."""
+    distinct: list[Tensor] = []
+    for tensor in tensors:
+        distinct.append(tensor.view_as(tensor) if any(tensor is other for other in distinct) else tensor)
+    return distinct
 
 
 class _MergedAttention(torch.autograd.Function):

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palkernels import devices
 from palkernels.arguments import Call
 from palkernels.kernels import scratch, tiles
 from palkernels.kernels.division import Division
@@ -279,8 +278,12 @@ def takes(call: Call, capability: int | None) -> bool:
     )
 
 
-def decode_launch(call: Call, out: Tensor, lse: Tensor, capability: int | None) -> Launch:
-    """The launch for a call that :func:`takes` takes; it fills ``out`` and ``lse`` as the forward launch does."""
+def decode_launch(call: Call, out: Tensor, lse: Tensor, capability: int | None, *, uses_kept: bool = False) -> Launch:
+    """The launch for a call that :func:`takes` takes; it fills ``out`` and ``lse`` as the forward launch does.
+
+    ``uses_kept``: what its programs leave for each other lies in memory of :mod:`palkernels.kernels.scratch`, so that
+    decoding allocates its outputs and nothing else.
+    """
     division = division_of(call, capability)
     shares = division.shares()
     readers = 1 if call.audio_index is None else call.num_batches
@@ -293,7 +296,7 @@ def decode_launch(call: Call, out: Tensor, lse: Tensor, capability: int | None) 
         call,
         *(Matrix.of(tensor) for tensor in (*call.floats().values(), out)),
         lse,
-        Parts(*_parts(call.query, lse, division, shares)),
+        Parts(*_parts(call.query, lse, division, shares, uses_kept)),
         *shares,
     )
 
@@ -306,14 +309,16 @@ def _tile(call: Call, capability: int | None) -> tiles.Tile:
     return tiles.choose("decode", capability, call.query.dtype, call.head_dim, call.is_intricate)
 
 
-def _parts(query: Tensor, lse: Tensor, division: Division, shares: tuple[int, int]) -> tuple[Tensor, ...]:
-    """The fields of :class:`Parts`: kept on a GPU, so that decoding allocates its outputs and nothing else."""
+def _parts(
+    query: Tensor, lse: Tensor, division: Division, shares: tuple[int, int], uses_kept: bool
+) -> tuple[Tensor, ...]:
+    """The fields of :class:`Parts`."""
     *begins, end = division.places(shares)
-    if not devices.runs_kernels(query.device) or torch.cuda.is_current_stream_capturing():
-        floats, counters = lse.new_empty(end), _zeros(query, division.num_counters())
-    else:
+    if uses_kept:
         stream = torch.cuda.current_stream(query.device).cuda_stream
         floats, counters = scratch.kept(query.device, stream, end, division.num_counters())
+    else:
+        floats, counters = lse.new_empty(end), _zeros(query, division.num_counters())
     return (*(floats[begin:] for begin in begins), counters)
 
 

@@ -41,9 +41,9 @@ def decoded(monkeypatch):
     launches = []
     launch = decode.decode_launch
 
-    def record(*args):
+    def record(*args, **kwargs):
         launches.append(args)
-        return launch(*args)
+        return launch(*args, **kwargs)
 
     monkeypatch.setattr(decode, "decode_launch", record)
     return launches

@@ -73,6 +73,20 @@ def test_gradients_lie_as_their_tensors():
     assert [x.stride() for x in grads] == [x.stride() for x in tensors]
 
 
+def test_hooks_may_lay_out_what_is_saved_anew():
+    """Saved tensors come back from hooks with other strides, the LSE too, which the kernels read as contiguous."""
+    case = lal_case(**SHAPE)
+    turn = lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)  # noqa: E731
+    results = []
+    for unpack in (lambda x: x, turn):
+        leaves = case.requires_grad().tensors
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+            out, lse = lal_attention(*leaves, return_lse=True, impl="triton")
+        results.append(torch.autograd.grad(out.square().sum() + lse.sum(), leaves))
+    for plain, got in zip(*results, strict=True):
+        assert max_error(got, plain) <= 1e-6
+
+
 @pytest.mark.gpu
 def test_compiled_is_one_graph_with_eager_results(device):
     """torch.compile(fullgraph=True) takes forward and backward, the LSE's gradient included."""

@@ -223,6 +223,22 @@ def test_compiled_gradients(softcap, with_lse):
         assert max_error(compiled, eager) <= 1e-5
 
 
+def test_one_tensor_in_several_places_compiles():
+    """torch.compile's autograd.Function takes no tensor twice: keys that are values, too, broke the graph."""
+    case = lal_case(batch=2, heads=4, kv_heads=2, queries=5, keys=5, audio=7, dim=16)
+
+    def loss(query, key, audio_key):
+        return lal_attention(query, key, key, audio_key, audio_key, impl="sdpa").square().sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        query, key, _, audio_key, _ = case.requires_grad().tensors
+        results.append(torch.autograd.grad(function(query, key, audio_key), (query, key, audio_key)))
+    for eager, compiled in zip(*results, strict=True):
+        assert eager.abs().max() > 0
+        assert max_error(compiled, eager) <= 1e-5
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1e-300, -3.0])
 @pytest.mark.parametrize("impl", ["triton", "sdpa"])
 def test_scales_that_are_not_positive(impl, scale):
