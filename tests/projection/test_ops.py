@@ -84,3 +84,19 @@ def test_flops(impl):
     lists, numbers = layers_of(3)
     with torch.no_grad():
         assert count_flops(lambda: audio_kv(**lists, **numbers, impl=impl))[0] == 6 * one
+
+
+@pytest.mark.parametrize("impl", ["triton", "sdpa"])
+def test_tangents_are_refused(impl):
+    """PyTorch would drop them without a word: torch.func.jvp gave zeros."""
+    tensors, numbers = arguments()
+    tensors = {name: x.detach() for name, x in tensors.items()}
+    states = tensors.pop("states")
+    run = lambda x: audio_kv(x, **tensors, **numbers, impl=impl)[0]  # noqa: E731
+    with pytest.raises(
+        NotImplementedError, match=r"must not be given forward-mode tangents, got them for \['states'\]"
+    ):
+        torch.func.jvp(run, (states,), (states,))
+    with pytest.raises(NotImplementedError, match=r"must not be differentiated by torch.func, got \['states'\]"):
+        torch.func.grad(lambda x: run(x).sum())(states)
+    assert torch.vmap(run)(states[None]).shape[1:] == run(states).shape
