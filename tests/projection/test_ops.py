@@ -97,6 +97,6 @@ def test_tangents_are_refused(impl):
         NotImplementedError, match=r"must not be given forward-mode tangents, got them for \['states'\]"
     ):
         torch.func.jvp(run, (states,), (states,))
-    with pytest.raises(NotImplementedError, match=r"must not be differentiated by torch.func, got \['states'\]"):
+    with pytest.raises(NotImplementedError, match=r"must not be differentiated by torch\.func"):
         torch.func.grad(lambda x: run(x).sum())(states)
     assert torch.vmap(run)(states[None]).shape[1:] == run(states).shape
