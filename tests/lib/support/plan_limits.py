@@ -1,0 +1,162 @@
+"""What else no launch is repeated for, and what a geometry tells apart. Run as a script; see support.planned."""
+
+import torch
+from triton import knobs
+
+from palkernels import audio_kv
+from support.planned import (
+    HKV,
+    LONG,
+    D,
+    backward,
+    lal_attention,
+    launched,
+    long_launches,
+    main,
+    scenario,
+    stand_in,
+    tensors,
+)  # fmt: skip  # isort: skip
+
+
+def projected(grad=False):
+    shapes = [(2, 20, 64), (64,), (HKV * D, 64), (HKV * D, 64)]
+    given = [torch.randn(shape).to(torch.bfloat16).requires_grad_(grad) for shape in shapes]
+    return lambda: audio_kv(*given, num_kv_heads=HKV, eps=1e-5)
+
+
+@scenario
+def traces_see_the_operator():
+    x = tensors(16)
+    for _ in range(2):
+        lal_attention(*x)
+        traced = torch.jit.trace(lambda query: lal_attention(query, *x[1:]), (x[0],), check_trace=False)
+        assert "palkernels::lal_forward" in str(traced.graph)
+
+
+@scenario
+def tensors_without_memory_get_some():
+    x = tensors(16)
+    zeros = torch._efficientzerotensor(x[0].shape, dtype=x[0].dtype)
+    assert zeros.stride() == torch.zeros(x[0].shape).stride()
+    for _ in range(2):
+        (launch,) = launched(lambda: lal_attention(zeros, *x[1:]))
+        assert launch.parameters[0] != 0, "the kernel would read from nowhere"
+
+
+@scenario
+def operators_own_what_they_use():
+    """A graph that is captured may run once before, in memory of its own, which must not be kept."""
+    x = tensors()
+    lal_attention(*x)
+    (kept,) = launched(lambda: lal_attention(*x))
+    arguments = (*x, None, None, None, None, None, D**-0.5, None, None)
+    (own,) = launched(lambda: torch.ops.palkernels.lal_forward(*arguments))
+    beyond = [{p for p in y.parameters if p > 2**40} - {t.data_ptr() for t in x} for y in (kept, own)]
+    addresses = [[p for p in y.parameters if p in rest][2:6] for y, rest in zip((kept, own), beyond, strict=True)]
+    assert set(addresses[0]).isdisjoint(addresses[1])
+
+
+@scenario
+def a_capture_on_another_device_owns_what_it_uses():
+    x = tensors()
+    lal_attention(*x)
+    (outside,) = launched(lambda: lal_attention(*x))
+    stand_in.device = 1  # whose stream does not capture, while that of the tensors may
+    try:
+        (inside,) = launched(lambda: lal_attention(*x))
+    finally:
+        stand_in.device = 0
+    given = {t.data_ptr() for t in x}
+    kept, own = ([p for p in y.parameters if p > 2**40 and p not in given][2:6] for y in (outside, inside))
+    assert set(kept).isdisjoint(own)
+
+
+@scenario
+def what_changes_compilation_takes_the_long_way():
+    x, project = tensors(16), projected()
+    lal_attention(*x)
+    project()
+    for holder, name, value in (
+        (knobs.runtime, "debug", True),
+        (knobs.runtime, "add_stages_inspection_hook", lambda *args: ("", "") if not args else None),
+    ):
+        before = getattr(holder, name)
+        setattr(holder, name, value)
+        try:
+            assert long_launches(lambda: lal_attention(*x)) == 1, name
+            assert long_launches(project) >= 1, name
+        finally:
+            setattr(holder, name, before)
+    assert long_launches(lambda: lal_attention(*x)) == 0
+
+
+@scenario
+def all_launches_give_way_alike():
+    """Backward's and audio_kv's, too: while a graph captures, for hooks, under a profiler."""
+    x, project = tensors(16, grad=True), projected()
+    backward(x)
+    project()
+    out = lal_attention(*x)
+    upstream = torch.ones_like(out)
+    back = lambda: torch.autograd.grad(out, x, upstream, retain_graph=True)  # noqa: E731
+    count = long_launches(lambda: [back(), project()])
+    assert count == 0, count
+    stand_in.capturing = True
+    try:
+        assert long_launches(back) == 2
+        assert long_launches(project) == 1
+    finally:
+        stand_in.capturing = False
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert long_launches(back) == 2
+        assert long_launches(project) == 1
+    stand_in.capturing = True  # to see the kernels
+    for kernel in launched_kernels(lambda: [back(), project()]):
+        stand_in.capturing = False
+        names = []
+        kernel.add_pre_run_hook(lambda *args, **kwargs: names.append("before"))  # noqa: B023
+        back()
+        project()
+        kernel.pre_run_hooks.clear()
+        assert names == ["before"], kernel
+
+
+def launched_kernels(call):
+    before = len(LONG)
+    call()
+    return list(dict.fromkeys(LONG[before:]))
+
+
+@scenario
+def misaligned_gradients_and_states_get_another_kernel():
+    x = tensors(16, grad=True)
+    backward(x)
+    out = lal_attention(*x)
+    odd = torch.ones(out.numel() + 1, dtype=out.dtype)[1:].view(out.transpose(1, 2).shape).transpose(1, 2)
+    assert long_launches(lambda: torch.autograd.grad(out, x, odd, retain_graph=True)) == 2
+    run = lambda states: audio_kv(states, *weights, num_kv_heads=HKV, eps=1e-5)  # noqa: E731
+    weights = [torch.randn(s).to(torch.bfloat16) for s in ((64,), (HKV * D, 64), (HKV * D, 64))]
+    run(torch.zeros(2, 20, 64, dtype=torch.bfloat16))
+    states = torch.zeros(2 * 20 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 20, 64)
+    for _ in range(2):
+        assert long_launches(lambda: run(states)) == 1
+
+
+@scenario
+def shapes_strides_and_dtypes_are_told_apart():
+    x = tensors(16)
+    lal_attention(*x)
+    fewer = [*x[:3], *[t[:, :, :7] for t in x[3:]]]
+    assert long_launches(lambda: lal_attention(*fewer)) == 1, "of another shape, with the same strides"
+    laid_out = [*x[:3], *[t.contiguous() for t in x[3:]]]
+    assert long_launches(lambda: lal_attention(*laid_out)) == 1, "of other strides, with the same shape"
+    half = tensors(16, dtype=torch.float16)
+    assert long_launches(lambda: lal_attention(*half)) == 1, "of another dtype"
+    lengths = torch.full((2,), 5)
+    lal_attention(*x, audio_lengths=lengths)
+    assert long_launches(lambda: lal_attention(*x, audio_lengths=lengths.int())) == 1
+
+
+if __name__ == "__main__":
+    main()
