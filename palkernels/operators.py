@@ -45,6 +45,32 @@ def differentiate(operator: Operator, with_node: Callable[[Any, tuple[Any, ...]]
     _library.impl(operator._schema.name, compute, "Autograd", with_keyset=True)
 
 
+class Node(torch.autograd.Function):
+    """A node of autograd's graph for results that are there already. A subclass gives it its name.
+
+    Arguments of ``apply``: the results; ``gradients_of``, from what is saved, the results' gradients, and which
+    tensors' gradients are needed, to these gradients; the results to save; and the tensors, which are saved too, as
+    such, so that one changed before the backward pass raises.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, results: Any, gradients_of: Any, kept: Sequence[Tensor], *tensors: Tensor | None) -> Any:
+        ctx.set_materialize_grads(False)  # a result that is not used costs nothing
+        ctx.gradients_of = gradients_of
+        ctx.save_for_backward(*kept, *tensors)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        if all(gradient is None for gradient in upstream):
+            return (None,) * (3 + len(needed))
+        with torch.no_grad():
+            computed = ctx.gradients_of(saved, upstream, needed)
+        gradients = iter(final(computed, (*saved, *upstream)))
+        return None, None, None, *(next(gradients) if need else None for need in needed)
+
+
 def final(gradients: Sequence[Tensor], sources: Sequence[Tensor | None]) -> Sequence[Tensor]:
     """Gradients that know what they depend on, so that a second derivative raises wherever it would lack their term.
 

@@ -59,7 +59,7 @@ def _with_length(data: bytes, fixed_block: int, name: str) -> Inspection:
         last_sample, end = _end_of_frame(data[at : at + 16].ljust(16, b"\0"), fixed_block), at
         if last_sample is None:
             continue
-        if _crc16(data[at:size]) == 0 and last_sample < 2**36:
+        if _crc(data[at:size], 16, 0x8005) == 0 and last_sample < 2**36:
             stated = (data[21] & 0xF0) << 32 | last_sample
             return Inspection("a header that states no length", data[:21] + stated.to_bytes(5, "big") + data[26:])
         tried += 1
@@ -89,25 +89,17 @@ def _end_of_frame(head: bytes, fixed_block: int) -> int | None:
     else:
         samples = 192 if block == 1 else 576 << (block - 2) if block < 6 else 256 << (block - 8)
     at += {12: 1, 13: 2, 14: 2}.get(rate, 0)
-    if _crc8(head[:at]) != head[at]:
+    if _crc(head[:at], 8, 0x07) != head[at]:
         return None
     return number + samples if head[1] & 1 else number * fixed_block + samples
 
 
-def _crc8(data: bytes) -> int:
-    value = 0
+def _crc(data: bytes, bits: int, polynomial: int) -> int:
+    """Return a checksum; of data with their own behind them, which is that of a whole frame, it is 0."""
+    value, top = 0, 1 << (bits - 1)
     for byte in data:
-        value ^= byte
+        value ^= byte << (bits - 8)
         for _ in range(8):
-            value = (value << 1 ^ 0x07 if value & 0x80 else value << 1) & 0xFF
-    return value
-
-
-def _crc16(data: bytes) -> int:
-    """Return the checksum of a frame with its own behind it, which is 0 where it is whole."""
-    value = 0
-    for byte in data:
-        value ^= byte << 8
-        for _ in range(8):
-            value = (value << 1 ^ 0x8005 if value & 0x8000 else value << 1) & 0xFFFF
+            value = value << 1 ^ polynomial if value & top else value << 1
+        value &= (top << 1) - 1
     return value

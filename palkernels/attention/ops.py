@@ -1,6 +1,7 @@
 """PyTorch's operators for attention by Triton: schemas, shapes, and the derivative. Importing this needs no triton."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from palkernels.arguments import FLOATS, Call
 from palkernels.attention import launches, plans
-from palkernels.operators import differentiate, final, operator
+from palkernels.operators import Node, differentiate, operator
 from palkernels.plans import geometry, usable
 
 # The fields of a Call, in their order.
@@ -50,39 +51,15 @@ lal_backward = operator(
 )
 
 
-class LalAttention(torch.autograd.Function):
-    """The node of a call whose output and LSE have been computed."""
-
-    @staticmethod
-    def forward(ctx: Any, results: tuple[Tensor, Tensor], numbers: tuple[Any, ...], *tensors: Tensor | None) -> Any:
-        ctx.set_materialize_grads(False)  # an unused LSE costs nothing
-        ctx.numbers = numbers
-        ctx.save_for_backward(*results, *tensors)  # as tensors, so that one changed before backward raises
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, lse, *tensors = ctx.saved_tensors
-        nothing = (None,) * len(tensors)
-        if dout is None and dlse is None:
-            return None, None, *nothing
-        needed = ctx.needs_input_grad[2 : 2 + len(FLOATS)]
-        dout = torch.zeros_like(out) if dout is None else dout
-        results = (out, lse, dout, dlse)
-        with torch.no_grad():
-            computed = _gradients(tuple(tensors), ctx.numbers, results, needed)
-        gradients = iter(final(computed, (*tensors, *results)))
-        return None, None, *(next(gradients) if need else None for need in needed), *nothing[len(FLOATS) :]
+class LalAttention(Node):
+    """The node of a call of attention."""
 
 
 def with_node(
     results: tuple[Tensor, Tensor], tensors: Sequence[Tensor | None], numbers: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Output and LSE of a call as differentiable outputs.
-
-    ``tensors`` are a :class:`Call`'s that are floats or integers, then those of packing; ``numbers`` likewise.
-    """
-    out, lse = LalAttention.apply(results, numbers, *tensors)
+    """Output and LSE of a call as differentiable outputs; ``tensors`` and ``numbers`` are a :class:`Call`'s."""
+    out, lse = LalAttention.apply(results, partial(_gradients, numbers), results, *tensors)
     return out, lse
 
 
@@ -92,14 +69,17 @@ def _with_node(results: tuple[Tensor, Tensor], arguments: tuple[Any, ...]) -> tu
 
 
 def _gradients(
-    tensors: tuple[Tensor | None, ...],
     numbers: tuple[Any, ...],
-    results: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    saved: tuple[Tensor, ...],
+    upstream: tuple[Tensor | None, Tensor | None],
     needed: tuple[bool, ...],
 ) -> list[Tensor]:
-    """The gradients needed; ``results`` are the output, its LSE, and the gradients of both."""
-    out, lse, dout, dlse = results
-    operands = (*tensors, *results)
+    """The gradients that are needed, of the float tensors, from the output, its LSE and a call's tensors."""
+    out, lse, *tensors = saved
+    dout, dlse = upstream
+    dout = torch.zeros_like(out) if dout is None else dout
+    needed = needed[: len(FLOATS)]
+    operands = (*tensors, out, lse, dout, dlse)
     seen = geometry(operands, (*numbers, *needed)) if usable() else None
     if seen is None:
         gradients: list[Tensor] = lal_backward(dout, dlse, out, lse, needed, *Call.of(tensors, numbers).arguments())

@@ -14,7 +14,7 @@ from palkernels.kernels import decode, scratch, tiles
 from palkernels.kernels.division import Division
 from palkernels.kernels.launch import Launch
 from palkernels.kernels.operands import Matrix
-from palkernels.kernels.ready import ReadyLaunch, ready, repeatable
+from palkernels.kernels.ready import ReadyLaunch, ready, repeat, repeatable
 from palkernels.plans import ALIGNMENT
 
 FLOAT_BYTES = 4
@@ -36,8 +36,8 @@ class ForwardPlan(NamedTuple):
     def run(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
         """Output and LSE; None, and nothing is launched, where this launch must not be repeated for these tensors."""
         device = self.device
-        index = device.index or 0
-        if not repeatable(index) or self.launch.kernel.pre_run_hooks:
+        index = devices.index(device)
+        if not repeatable(index, (self.launch,)):
             return None
         out = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
         lse = torch.empty(self.lse_shape, dtype=torch.float32, device=device)
@@ -61,12 +61,12 @@ class ForwardPlan(NamedTuple):
         num_keys = key.shape[2]
         numbers: dict[str, Any] = {"key": Matrix.of(key)[1:], "value": Matrix.of(value)[1:], "num_keys": num_keys}
         if self.division is None:
-            return ForwardPlan(self.launch.with_numbers(self.launch.num_programs, numbers), *self[1:])
-        division = Division(*self.division[:4], num_keys, *self.division[5:])
+            return self._replace(launch=self.launch.with_numbers(self.launch.num_programs, numbers))
+        division = self.division._replace(num_keys=num_keys)
         shares = division.shares()
         numbers["audio_shares"], numbers["text_shares"] = shares
         launch = self.launch.with_numbers(division.num_programs(shares), numbers)
-        return ForwardPlan(launch, *self[1:6], division, _scratch_of(division, shares), self.numbers)
+        return self._replace(launch=launch, division=division, scratch=_scratch_of(division, shares))
 
 
 class BackwardPlan(NamedTuple):
@@ -81,20 +81,13 @@ class BackwardPlan(NamedTuple):
         ``operands`` are the call's tensors, the output, its LSE, and the gradients of both.
         """
         lse: Any = operands[-3]
-        index = devices.index(lse.device)
-        if not repeatable(index) or any(launch.kernel.pre_run_hooks for launch in self.launches):
-            return None
         gradients = [
             torch.empty_like(x) if need and x is not None else None
             for need, x in zip(self.needed, operands, strict=False)
         ]
         delta = torch.empty_like(lse)  # in a name, so that it lives until everything is launched
-        pointers = [0 if x is None else x.data_ptr() for x in (*operands, delta, *gradients)]
-        if reduce(operator.or_, pointers) % ALIGNMENT:
+        if not repeat(self.launches, (*operands, delta, *gradients), lse.device):
             return None
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        for launch in self.launches:
-            launch.run(stream, pointers)
         return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -103,7 +96,8 @@ def forward_plan(
 ) -> ForwardPlan | None:
     """The plan of a call that has run, if it can be repeated. ``tensors`` are the caller's."""
     is_decode = launch.kernel is decode.decode_kernel
-    operands = (*tensors, out, lse, *(launch.arguments[7] if is_decode else ()))
+    parts = launch.arguments[launch.kernel.arg_names.index("parts")] if is_decode else ()
+    operands = (*tensors, out, lse, *parts)
     repeated = _ready([launch], [compiled], operands)
     if repeated is None:
         return None

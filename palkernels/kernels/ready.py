@@ -60,15 +60,6 @@ class ReadyLaunch:
             self.num_programs, 1, 1, stream, self._function, self._metadata, None, None, None, *arguments, *self._tail
         )
 
-    def repeat(self, operands: Sequence[Tensor | None], device: torch.device) -> bool:
-        """Launch it with these operands; whether it was: where it must not be repeated now, nothing is launched."""
-        index = devices.index(device)
-        pointers = [0 if x is None else x.data_ptr() for x in operands]
-        if not repeatable(index) or self.kernel.pre_run_hooks or reduce(operator.or_, pointers) % ALIGNMENT:
-            return False
-        self.run(torch._C._cuda_getCurrentRawStream(index), pointers)
-        return True
-
     def with_numbers(self, num_programs: int, numbers: Mapping[str, Any]) -> "ReadyLaunch":
         """The same kernel with other numbers, by the names of its arguments; a Matrix's are its strides."""
         new = object.__new__(ReadyLaunch)
@@ -86,6 +77,18 @@ class ReadyLaunch:
         return new
 
 
+def repeat(launches: Sequence[ReadyLaunch], operands: Sequence[Tensor | None], device: torch.device) -> bool:
+    """Launch them with these operands; whether they were: where they must not be repeated now, nothing is launched."""
+    index = devices.index(device)
+    pointers = [0 if x is None else x.data_ptr() for x in operands]
+    if not repeatable(index, launches) or reduce(operator.or_, pointers) % ALIGNMENT:
+        return False
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    for launch in launches:
+        launch.run(stream, pointers)
+    return True
+
+
 LAUNCHES: Plans[ReadyLaunch] = Plans()
 
 
@@ -99,7 +102,7 @@ def run(build: Callable[[], Launch], operands: Sequence[Tensor | None], *numbers
     """
     seen = geometry(operands, numbers) if usable() else None
     known = None if seen is None else LAUNCHES.get(seen)
-    if known is not None and known.repeat(operands, operands[0].device):  # type: ignore[union-attr]
+    if known is not None and repeat((known,), operands, operands[0].device):  # type: ignore[union-attr]
         return
     launch = build()
     compiled = launch.run()
@@ -133,8 +136,8 @@ def ready(launch: Launch, compiled: Any, operands: Sequence[Tensor | None]) -> R
     return ReadyLaunch(launch, compiled, slots)  # type: ignore[arg-type]
 
 
-def repeatable(index: int) -> bool:
-    """Whether launches may be repeated, and kept for it, on device ``index`` now; otherwise they take the long way.
+def repeatable(index: int, launches: Sequence[ReadyLaunch] = ()) -> bool:
+    """Whether launches may be repeated, or kept for it, on device ``index`` now; otherwise they take the long way.
 
     That is so where another device is current; while a CUDA graph captures, which must own all that it uses; with other
     tiles than those that were chosen; and where somebody watches or changes Triton's launches, a profiler for example.
@@ -149,6 +152,7 @@ def repeatable(index: int) -> bool:
         or runtime.debug
         or runtime.add_stages_inspection_hook
         or knobs.compilation.instrumentation_mode
+        or [launch for launch in launches if launch.kernel.pre_run_hooks]
     )
 
 

@@ -6,6 +6,7 @@ norms' weights are folded into the projections'. Importing this needs no triton.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from palkernels.arguments import PROJECTION, TURNS, Projection
-from palkernels.operators import differentiate, final, operator
+from palkernels.operators import Node, differentiate, operator
 from palkernels.plans import geometry, usable
 
 
@@ -123,29 +124,8 @@ audio_kv_backward = operator(
 )
 
 
-class AudioKv(torch.autograd.Function):
-    """The node of one layer's keys and values, which have been computed. It keeps the arguments and nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, results: tuple[Tensor, Tensor], numbers: tuple[Any, ...], *tensors: Tensor | None) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.numbers = numbers
-        ctx.save_for_backward(*tensors)
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, dkey: Tensor | None, dvalue: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        nothing = (None,) * len(tensors)
-        if dkey is None and dvalue is None:
-            return None, None, *nothing
-        needed = ctx.needs_input_grad[2 : 2 + len(PROJECTION)]
-        is_plain = usable() and geometry((*tensors, dkey, dvalue), ()) is not None
-        compute = backward if is_plain else audio_kv_backward
-        with torch.no_grad():
-            computed = compute(dkey, dvalue, needed, *tensors, *ctx.numbers)
-        gradients = iter(final(computed, (*tensors, dkey, dvalue)))
-        return None, None, *(next(gradients) if need else None for need in needed), *nothing[len(PROJECTION) :]
+class AudioKv(Node):
+    """The node of one layer's keys and values. It keeps the arguments and nothing else."""
 
 
 def direct(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -159,8 +139,21 @@ def direct(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def with_node(results: tuple[Tensor, Tensor], arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """Keys and values of one layer as differentiable outputs; the arguments are the operator's."""
-    key, value = AudioKv.apply(results, arguments[NUM_TENSORS:], *arguments[:NUM_TENSORS])
+    tensors, numbers = arguments[:NUM_TENSORS], arguments[NUM_TENSORS:]
+    key, value = AudioKv.apply(results, partial(_gradients, numbers), (), *tensors)
     return key, value
+
+
+def _gradients(
+    numbers: tuple[Any, ...],
+    tensors: tuple[Tensor | None, ...],
+    upstream: tuple[Tensor | None, Tensor | None],
+    needed: tuple[bool, ...],
+) -> list[Tensor]:
+    is_plain = usable() and geometry((*tensors, *upstream), ()) is not None
+    compute = backward if is_plain else audio_kv_backward
+    gradients: list[Tensor] = compute(*upstream, needed[: len(PROJECTION)], *tensors, *numbers)
+    return gradients
 
 
 differentiate(audio_kv_forward, with_node)
