@@ -13,7 +13,7 @@ from palkernels.model.audio.riff import inspect_riff, is_riff
 
 __all__ = ["inspect_file"]
 
-# What people have and is not read, as libsndfile does not or a missing end would not show: where in the file, which
+# Formats that are refused, as libsndfile does not read them or a missing end would not show: where in the file, which
 # bytes, what it is, how such files are named.
 FOREIGN = (
     (4, b"ftyp", "MP4 or M4A (AAC)", "m4a"),
@@ -24,7 +24,7 @@ FOREIGN = (
     (0, b"\xff\xf9", "AAC", "aac"),
     (0, b"BW64", "BW64", "wav"),
     (0, b"riff", "W64", "w64"),  # a WAV file's are capitals
-    (0, b"FORM", "AIFF", "aiff"),
+    (0, b"FORM", "AIFF or another IFF file", "aiff"),
     (0, b"caff", "CAF", "caf"),
     (0, b".snd", "AU", "au"),
     (0, b"NIST", "NIST", "sph"),

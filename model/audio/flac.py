@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from palkernels.model.audio.inspection import Inspection, convert_with, cut_short
@@ -39,33 +41,33 @@ def inspect_flac(file: BinaryIO, start: int, name: str) -> Inspection:
     if not stated:
         return _with_length(data, fixed_block, name)
     end = len(data.rstrip(b"\0"))  # a file may have been given room for more than was written
-    first = max(42, end - LONGEST_FRAME)
-    while (at := data.rfind(b"\xff", first, end)) >= 0:
-        last_sample = _end_of_frame(data[at : at + 16].ljust(16, b"\0"), fixed_block)
-        if last_sample is not None:
-            if last_sample > stated:
-                way = convert_with("flac")
-                raise AudioError(f"{name} must state its length, got {stated} samples for {last_sample}: {way}")
-            break
-        end = at
+    _, last_sample = next(_frames_from_the_end(data, end, fixed_block), (0, 0))
+    if last_sample > stated:
+        way = convert_with("flac")
+        raise AudioError(f"{name} must state its length, got {stated} samples for {last_sample}: {way}")
     return Inspection()
 
 
 def _with_length(data: bytes, fixed_block: int, name: str) -> Inspection:
     """Return a stream that states no length with the one that its last frame tells, which must end where it does."""
     size = len(data) - (128 if data[-128:-125] == b"TAG" else 0)  # ID3v1
-    first, end, tried = max(42, size - LONGEST_FRAME), size, 0
-    while tried < HEADERS_TRIED and (at := data.rfind(b"\xff", first, end)) >= 0:
-        last_sample, end = _end_of_frame(data[at : at + 16].ljust(16, b"\0"), fixed_block), at
-        if last_sample is None:
-            continue
+    frames = list(itertools.islice(_frames_from_the_end(data, size, fixed_block), HEADERS_TRIED))
+    for at, last_sample in frames:
         if _crc(data[at:size], 16, 0x8005) == 0 and last_sample < 2**36:
             stated = (data[21] & 0xF0) << 32 | last_sample
             return Inspection("a header that states no length", data[:21] + stated.to_bytes(5, "big") + data[26:])
-        tried += 1
-    if not tried:
+    if not frames:
         return Inspection()  # no frame at all: load_audio refuses a length that is left open
     raise cut_short(name, "it states no length, and its last frame is incomplete")
+
+
+def _frames_from_the_end(data: bytes, end: int, fixed_block: int) -> Iterator[tuple[int, int]]:
+    """Find what looks like frames' headers, from the last one on: where each is, and the sample behind its frame."""
+    first = max(42, end - LONGEST_FRAME)
+    while (end := data.rfind(b"\xff", first, end)) >= 0:
+        last_sample = _end_of_frame(data[end : end + 16].ljust(16, b"\0"), fixed_block)
+        if last_sample is not None:
+            yield end, last_sample
 
 
 def _end_of_frame(head: bytes, fixed_block: int) -> int | None:

@@ -97,7 +97,8 @@ def inspect_mpeg(file: BinaryIO, start: int, name: str) -> Inspection | None:
         raise AudioError(f"{name} must hold one stream, got {walk.streams} MP3 streams in one file: {way}")
     stated = walk.tag_frames
     # Encoders differ on whether the tag's frame counts.
-    if stated and not walk.first.silent and walk.frames < stated - (not (walk.exact or walk.incomplete or walk.damage)):
+    sure = walk.exact or walk.incomplete or walk.damage is not None
+    if stated and walk.frames < (stated if sure else stated - 1):
         part = " and a part of one" if walk.incomplete else ""
         damage = "" if walk.damage is None else f", and none at byte {walk.damage}"
         raise cut_short(name, f"{walk.frames} of {stated} frames{part}{damage}")

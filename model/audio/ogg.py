@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from palkernels.model.audio.inspection import Inspection, convert_with, cut_short
 from palkernels.model.audio.limits import AudioError
-from palkernels.model.audio.ogg_packets import durations
+from palkernels.model.audio.ogg_packets import SamplesOf, durations
 
 __all__ = ["inspect_ogg"]
 
@@ -19,7 +19,7 @@ CONTINUED, FIRST, LAST = 1, 2, 4  # flags of a page
 NO_POSITION = 2**64 - 1  # of a page on which no packet ends
 STEADY = 0.9  # If the full pages differ by no more in a measure, it shows which page is not full:
 FULL = 0.97  # one with less than this of the least full one.
-MOST_TRIMMED = 4  # packets, as long as the longest: an encoder leaves out less than one, a tool that cuts hardly more
+MOST_TRIMMED = 4  # of the longest packets, that the first or the last page may leave out: a margin that was chosen
 STEP = 2**20  # bytes read at a time
 REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
@@ -49,7 +49,7 @@ def inspect_ogg(file: BinaryIO, size: int, name: str) -> Inspection:
     libsndfile reads up to the last whole page, and of several streams the first.
 
     Raises:
-        AudioError: The last page is incomplete or not the end, there are several streams, or pages hold other samples
+        AudioError: The last page is incomplete or not the end, there are several streams, or pages hold more samples
             than their positions say.
     """
     pages = _pages(file, size, name)
@@ -80,13 +80,16 @@ def inspect_ogg(file: BinaryIO, size: int, name: str) -> Inspection:
             raise AudioError(
                 f"{name} must be whole, got an OGG stream whose page {after.number} follows {before.number}"
             )
-    _check_positions(file, pages, name)
+    headers = list(itertools.islice(_packets(file, pages), 3))
+    samples_of = durations(headers)
+    if samples_of is not None:
+        _check_positions(file, pages, samples_of, headers[0].startswith(b"\x01vorbis"), name)
     if ends:
         return Inspection()
     last = pages[-1]
     open_end = last.lacing.endswith(b"\xff")
     sounding = [page for page in pages if page.position not in (0, NO_POSITION)]
-    if open_end or not (_is_short(sounding) or _ends_within_a_packet(file, pages)):
+    if open_end or not (_is_short(sounding) or _ends_within_a_packet(file, pages, samples_of)):
         raise cut_short(name, "its last page is not marked as the end of the stream")
     return Inspection("an OGG stream whose last page is not marked as its end", _with_end_mark(file, last))
 
@@ -155,9 +158,8 @@ def _is_short(pages: list[Page]) -> bool:
     return not steady
 
 
-def _ends_within_a_packet(file: BinaryIO, pages: list[Page]) -> bool:
+def _ends_within_a_packet(file: BinaryIO, pages: list[Page], samples_of: SamplesOf | None) -> bool:
     """Return whether the last page states fewer samples than its packets hold: so an encoder ends a stream."""
-    samples_of = durations(list(itertools.islice(_packets(file, pages), 3)))
     before, last = pages[-2:]
     packets = list(_packets(file, [before, last]))[-last.packets - 1 :]
     if samples_of is None or len(packets) <= last.packets:
@@ -165,7 +167,7 @@ def _ends_within_a_packet(file: BinaryIO, pages: list[Page]) -> bool:
     return last.position - before.position < sum(samples_of(packets))
 
 
-def _check_positions(file: BinaryIO, pages: list[Page], name: str) -> None:
+def _check_positions(file: BinaryIO, pages: list[Page], samples_of: SamplesOf, is_vorbis: bool, name: str) -> None:
     """Check that pages hold as many samples as their positions say: libsndfile reads up to the last one.
 
     Any page's position may lie behind a gap. The last page may end within its last packets, and Vorbis' first one may
@@ -174,14 +176,9 @@ def _check_positions(file: BinaryIO, pages: list[Page], name: str) -> None:
     Raises:
         AudioError: A page holds more samples than it says.
     """
-    of_pages = list(_packets_by_page(file, pages))
-    samples_of = durations(list(itertools.islice(itertools.chain.from_iterable(of_pages), 3)))
-    if samples_of is None:
-        return
-    is_vorbis = of_pages[0][0].startswith(b"\x01vorbis")
     headers, before, position = 3 if is_vorbis else 2, [] if is_vorbis else [b""], 0
     last = [page for page in pages if page.packets][-1]
-    for page, packets in zip(pages, of_pages, strict=True):
+    for page, packets in zip(pages, _packets_by_page(file, pages), strict=True):
         sound, headers = packets[headers:], max(headers - len(packets), 0)
         if not sound:
             continue

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
-__all__ = ["durations"]
+__all__ = ["SamplesOf", "durations"]
 
 SILK, HYBRID, CELT = (480, 960, 1920, 2880), (480, 960), (120, 240, 480, 960)  # samples at 48 kHz of a frame of Opus
 MODE_BITS = 41  # of one mode in Vorbis' setup header: a flag, two fields of 16 zeros, 8 bits of a mapping
 
 
-def durations(headers: Sequence[bytes]) -> Callable[[Sequence[bytes]], list[int]] | None:
+SamplesOf: TypeAlias = Callable[[Sequence[bytes]], list[int]]  # of each packet but the first
+
+
+def durations(headers: Sequence[bytes]) -> SamplesOf | None:
     """Return what gives the samples of each packet but the first one of several, or None for another codec.
 
     Args:

@@ -141,10 +141,12 @@ def tied(arguments: dict[str, Any], anchor: Tensor, embed: Callable[[Tensor], Te
     Tied to the input embeddings, it comes last in the backward pass, where the audio's gradient comes too: all
     processes then run the same collectives in the same order.
     """
+    if not anchor.requires_grad:
+        return arguments
     embeddings = arguments.get("inputs_embeds")
     if embeddings is None and isinstance(arguments.get("input_ids"), Tensor):
         embeddings = embed(arguments["input_ids"])
         arguments = {name: value for name, value in arguments.items() if name != "input_ids"}
-    if embeddings is None or not anchor.requires_grad:
+    if embeddings is None:
         return arguments
     return arguments | {"inputs_embeds": _Tied.apply(embeddings, anchor)}

@@ -40,8 +40,13 @@ def prepared_whole(prepare: Callable[..., dict[str, Any]], given: dict[str, Any]
     arguments = prepare(**given)
     if given.get("next_sequence_length") is None or cache_of(given) is None or cache_of(arguments) is not None:
         return arguments
+    return prepare(**without_cache(given))
+
+
+def without_cache(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step's arguments by name for all of its text, without the cache."""
     dropped = {*CACHE_KEYWORDS, "next_sequence_length"}
-    return prepare(**{name: None if name in dropped else argument for name, argument in given.items()})
+    return {name: None if name in dropped else argument for name, argument in given.items()}
 
 
 def cache_keyword(*functions: Callable[..., Any]) -> str | None:

@@ -100,10 +100,11 @@ class GatedLayer(nn.Module):
             sees_audio: (B, T, 1), bool, of each query; None: all do.
         """
         query = self._heads(self.q_proj(self.attention_norm(hidden)))
+        unseen = query.detach()  # the text's keys and values must be given, and are not seen
         attended = lal_attention(
             query,
-            query.detach(),  # the text's keys must be given, and are not seen
-            query.detach(),  # another tensor than the keys: torch.compile would break the graph there
+            unseen,
+            unseen,
             *audio_kv,
             audio_lengths=mask.audio_lengths,
             audio_index=mask.audio_index,

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.attached import Attached
-from palkernels.model.causal_lm.caches import CACHE_KEYWORDS, cache_of
+from palkernels.model.causal_lm.caches import cache_of, without_cache
 from palkernels.model.causal_lm.layers import AudioKV
 from palkernels.model.causal_lm.memory import check_complete, recalled, remember, text_lengths, text_rows, whole_again
 from palkernels.model.causal_lm.plan import check_prompt
@@ -73,8 +73,7 @@ class Generation:
                 f"input_ids must be the whole text where RoPE changes, behind {limit} positions of text and audio, got "
                 f"{ids.shape[1]} of {columns} tokens (as by prefill_chunk_size or inputs_embeds)"
             )
-        dropped = {*CACHE_KEYWORDS, "next_sequence_length"}
-        return {name: None if name in dropped else value for name, value in arguments.items()}
+        return without_cache(arguments)
 
     def prepare(self, arguments: dict[str, Any], mask: Tensor | None) -> None:
         """Turn one forward's arguments into those with audio; ``mask`` (B, keys so far) is from before it was 4-D.

@@ -75,9 +75,9 @@ def _before(state: AudioState, text: Tensor) -> AudioState | None:
         return state
     if not bool(kept.any()):
         return None
-    rows = torch.arange(state.num_rows, device=state.device) if state.index is None else state.index
     states: Any = state.states
-    chosen = states[rows] if isinstance(states, Tensor) else [None if x is None else x[rows] for x in states]
+    by_layer = not isinstance(states, Tensor)
+    chosen = [None if x is None else x[state.index] for x in states] if by_layer else states[state.index]
     return AudioState(chosen, kept, None, state.insert_at)
 
 
@@ -89,6 +89,7 @@ class RowOperation:
         self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = int(self.cache.get_seq_length()) if self.name == "crop" else 0
         result = getattr(type(self.cache), self.name)(self.cache, *args, **kwargs)
         memory: Memory | None = getattr(self.cache, MEMORY, None)
         if memory is None:
@@ -98,7 +99,8 @@ class RowOperation:
             return result
         if self.name == "crop":
             length = int(self.cache.get_seq_length())
-            setattr(self.cache, MEMORY, memory.cropped(length) if length else None)
+            if length < before:
+                setattr(self.cache, MEMORY, memory.cropped(length) if length else None)
             return result
         argument = next(iter((*args, *kwargs.values())))
         repeat = self.name == "batch_repeat_interleave"
@@ -108,7 +110,7 @@ class RowOperation:
 
 
 def remember(cache: Any, state: AudioState | None, rows: Tensor, tokens: Any = SAME) -> None:
-    """Note in a cache what its texts have heard; where that is noted already, nothing changes.
+    """Note in a cache what its texts have heard; where that is noted already, what was cropped off is heard again.
 
     Args:
         cache: the cache; None: nothing is kept.

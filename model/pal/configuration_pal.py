@@ -29,6 +29,9 @@ def _of_text_config(name: str) -> property:
     return property(read, write)
 
 
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")  # which the language model's config holds
+
+
 class PalConfig(PreTrainedConfig):  # type: ignore[misc]
     """Configuration of :class:`PalForConditionalGeneration`.
 
@@ -100,9 +103,7 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
     # Seq2SeqTrainer asks the model's own config how generated texts are padded.
-    pad_token_id = _of_text_config("pad_token_id")
-    bos_token_id = _of_text_config("bos_token_id")
-    eos_token_id = _of_text_config("eos_token_id")
+    pad_token_id, bos_token_id, eos_token_id = map(_of_text_config, TOKEN_IDS)
 
     @property
     def _attn_implementation(self) -> str | None:

@@ -12,9 +12,9 @@ from palkernels.model.causal_lm.caches import cache_of
 from palkernels.model.causal_lm.generation import generating, prompt_of
 from palkernels.model.causal_lm.memory import Memory, forget, memory_of, remember, text_rows, whole_again
 from palkernels.model.causal_lm.texts import inputs_of
-from palkernels.model.pal.hearing import Hearing, Kept, Step, check_placeholders
+from palkernels.model.pal.hearing import Hearing, Kept, Step, check_placeholders, recall
 from palkernels.model.pal.inputs import AudioInputs
-from palkernels.model.pal.listening import Listener, recall_uncropped
+from palkernels.model.pal.listening import Listener
 from palkernels.model.pal.placeholders import Placeholders, place_of
 
 __all__ = ["LISTEN", "STEP", "current", "generation_of"]
@@ -207,9 +207,7 @@ def _listen(model: Listener, audio: AudioInputs, arguments: Mapping[str, Any]) -
     ids = arguments.get("input_ids") if inputs is None else inputs
     batch, start, first = prompt.shape[0], _cached(arguments), _first_column(arguments)
     memory = memory_of(cache) if start else None
-    hearing, earlier = (
-        (Hearing(), None) if memory is None else recall_uncropped(memory, batch, arguments.get("attention_mask"))
-    )
+    hearing, earlier = (Hearing(), None) if memory is None else recall(memory, batch, arguments.get("attention_mask"))
     before = earlier if first > 0 else None
     if audio.has_clips:
         so_far = None if before is None else before.up_to(first).counts()

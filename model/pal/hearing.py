@@ -48,21 +48,31 @@ class Kept:
     placeholders: Placeholders | None
 
 
-def recall(memory: Memory, batch: int) -> tuple[Hearing, Placeholders | None]:
-    """Return what B texts that continue a cache have heard, and their placeholders as far as they are known.
+def recall(memory: Memory, batch: int, mask: Tensor | None) -> tuple[Hearing, Placeholders | None]:
+    """Return what B texts that continue a cache have heard, without what was cropped off, and their placeholders as
+    far as they are known.
+
+    Args:
+        mask: (B, columns) the tokens of the whole conversation; None: all columns.
 
     Raises:
         ValueError: The cache has other texts.
     """
     texts = memory.texts(batch)
-    state, kept = memory.state_of(batch), memory.tokens
+    state, kept = memory.state_of(batch, mask), memory.tokens
     if not isinstance(kept, Kept):
         return Hearing(None, state), None
     tokens = kept.tokens
     if tokens is not None:
         texts = texts.to(tokens.lengths.device)
         tokens = Clips(tokens.states[texts], tokens.lengths[texts])
-    return Hearing(tokens, state), None if kept.placeholders is None else kept.placeholders.rows(texts)
+    placeholders = None if kept.placeholders is None else kept.placeholders.rows(texts)
+    if memory.cut_at is not None and placeholders is not None:
+        placeholders = placeholders.up_to(memory.cut_at)
+        if tokens is not None:
+            left = torch.minimum(tokens.lengths, placeholders.counts().to(tokens.lengths.device))
+            tokens = Clips(tokens.states, left) if bool(left.any()) else None
+    return Hearing(tokens, state), placeholders
 
 
 class Step:

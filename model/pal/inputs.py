@@ -57,7 +57,7 @@ def lengths_by_tower(audio_lengths: Tensor | None, encoded: Sequence[Tensor]) ->
     """Return the valid states (C,) of every clip for each tower; None: all.
 
     Args:
-        audio_lengths: (C,) or (C, towers), or None.
+        audio_lengths: (C, towers), of one tower also (C,), or None.
         encoded: The clips' states (C, N, width) of each tower.
 
     Raises:
@@ -66,7 +66,7 @@ def lengths_by_tower(audio_lengths: Tensor | None, encoded: Sequence[Tensor]) ->
     if audio_lengths is None:
         return [None] * len(encoded)
     shape = encoded[0].shape[0], len(encoded)
-    if tuple(audio_lengths.shape) not in (shape, (shape[0],) if shape[1] == 1 else shape):
+    if tuple(audio_lengths.shape) not in ([shape, shape[:1]] if len(encoded) == 1 else [shape]):
         raise ValueError(f"audio_lengths must be (C, towers) = {shape}, got {tuple(audio_lengths.shape)}")
     return audio_lengths.reshape(shape).to(encoded[0].device).unbind(1)
 

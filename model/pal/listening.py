@@ -17,9 +17,9 @@ from palkernels.model.pal.configuration_pal import PalConfig
 from palkernels.model.pal.hearing import Hearing, Step, recall, step_of
 from palkernels.model.pal.inputs import AudioInputs, clip_index, lengths_by_tower
 from palkernels.model.pal.parts import by_entry, connect, without_padding
-from palkernels.model.pal.placeholders import Placeholders, place_of, places_in
+from palkernels.model.pal.placeholders import place_of, places_in
 
-__all__ = ["Listener", "recall_uncropped"]
+__all__ = ["Listener"]
 
 
 class Listener:
@@ -124,7 +124,7 @@ class Listener:
         audio: AudioInputs,
         cache: Any,
         labels: Tensor | None,
-        mask: Tensor | None = None,
+        mask: Tensor | None,
     ) -> Step:
         """Return the audio of a forward that is called by hand; of a cache that has heard some, without it again.
 
@@ -139,7 +139,7 @@ class Listener:
         if texts is None:
             raise ValueError("input_ids or inputs_embeds must be given, got neither")
         batch, memory = texts.shape[0], memory_of(cache)
-        hearing, earlier = (Hearing(), None) if memory is None else recall_uncropped(memory, batch, mask)
+        hearing, earlier = (Hearing(), None) if memory is None else recall(memory, batch, mask)
         start = 0 if cache is None else cache.get_seq_length()
         if isinstance(start, Tensor) and not torch.compiler.is_compiling():
             start = int(start)
@@ -189,22 +189,3 @@ class Listener:
         layers = [projectors.get(str(layer)) for layer in range(self.config.text_config.num_hidden_layers)]
         by_layer = [None if projector is None else projector(states).to(dtype) for projector in layers]
         return AudioState(by_layer, rows.audio.lengths, rows.index, places)
-
-
-def recall_uncropped(memory: Memory, batch: int, mask: Tensor | None) -> tuple[Hearing, Placeholders | None]:
-    """Return what B texts that continue a cache have heard, without what was cropped off, and their placeholders.
-
-    Raises:
-        ValueError: The cache has other texts.
-    """
-    hearing, earlier = recall(memory, batch)
-    if memory.cut_at is None:
-        return hearing, earlier
-    tokens = hearing.tokens
-    if earlier is not None:
-        earlier = earlier.up_to(memory.cut_at)
-        if tokens is not None:
-            tokens = Clips(tokens.states, torch.minimum(tokens.lengths, earlier.counts().to(tokens.lengths.device)))
-    if tokens is not None and not bool(tokens.lengths.any()):
-        tokens = None
-    return Hearing(tokens, memory.state_of(batch, mask)), earlier

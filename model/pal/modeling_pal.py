@@ -28,6 +28,7 @@ from palkernels.model.pal.listening import Listener
 from palkernels.model.pal.parts import (
     build_connectors,
     build_towers,
+    check_settings,
     choose_attention,
     entries_with_tower_configs,
     keep_weights,
@@ -146,6 +147,7 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
                 "language_model.resize_token_embeddings(len(tokenizer)) makes room for a token that was added"
             )
         encoders = entries_with_tower_configs(encoders, towers)
+        check_settings(settings)
         settings, attn_implementation = with_attention_of_encoders(settings)
         config = PalConfig(text_config=language_model.config, encoders=encoders, **settings)
         model = cls(config, language_model, towers)

@@ -18,11 +18,21 @@ from palkernels.model.connectors.registry import CONNECTORS
 from palkernels.model.encoders.base import Tower
 from palkernels.model.encoders.registry import TOWERS
 from palkernels.model.pal.clips import Clips
-from palkernels.model.pal.configuration_pal import PalConfig, attention_by_part
+from palkernels.model.pal.configuration_pal import TOKEN_IDS, PalConfig, attention_by_part
 
 __all__ = [
-    "build_connectors", "build_towers", "by_entry", "choose_attention", "connect", "entries_with_tower_configs",
-    "keep_weights", "outline_connectors", "reset_weights", "tower_settings", "with_attention_of_encoders",
+    "build_connectors",
+    "build_towers",
+    "by_entry",
+    "check_settings",
+    "choose_attention",
+    "connect",
+    "entries_with_tower_configs",
+    "keep_weights",
+    "outline_connectors",
+    "reset_weights",
+    "tower_settings",
+    "with_attention_of_encoders",
     "without_padding",
 ]  # fmt: skip
 
@@ -129,16 +139,21 @@ def _build_connector(entry: dict[str, Any], input_sizes: list[int], hidden_size:
     return CONNECTORS[entry["connector"]["type"]](**{**widths, "hidden_size": hidden_size, **settings})
 
 
+def check_settings(settings: dict[str, Any]) -> None:
+    """Check the names of a config's settings, of which :class:`PalConfig` keeps any, as transformers' configs do.
+
+    Raises:
+        TypeError: one is not among its arguments.
+    """
+    known = {field.name for field in fields(PalConfig)} | {"attn_implementation", *TOKEN_IDS}
+    if unknown := sorted(set(settings) - known):
+        raise TypeError(f"settings must be arguments of PalConfig, got {', '.join(map(repr, unknown))}")
+
+
 def with_attention_of_encoders(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a config's settings, whose ``attn_implementation`` asks nothing of a language model that is there already,
     and what it asks of all parts: a config would change the language model before another part refuses.
-
-    Raises:
-        TypeError: a setting is not one of :class:`PalConfig`, which keeps any name, as transformers' configs do.
     """
-    known = {field.name for field in fields(PalConfig)} | {"attn_implementation"}
-    if unknown := sorted(set(settings) - known):
-        raise TypeError(f"settings must be arguments of PalConfig, got {', '.join(map(repr, unknown))}")
     names = attention_by_part(settings.get("attn_implementation") or {})
     settings = {name: value for name, value in settings.items() if name != "attn_implementation"}
     return settings | ({"attn_implementation": {"encoders": names["encoders"]}} if "encoders" in names else {}), names

@@ -1,5 +1,6 @@
 """OGG files as recorders leave them: without a mark of their end, several in a row, pages lost or changed."""
 
+import contextlib
 import struct
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import soundfile
 import torch
 from support.sounds import noise, refusal, sine, write
 
-from palkernels.model import load_audio
+from palkernels.model import AudioError, load_audio
 from palkernels.model.audio.ogg_packets import durations
 
 FAULT = "an OGG stream whose last page is not marked as its end"
@@ -215,3 +216,16 @@ def test_positions_of_clips_of_any_length_fit_their_packets(tmp_path: Path, code
         for sound in (noise(samples / rate, rate), np.zeros(samples), sine(rate=rate, seconds=samples / rate)):
             path = write(tmp_path / "a", sound, rate, "OGG", codec)
             assert load_audio(path, rate, strict=True).numel() == samples
+
+
+def test_a_first_packet_on_two_pages(tmp_path: Path) -> None:
+    """It is read, or refused by name."""
+    head, *rest = pages_of(write(tmp_path / "a", noise(), 16_000, "OGG", "OPUS"))
+    content = bytes(head[28:]).ljust(255, b"\0")
+    begin = head[:6] + b"\xff" * 8 + head[14:26] + bytes([1, 255]) + content  # no packet ends on it
+    end = head[:5] + bytes([1]) + head[6:18] + struct.pack("<I", 1) + head[22:26] + bytes([1, 0])
+    for number, page in enumerate(rest, 2):
+        page[18:22] = struct.pack("<I", number)
+    path = save(tmp_path / "a", *(with_checksum(bytearray(page)) for page in (begin, end, *rest)))
+    with contextlib.suppress(AudioError):
+        assert load_audio(path, 16_000).numel() == 16_000

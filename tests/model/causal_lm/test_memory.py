@@ -144,3 +144,20 @@ def test_audio_behind_a_prompt_outlives_the_drafts_that_are_cropped_off():
     turn = torch.cat([model.generate(ids, audio=audio, past_key_values=cache, **drafts, **OPTIONS), ids], dim=1)
     want = model.generate(turn, audio=audio, **OPTIONS)
     assert torch.equal(model.generate(turn, past_key_values=cache, **OPTIONS), want)
+
+
+@torch.no_grad()
+def test_a_crop_that_removes_nothing_forgets_nothing():
+    model = build("llama", torch.float64)
+    attach(model)
+    ids = texts()[0][None]
+    audio = AudioState(torch.randn(1, 5, WIDTH, dtype=torch.float64), insert_at=torch.tensor([ids.shape[1]]))
+    cache = DynamicCache(config=model.config)
+    model(ids, audio=audio, past_key_values=cache)
+    try:
+        cache.crop(ids.shape[1])
+    except ValueError:  # transformers has it count what goes now, not what stays
+        cache.crop(0)
+    got = model(ids[:, :2], past_key_values=cache).logits
+    want = model(torch.cat([ids, ids[:, :2]], dim=1), audio=audio).logits[:, -2:]
+    torch.testing.assert_close(got, want)

@@ -139,3 +139,9 @@ def test_from_parts(tmp_path):
         )
     with pytest.raises(TypeError, match="settings must be arguments of PalConfig, got 'summary_token'"):
         PalForConditionalGeneration.from_parts(language_model, [entry("whisper")], summary_token=4)
+
+
+def test_token_ids_are_settings_of_from_parts():
+    language_model = AutoModelForCausalLM.from_config(text_config())
+    model = PalForConditionalGeneration.from_parts(language_model, [entry("whisper")], pad_token_id=4)
+    assert model.config.pad_token_id == model.config.text_config.pad_token_id == 4

@@ -47,6 +47,22 @@ def trained(model):
 
 
 @pytest.mark.parametrize("kind", INTEGRATIONS)
+@pytest.mark.parametrize("clips", [0, 1])
+def test_audio_parts_that_are_frozen(kind, clips):
+    """The language model alone trains: losses are those of evaluation, with audio and without."""
+    entries, settings = INTEGRATIONS[kind]
+    model = open_gates(build_pal(*entries, **settings)).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("language_model"))
+    texts = [f"{AUDIO_TOKEN * clips}hello", "none"]
+    batch = labelled(batch_of(model, texts, [tone()] * clips))
+    loss = model(**batch).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.language_model.parameters())
+    torch.testing.assert_close(model.eval()(**batch).loss, loss)
+
+
+@pytest.mark.parametrize("kind", INTEGRATIONS)
 def test_a_batch_without_audio_gives_its_parts_gradients_of_zero(kind):
     """And nothing else: loss and all other gradients are bitwise the language model's own. With audio, none is left
     out either, where no text hears the clip."""
