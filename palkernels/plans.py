@@ -38,16 +38,11 @@ class Plans(Generic[Plan]):
 
     def forget(self) -> None:
         self._plans: dict[Hashable, Plan] = {}
+        self.get: Callable[[Hashable], Plan | None] = self._plans.get
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._plans)
-
-    def get(self, geometry: Hashable) -> Plan | None:
-        try:
-            return self._plans.get(geometry)
-        except TypeError:  # a number that is none, such as a list: it is refused later
-            return None
 
     def keep(self, geometry: Hashable, plan: Plan) -> None:
         with self._lock:
@@ -112,6 +107,7 @@ def geometry(tensors: Sequence[Tensor | None], numbers: tuple[Any, ...]) -> Geom
     kind = devices.kernel_device
     signatures: list[Hashable] = []
     try:
+        hash(numbers)
         if tensors[0].device.type != kind:  # type: ignore[union-attr]
             return None
         for tensor in tensors:
@@ -123,7 +119,7 @@ def geometry(tensors: Sequence[Tensor | None], numbers: tuple[Any, ...]) -> Geom
                 signatures.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
             else:
                 return None
-    except (AttributeError, RuntimeError):  # no tensor; without strides, or without a shape
+    except (AttributeError, RuntimeError, TypeError):  # no tensor; without strides or a shape; a list for a number
         return None
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return Geometry(tuple(signatures), numbers, tuple(map(type, numbers)), autocast)

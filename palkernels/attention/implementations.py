@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from palkernels.attention import checks, launches, ops, packed, plans, sdpa
 from palkernels.attention.parts import Settings
 from palkernels.plans import Geometry
 from palkernels.recompute import are_views, instead_of_saving
+
+_requires_grad = attrgetter("requires_grad")
 
 
 def repeat(seen: Geometry, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
@@ -28,7 +31,7 @@ def repeat(seen: Geometry, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Te
     results = None if plan is None else plan.run(tensors)
     if results is None or plan is None or not torch.is_grad_enabled():
         return results
-    if not any(x.requires_grad for x in tensors[: len(FLOATS)]):  # type: ignore[union-attr]
+    if not any(map(_requires_grad, tensors[: len(FLOATS)])):
         return results
     with instead_of_saving(audio_key, audio_value):  # type: ignore[arg-type]
         return ops.with_node(results, (*tensors, None, None), plan.numbers)

@@ -90,6 +90,7 @@ def repeat(launches: Sequence[ReadyLaunch], operands: Sequence[Tensor | None], d
 
 
 LAUNCHES: Plans[ReadyLaunch] = Plans()
+_hooks_of = operator.attrgetter("kernel.pre_run_hooks")
 
 
 def run(build: Callable[[], Launch], operands: Sequence[Tensor | None], *numbers: Any) -> None:
@@ -152,7 +153,7 @@ def repeatable(index: int, launches: Sequence[ReadyLaunch] = ()) -> bool:
         or runtime.debug
         or runtime.add_stages_inspection_hook
         or knobs.compilation.instrumentation_mode
-        or [launch for launch in launches if launch.kernel.pre_run_hooks]
+        or any(map(_hooks_of, launches))
     )
 
 

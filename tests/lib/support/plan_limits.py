@@ -3,7 +3,9 @@
 import torch
 from triton import knobs
 
-from palkernels import audio_kv
+from palkernels import audio_kv, plans
+from palkernels.attention.plans import _classes
+from palkernels.kernels.ready import repeatable
 from support.planned import (
     HKV,
     LONG,
@@ -13,6 +15,8 @@ from support.planned import (
     launched,
     long_launches,
     main,
+    must_raise,
+    pointers_beyond,
     scenario,
     stand_in,
     tensors,
@@ -52,9 +56,7 @@ def operators_own_what_they_use():
     (kept,) = launched(lambda: lal_attention(*x))
     arguments = (*x, None, None, None, None, None, D**-0.5, None, None)
     (own,) = launched(lambda: torch.ops.palkernels.lal_forward(*arguments))
-    beyond = [{p for p in y.parameters if p > 2**40} - {t.data_ptr() for t in x} for y in (kept, own)]
-    addresses = [[p for p in y.parameters if p in rest][2:6] for y, rest in zip((kept, own), beyond, strict=True)]
-    assert set(addresses[0]).isdisjoint(addresses[1])
+    assert pointers_beyond(kept, x).isdisjoint(pointers_beyond(own, x))
 
 
 @scenario
@@ -67,9 +69,7 @@ def a_capture_on_another_device_owns_what_it_uses():
         (inside,) = launched(lambda: lal_attention(*x))
     finally:
         stand_in.device = 0
-    given = {t.data_ptr() for t in x}
-    kept, own = ([p for p in y.parameters if p > 2**40 and p not in given][2:6] for y in (outside, inside))
-    assert set(kept).isdisjoint(own)
+    assert pointers_beyond(outside, x).isdisjoint(pointers_beyond(inside, x))
 
 
 @scenario
@@ -89,6 +89,12 @@ def what_changes_compilation_takes_the_long_way():
         finally:
             setattr(holder, name, before)
     assert long_launches(lambda: lal_attention(*x)) == 0
+    before, knobs.compilation.instrumentation_mode = knobs.compilation.instrumentation_mode, "consan"
+    try:
+        assert not repeatable(0)
+    finally:
+        knobs.compilation.instrumentation_mode = before
+    assert repeatable(0)
 
 
 @scenario
@@ -156,6 +162,62 @@ def shapes_strides_and_dtypes_are_told_apart():
     lengths = torch.full((2,), 5)
     lal_attention(*x, audio_lengths=lengths)
     assert long_launches(lambda: lal_attention(*x, audio_lengths=lengths.int())) == 1
+    elsewhere = torch.empty_strided(x[1].shape, x[1].stride(), dtype=x[1].dtype, device="meta")
+    must_raise(ValueError, "key must be on query's device", lambda: lal_attention(x[0], elsewhere, *x[2:]))
+
+
+@scenario
+def a_grown_text_is_checked_as_a_new_one():
+    """All that the number of text keys does not change must be as it was."""
+    x = tensors(keys=32)
+    lal_attention(*x)
+    grown = tensors(keys=40)
+    assert long_launches(lambda: lal_attention(*grown)) == 0
+    wide = [torch.zeros(2, 41, HKV * D + 8, dtype=torch.bfloat16)[..., : HKV * D] for _ in range(2)]
+    odd = [t.unflatten(2, (HKV, D)).transpose(1, 2) for t in wide]
+    assert long_launches(lambda: lal_attention(grown[0], *odd, *grown[3:])) == 1, "strides that are no multiples of 16"
+    for key, error, message in (
+        (tensors(keys=42)[1].half(), TypeError, "must share one dtype"),
+        (torch.zeros(2, 2 * HKV, 42, D, dtype=torch.bfloat16), ValueError, "audio_key must be"),
+    ):
+        must_raise(error, message, lambda: lal_attention(x[0], key, key.clone(), *x[3:]))  # noqa: B023
+    shorter = grown[2][:, :, :39]
+    must_raise(ValueError, "value must be of key's shape", lambda: lal_attention(*grown[:2], shorter, *grown[3:]))
+
+
+@scenario
+def strides_are_of_one_class_where_one_kernel_takes_them():
+    usual = (4096, 128, 64, 1)
+
+    def classes(strides, shape=(1, 2, 4, 64)):
+        return _classes(torch.empty_strided(shape, strides, device="meta"))
+
+    assert classes(usual) == classes((8192, 256, 128, 1))
+    others = [(4096, 128, 64, 2), (4096, 128, 72, 1), (2**31, 128, 64, 1), (1, 128, 64, 1)]
+    assert len({classes(usual), *map(classes, others)}) == 5
+    assert classes(usual, (1, 2, 4, 64)) != classes((4096, 2**31 - 64, 64, 1))  # within a row, too, 32 bits are short
+
+
+@scenario
+def the_lock_is_held_where_plans_change():
+    class Watched(dict):
+        def __setitem__(self, key, value):
+            assert kept._lock.locked()
+            super().__setitem__(key, value)
+
+        def __delitem__(self, key):
+            assert kept._lock.locked()
+            super().__delitem__(key)
+
+    kept, most = plans.Plans(), plans.MOST_PLANS
+    kept._plans = Watched()
+    plans.MOST_PLANS = 3
+    try:
+        for number in range(9):
+            kept.keep(number, number)
+    finally:
+        plans.MOST_PLANS = most
+    assert list(kept._plans) == [6, 7, 8]
 
 
 if __name__ == "__main__":

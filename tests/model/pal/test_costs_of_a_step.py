@@ -3,30 +3,24 @@
 import functools
 
 import pytest
-import torch
 from support.audio_llm import MIXED, batch_of_two, build_pal, text_config
 from support.counting import count_reads
-from support.decoding import HOST, LAYERS, per_layer_and_step, per_step
-from transformers import AttentionInterface, AutoModelForCausalLM
+from support.decoding import (
+    CACHES,
+    HOST,
+    LAYERS,
+    MOST,
+    ONE_OPERATOR,
+    REPEATED,
+    one_operator,
+    per_layer_and_step,
+    per_step,
+)
+from transformers import AutoModelForCausalLM
 
 from palkernels.model.causal_lm import attention
 
-CACHES = {"dynamic": {}, "static": {"cache_implementation": "static", "disable_compile": True}}
-MOST = 1.3  # of stock's calls
 NAMES = ("lal", "plits", "plits+lal", "lal+lal")
-
-
-def one_operator(query, *args, **kwargs):
-    """Stands in for lal_attention, whose own costs are tested elsewhere."""
-    return torch.empty_like(query)
-
-
-def one_operator_of_stock(module, query, *args, **kwargs):
-    """Stands in for a stock attention function."""
-    return one_operator(query).transpose(1, 2), None
-
-
-AttentionInterface.register("one_operator_of_an_audio_llm", one_operator_of_stock)
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +34,14 @@ def with_audio(name, cache):
     def model_of(layers):
         model = build_pal(*MIXED[name], text={"num_hidden_layers": layers})
         if name == "plits":  # its language model is a stock one
-            model.language_model.set_attn_implementation("one_operator_of_an_audio_llm")
+            model.language_model.set_attn_implementation(ONE_OPERATOR)
         batch = batch_of_two(model) | CACHES[cache]
         return lambda tokens: model.generate(**batch, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
 
     return model_of
 
 
-def of_text(cache, implementation="one_operator_of_an_audio_llm"):
+def of_text(cache, implementation=ONE_OPERATOR):
     """The same with a language model alone, and the texts of the batch."""
 
     def model_of(layers):
@@ -62,7 +56,7 @@ def of_text(cache, implementation="one_operator_of_an_audio_llm"):
 
 @functools.cache
 def of_stock(cache, counted):
-    implementation = "one_operator_of_an_audio_llm" if counted == "operators" else "sdpa"
+    implementation = ONE_OPERATOR if counted == "operators" else "sdpa"
     return per_layer_and_step(of_text(cache, implementation), HOST[counted])
 
 
@@ -72,7 +66,7 @@ def of_stock(cache, counted):
 def test_a_layer_asks_no_more_of_the_host(name, cache, counted):
     """As many operators as a layer of the language model alone, and at most 1.3 times its calls."""
     stock, ours = of_stock(cache, counted), per_layer_and_step(with_audio(name, cache), HOST[counted])
-    assert ours == stock if counted == "operators" else ours <= MOST * stock
+    assert ours == stock if counted == "operators" else ours + REPEATED[counted] * (name != "plits") <= MOST * stock
     assert stock > 0
 
 
