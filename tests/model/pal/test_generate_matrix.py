@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from support.audio_llm import AUDIO_TOKEN, TEXTS, batch_of, build_pal, entry, open_gates, three_clips, tone
+from support.releases import IS_NEWEST
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from palkernels.model import attach
@@ -328,5 +329,5 @@ def test_rows_of_a_cache_keep_their_audio(name):
         ):
             model.generate(ids[[0, 1, 2, 0]], past_key_values=cache)
     cache.reset()
-    if cache.get_seq_length() == 0:  # transformers 5.17 keeps the length
+    if IS_NEWEST or cache.get_seq_length() == 0:  # transformers 5.17 keeps the length
         assert torch.equal(new_tokens(model, batch, past_key_values=cache), case(name, True)[2])

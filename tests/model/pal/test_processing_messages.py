@@ -2,6 +2,7 @@
 
 import pytest
 from support.audio_llm import AUDIO_TOKEN, TOKENIZER, entry, tone
+from support.releases import IS_NEWEST
 from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
 
 from palkernels.model import PalProcessor, byte_tokenizer
@@ -157,6 +158,7 @@ def test_conversations_are_rendered_as_by_qwen2_audio(processor, name):
             want = own.apply_chat_template(messages, **more)
         except TypeError:  # transformers 5.17 renders no message without content
             assert name in WITHOUT_TEXT
+            assert not IS_NEWEST
             continue
         assert processor.apply_chat_template(messages, own.chat_template, **more) == want
         batch = lal.apply_chat_template(messages, own.chat_template, **more, tokenize=True, sampling_rate=16_000)
