@@ -72,8 +72,11 @@ def host_times(
 
 
 def _calls_of(batch: Batch, wait: Call) -> int:
-    """Return how many calls a batch has, by the time of two."""
-    microseconds = _timed(batch(2))
+    """Return how many calls a batch has, by the time of two after a first one."""
+    first, *calls = batch(3)
+    first()
+    wait()
+    microseconds = _timed(calls)
     wait()
     return int(max(1, min(BATCH_MICROSECONDS // max(microseconds, 1), MOST_CALLS)))
 

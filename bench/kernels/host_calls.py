@@ -9,8 +9,7 @@ On the stand-in a call of lal_attention has the shape that it has on a GPU: its 
 operations do run there, on the CPU. So what is made of them, SDPA and audio's projections, gets tensors so small that
 computing vanishes, float32 for SDPA, and its time is that of its dispatch on a CPU: how many dimensions and operations
 there are decides it, not how large they are. It is less than on a GPU, for which SDPA chooses among more kernels, and
-allocates and launches more: the peers' times are lower bounds there. Kernels of its own that do nothing would give SDPA
-a GPU's way no better: PyTorch takes them from Python, which costs several times what they stand for.
+allocates and launches more: the peers' times are lower bounds there.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from palkernels import plans
 from palkernels.bench.errors import UserError
 from palkernels.bench.instruments import stand_in
 from palkernels.bench.instruments.host_time import Batch, Call, HostTime, host_times
@@ -35,10 +35,12 @@ __all__ = ["IMPLEMENTATIONS", "OPS", "OURS", "STAND_IN", "Row", "Shape", "rows"]
 
 STAND_IN = "stand-in"
 OPS = ("forward", "decode", "forward_with_gradients", "backward", "audio_kv")
-OURS, GROWN, SDPA, CAT_SDPA, EAGER = "palkernels", "palkernels (grown)", "sdpa", "cat + sdpa", "eager"
+OURS, FIRST, GROWN = "palkernels", "palkernels (first)", "palkernels (grown)"
+SDPA, CAT_SDPA, EAGER = "sdpa", "cat + sdpa", "eager"
 LAYERS, ALL_LAYERS = 16, " (all layers)"
 IMPLEMENTATIONS = {
     OURS: "lal_attention or audio_kv, a call like the one before it",
+    FIRST: "the same, with all kept launches forgotten before: checked, bound by Triton, and kept",
     GROWN: "the text's keys and values have one token more than in the call before, and so other strides",
     SDPA: "F.scaled_dot_product_attention on the text alone",
     CAT_SDPA: "the same after audio and text were concatenated",
@@ -98,7 +100,9 @@ def rows(device: torch.device, on_stand_in: bool) -> Iterator[Row]:
         ("forward_with_gradients", PREFILL, small), ("backward", PREFILL, small),
     ):  # fmt: skip
         tensors = _inputs(full, device, op)
-        yield Row(op, OURS, full, _batches(op, partial(lal_attention, *tensors, impl="triton"), tensors))
+        for name in (OURS, FIRST):
+            call = partial(lal_attention, *tensors, impl="triton")
+            yield Row(op, name, full, _batches(op, call, tensors, forgets=name == FIRST))
         if op == "decode":
             yield Row(op, GROWN, full, _growing(full, device))
         yield from _sdpa(op, peers, device, on_stand_in)
@@ -106,6 +110,8 @@ def rows(device: torch.device, on_stand_in: bool) -> Iterator[Row]:
         shape = replace(SMALL_PROJECTION if on_stand_in else DECODE, layers=layers)
         for name, call in _projections(shape, device).items():
             yield Row("audio_kv", name + suffix, shape, _batches("audio_kv", call))
+            if name + suffix == OURS:
+                yield Row("audio_kv", FIRST, shape, _batches("audio_kv", call, forgets=True))
 
 
 def _inputs(shape: Shape, device: torch.device, op: str) -> list[Tensor]:
@@ -122,20 +128,31 @@ def _inputs(shape: Shape, device: torch.device, op: str) -> list[Tensor]:
     return [query, *text, *(heads_first(shape.kv_heads, shape.audio) for _ in range(2))]
 
 
-def _batches(op: str, forward: Callable[[], Any], leaves: list[Tensor] | None = None) -> Batch:
-    """Return what makes calls of an operation, with gradients switched on where the operation has some."""
+def _batches(op: str, forward: Call, leaves: list[Tensor] | None = None, forgets: bool = False) -> Batch:
+    """Return what makes calls of an operation, with gradients switched on where the operation has some.
+
+    `forgets`: each call forgets first what the library keeps of the ones before.
+    """
     backward: list[Call] = []
+    if forgets and op != "backward":
+        forward = partial(_forgetting, forward)
 
     def batch(count: int) -> list[Call]:
         torch.set_grad_enabled(op in WITH_GRADIENTS)
         if op != "backward":
             return [forward] * count
         if not backward:  # after the forward pass, which runs once
-            out = forward()
-            backward.append(partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True))
+            out: Any = forward()
+            call = partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
+            backward.append(partial(_forgetting, call) if forgets else call)
         return backward * count
 
     return batch
+
+
+def _forgetting(call: Call) -> Any:
+    plans.forget_all()
+    return call()
 
 
 def _growing(shape: Shape, device: torch.device) -> Batch:
