@@ -49,11 +49,6 @@ class Simulation:
         return sum(self.steps, Costs())
 
     @property
-    def first_token(self) -> Costs:
-        """The costs up to the first token, or of the training step."""
-        return self.steps[0]
-
-    @property
     def host_seconds(self) -> float:
         """The seconds in which the host launches all kernels, one by one."""
         return sum(map(self._host_seconds, self.steps))

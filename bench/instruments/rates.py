@@ -64,10 +64,11 @@ class Host:
         return (kernels - ours) * (self.training if training else self.generating) + ours * self.ours
 
 
-# One H200's host, 2026-11 (bench/results). Stock code that waits for its host there, LAL, eager with 1,500 audio
-# tokens, took 369 ms to generate and 96 ms to train with (figure1-h200.json): that over its launches as they are
-# counted here (simulate-llama-3.2-1b.json). Ours: the median of what forward, backward and decoding took
-# (microbench-h200.json, microbench-h200-again.json), of backward half, which launches two kernels.
+# One H200's host, 2026-11 (bench/results). Code of PyTorch's kernels alone that waits for its host there, LAL, eager
+# with 1,500 audio tokens, took 369 ms to generate and 96 ms to train with (figure1-h200.json): that over its launches
+# as they are counted now (simulate-llama-3.2-1b.json). Ours: the median of what forward, backward and decoding took
+# (microbench-h200.json, microbench-h200-again.json), of backward half, which launches two kernels. That was before
+# calls repeated their launches.
 HOST = Host(generating=16.6e-6, training=32.7e-6, ours=321e-6)
 
 

@@ -13,9 +13,8 @@ GROUPS = ("training", "inference")  # the modes' names in headings
 
 
 def memory(real: Points, simulated: Points, count: int, gpu: str) -> Table:
-    """The simulated peak of memory beside the measured one, and the share of captured graphs' throughput that was
-    measured."""
-    table = _table(("GiB simulated", "GiB measured", "off by", "of the rate"))
+    """The simulated peak of memory beside the measured one."""
+    table = _table(("GiB simulated", "GiB measured", "off by"))
     for method in _methods(real):
         cells = [label(method)]
         for mode in MODES:
@@ -26,20 +25,20 @@ def memory(real: Points, simulated: Points, count: int, gpu: str) -> Table:
                 size += 2 * row["memory_breakdown"]["parameters"] / GIB
             peak = real.value(MEMORY, mode, method, count)
             cells += [gib(size), gib(peak), change(peak / size - 1) if size and peak is not None else ""]
-            rate, most = real.value(RATE, mode, method, count), simulated.value(RATE, mode, method, count, gpu)
-            cells.append(f"{rate / most:.0%}" if rate is not None and most else "")
         table.rows.append(cells)
     return table
 
 
 def throughput(real: Points, simulated: Points, count: int, gpu: str) -> Table:
-    """Samples per second as predicted for captured graphs and for eager mode, beside what eager mode reached."""
-    table = _table(("captured", "eager", "measured", "measured / eager"))
+    """Launches of a step or a generation, those of ours among them; samples per second as predicted for captured graphs
+    and for eager mode, beside what eager mode reached."""
+    table = _table(("kernels", "ours", "captured", "eager", "measured", "measured / eager"))
     for method in _methods(real):
         cells = [label(method)]
         for mode in MODES:
             captured, eager = (simulated.value(key, mode, method, count, gpu) for key in (RATE, EAGER_RATE))
-            rate = real.value(RATE, mode, method, count)
+            rate, row = real.value(RATE, mode, method, count), simulated.row(mode, method, count, gpu) or {}
+            cells += [f"{row[key]:,.0f}" if key in row else "" for key in ("kernels", "our_kernels")]
             cells += map(number, (captured, eager, rate))
             cells.append(f"{rate / eager:.2f}" if rate is not None and eager else "")
         table.rows.append(cells)
