@@ -147,7 +147,8 @@ def host(meta: Meta) -> str:
     if seconds is None:
         return ""
     generating, training, ours = (f"{1e6 * seconds[name]:.3g} us" for name in ("generating", "training", "ours"))
-    return f"eager: {generating} a kernel in inference, {training} in training, {ours} one of this library's, not kept from a call before"
+    of_ours = f"{ours} one of this library's, not kept from a call before"
+    return f"eager: {generating} a kernel in inference, {training} in training, {of_ours}"
 
 
 def rates(meta: Meta) -> list[str]:
