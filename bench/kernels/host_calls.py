@@ -101,7 +101,7 @@ def rows(device: torch.device, on_stand_in: bool) -> Iterator[Row]:
     ):  # fmt: skip
         tensors = _inputs(full, device, op)
         for name in (OURS, FIRST):
-            call = partial(lal_attention, *tensors, impl="triton")
+            call: Call = partial(lal_attention, *tensors, impl="triton")
             yield Row(op, name, full, _batches(op, call, tensors, forgets=name == FIRST))
         if op == "decode":
             yield Row(op, GROWN, full, _growing(full, device))

@@ -24,7 +24,7 @@ FOREIGN = (
     (0, b"\xff\xf9", "AAC", "aac"),
     (0, b"BW64", "BW64", "wav"),
     (0, b"riff", "W64", "w64"),  # a WAV file's are capitals
-    (0, b"FORM", "AIFF or another IFF file", "aiff"),
+    (0, b"FORM", "AIFF", "aiff"),
     (0, b"caff", "CAF", "caf"),
     (0, b".snd", "AU", "au"),
     (0, b"NIST", "NIST", "sph"),

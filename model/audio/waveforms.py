@@ -16,9 +16,7 @@ from palkernels.model.audio.files import load_audio
 from palkernels.model.audio.limits import MAX_CHANNELS, AudioError, check_amplitude, check_rates
 from palkernels.model.audio.resampling import resample
 
-__all__ = ["CLIP_FORMS", "check_rank", "waveform"]
-
-CLIP_FORMS = "a NumPy array, a tensor, a path or a file's bytes"
+__all__ = ["check_rank", "waveform"]
 
 
 def waveform(clip: Any, rate: int | None, sampling_rate: int, *, max_seconds: float, max_bytes: int) -> Tensor:
@@ -47,7 +45,7 @@ def waveform(clip: Any, rate: int | None, sampling_rate: int, *, max_seconds: fl
             raise AudioError(f"audio must be an array or a file on this machine, got the address {str(clip)!r}")
         return load_audio(clip, sampling_rate, max_bytes=max_bytes, max_seconds=max_seconds)
     if not isinstance(clip, numpy.ndarray | Tensor):
-        raise AudioError(f"audio must be {CLIP_FORMS}, got {type(clip).__name__}")
+        raise AudioError(f"audio must be a NumPy array, a tensor or a path, got {type(clip).__name__}")
     check_rank(clip)
     is_float = clip.dtype.is_floating_point if isinstance(clip, Tensor) else clip.dtype in ("f2", "f4", "f8")
     if not is_float:

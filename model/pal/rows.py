@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from palkernels.model.audio.limits import AudioError
-from palkernels.model.audio.waveforms import CLIP_FORMS, check_rank
+from palkernels.model.audio.waveforms import check_rank
 from palkernels.model.pal.options import Options
 
 __all__ = [
@@ -199,7 +199,7 @@ def checked_clips(audio: Any) -> list[Any]:
                 check_rank(clip)
         numbers = [isinstance(clip, Real) for clip in several] if is_list(audio) else []
         if any(numbers) and all(numbers):
-            raise AudioError(f"audio must be {CLIP_FORMS}, got a list of numbers")
+            raise AudioError("audio must be a NumPy array, a tensor or a path, got a list of numbers")
         if any(numbers):
             raise AudioError(
                 'audio must be a dict {"array": ..., "sampling_rate": ...}, or an array beside sampling_rate=, got an '

@@ -27,7 +27,7 @@ def repeat(seen: Geometry, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Te
     audio_key, audio_value = tensors[3:5]
     if are_views(audio_key, audio_value):  # type: ignore[arg-type]
         return None  # to be refused
-    plan = plans.find(seen, tensors)
+    plan = plans.FORWARD.get(seen) or plans.derive(seen, tensors)
     results = None if plan is None else plan.run(tensors)
     if results is None or plan is None or not torch.is_grad_enabled():
         return results

@@ -20,15 +20,14 @@ GROWING: "Plans[ForwardPlan]" = Plans()  # by what stays as the text grows
 BACKWARD: "Plans[BackwardPlan]" = Plans()
 
 
-def find(seen: Geometry, tensors: Sequence[Tensor | None]) -> "ForwardPlan | None":
-    """The plan of a call of this geometry; derived, where it is new, from that of a shorter or longer text."""
-    plan = FORWARD.get(seen)
-    if plan is None:
-        growing = without_text_keys(seen, tensors)
-        base = None if growing is None else GROWING.get(growing)
-        if base is not None:
-            plan = base.grown(tensors)
-            FORWARD.keep(seen, plan)
+def derive(seen: Geometry, tensors: Sequence[Tensor | None]) -> "ForwardPlan | None":
+    """The plan of a call of a new geometry by that of a shorter or longer text; None where there is none."""
+    growing = without_text_keys(seen, tensors)
+    base = None if growing is None else GROWING.get(growing)
+    if base is None:
+        return None
+    plan = base.grown(tensors)
+    FORWARD.keep(seen, plan)
     return plan
 
 

@@ -147,7 +147,7 @@ def repeatable(index: int, launches: Sequence[ReadyLaunch] = ()) -> bool:
     return not (
         torch._C._cuda_getDevice() != index
         or torch.cuda.is_current_stream_capturing()
-        or tiles.overridden()
+        or tiles.overrides
         or getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
         or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
         or runtime.debug

@@ -165,7 +165,7 @@ INTRICATE: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
 # Blocks as large as the interpreter's speed wants, small enough that tests cross several of them.
 INTERPRETER = Tile(32, 32, 4, 1)
 
-_overrides: dict[str, Tile] = {}
+overrides: dict[str, Tile] = {}  # by kernel name, while a context of :func:`use` is open
 
 
 @contextmanager
@@ -177,18 +177,13 @@ def use(every: Tile | None = None, /, **tiles: Tile) -> Iterator[None]:
     unknown = [name for name in tiles if name not in KERNELS]
     if unknown:
         raise ValueError(f"kernels must be among {', '.join(KERNELS)}, got {', '.join(unknown)}")
-    saved = dict(_overrides)
-    _overrides.update(tiles if every is None else dict.fromkeys(KERNELS, every) | tiles)
+    saved = dict(overrides)
+    overrides.update(tiles if every is None else dict.fromkeys(KERNELS, every) | tiles)
     try:
         yield
     finally:
-        _overrides.clear()
-        _overrides.update(saved)
-
-
-def overridden() -> bool:
-    """Whether a context of :func:`use` is open."""
-    return bool(_overrides)
+        overrides.clear()
+        overrides.update(saved)
 
 
 def capability(device: torch.device) -> int:
@@ -216,8 +211,8 @@ def splits_key_gradient(head_dim: int) -> bool:
 
 def choose(kernel: str, capability: int | None, dtype: torch.dtype, head_dim: int, intricate: bool) -> Tile:
     """The tile of a launch. ``capability`` is 90 for 9.0, None in the interpreter."""
-    if kernel in _overrides:
-        return _overrides[kernel]
+    if kernel in overrides:
+        return overrides[kernel]
     if capability is None:
         return INTERPRETER
     return _entry(kernel, architecture(capability), dtype.itemsize, padded_head_dim(head_dim), intricate)

@@ -206,7 +206,7 @@ def a_repetition_makes_few_python_calls():
         for _ in range(3):  # what is made once, also by others
             call()
         made[name], _ = count_calls(call)
-    most = {"forward": 32, "decode": 34, "with gradients": 44, "and backward": 140}
+    most = {"forward": 26, "decode": 29, "with gradients": 60, "and backward": 150}  # the last two by PyTorch's
     assert all(made[name] <= most[name] for name in most), made
 
 
