@@ -29,14 +29,14 @@ class ForwardPlan(NamedTuple):
     dtype: torch.dtype
     lse_shape: tuple[int, ...]
     device: torch.device
-    index: int  # the device's
+    device_index: int
     division: Division | None  # the decoding kernel's
     scratch: tuple[int, ...]  # its floats; where row_max and row_sum begin among them, in bytes; its counters
     numbers: tuple[Any, ...]  # the prepared call's
 
     def run(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
         """Output and LSE; None, and nothing is launched, where this launch must not be repeated for these tensors."""
-        device, index = self.device, self.index
+        device, index = self.device, self.device_index
         if not repeatable(index, (self.launch,)):
             return None
         out = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
@@ -109,7 +109,7 @@ def forward_plan(
         dtype=out.dtype,
         lse_shape=tuple(lse.shape),
         device=out.device,
-        index=devices.index(out.device),
+        device_index=devices.index(out.device),
         division=division,
         scratch=() if division is None else _scratch_of(division, division.shares()),
         numbers=call.numbers(),
