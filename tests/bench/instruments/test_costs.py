@@ -106,10 +106,15 @@ def peak_by_the_profiler(work: Callable[[], Any], tmp_path: Path) -> int:
         kept = work()
     recorded.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    live = peak = 0
+    live: dict[int, int] = {}  # by address: what was allocated before may be freed meanwhile, and is none of work's
+    peak = 0
     for event in sorted((x for x in events if x["name"] == "[memory]"), key=lambda x: x["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size > 0:
+            live[address] = size
+        else:
+            live.pop(address, None)
+        peak = max(peak, sum(live.values()))
     del kept
     return peak
 
