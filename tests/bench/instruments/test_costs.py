@@ -1,6 +1,5 @@
 """FLOPs and bytes: of single operations by hand, of whole methods by closed formulas."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.profiled import peak_by_the_profiler
 from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding, scaled_dot_product_attention
-from torch.profiler import ProfilerActivity, profile
 
 from palkernels import audio_kv
 from palkernels.bench.experiments.valueless import ValuelessModel
@@ -98,25 +97,6 @@ def test_attention_of_pytorch(causal: bool, pairs: int) -> None:
     forward, backward = counter.segments
     assert forward["attention_flops"] == 4 * 2 * 4 * 8 * pairs
     assert backward["attention_flops"] == 10 * 2 * 4 * 8 * pairs
-
-
-def peak_by_the_profiler(work: Callable[[], Any], tmp_path: Path) -> int:
-    """Bytes that PyTorch's CPU allocator had handed out at most, inside of operators too."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
-        kept = work()
-    recorded.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    live: dict[int, int] = {}  # by address: what was allocated before may be freed meanwhile, and is none of work's
-    peak = 0
-    for event in sorted((x for x in events if x["name"] == "[memory]"), key=lambda x: x["ts"]):
-        address, size = event["args"]["Addr"], event["args"]["Bytes"]
-        if size > 0:
-            live[address] = size
-        else:
-            live.pop(address, None)
-        peak = max(peak, sum(live.values()))
-    del kept
-    return peak
 
 
 @pytest.mark.parametrize(("layers", "impl"), [(1, "triton"), (3, "triton"), (1, "sdpa"), (3, "sdpa")])

@@ -1,14 +1,12 @@
 """The allocation tracker against memory counted by hand and against PyTorch's own allocator records."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from support.profiled import peak_by_the_profiler
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from palkernels.bench.instruments.memory import AllocationTracker
@@ -158,7 +156,7 @@ def test_both_gradients_of_a_tied_weight_are_static(tmp_path: Path) -> None:
     def step() -> None:
         nn.functional.linear(nn.functional.embedding(ids, weight), weight).sum().backward()  # type: ignore[no-untyped-call]
 
-    expected = allocated_by_the_profiler(step, tmp_path)
+    expected = peak_by_the_profiler(step, tmp_path)
     weight.grad = None
     with AllocationTracker(static=[weight]) as tracker:
         step()
@@ -187,20 +185,6 @@ def test_a_sum_of_the_parameters_shape_that_is_no_gradient_counts() -> None:
     assert report.end_bytes >= 4 * size
 
 
-def allocated_by_the_profiler(step: Callable[[], None], folder: Path) -> int:
-    """The peak by an independent count: PyTorch's record of each allocation and release of its CPU allocator."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
-        step()
-    trace = folder / "trace.json"
-    recorded.export_chrome_trace(str(trace))
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
-    return peak
-
-
 def test_gradients_summed_in_place_take_no_third_block(tmp_path: Path) -> None:
     """Under a dispatch mode the engine does not sum in place; a tracker that counted what it sees would be off."""
     x, other = torch.randn(100, 100, requires_grad=True), torch.randn(100, 100)
@@ -209,7 +193,7 @@ def test_gradients_summed_in_place_take_no_third_block(tmp_path: Path) -> None:
         h = x * 2
         ((h * other).sum() + (h * other).sum() + (h * other).sum()).backward()  # type: ignore[no-untyped-call]
 
-    expected = allocated_by_the_profiler(step, tmp_path)
+    expected = peak_by_the_profiler(step, tmp_path)
     x.grad = None
     with AllocationTracker() as tracker:
         step()
@@ -240,7 +224,7 @@ def test_agrees_with_the_allocator_on_a_language_model(dtype: torch.dtype, tmp_p
 
     step()
     optimizer.zero_grad(set_to_none=True)
-    expected = allocated_by_the_profiler(step, tmp_path)
+    expected = peak_by_the_profiler(step, tmp_path)
     optimizer.zero_grad(set_to_none=True)
     states = [state for values in optimizer.state.values() for state in values.values()]
     static = [*model.parameters(), *states]

@@ -1,0 +1,1 @@
+"""Evaluation: what a model answers, compared with what it should have said."""
