@@ -78,6 +78,8 @@ def lal_attention_forward(
         key, value = (span.order.ordered(x, span.order.keys) for x in (key, value))
     if request.recompute and torch.is_grad_enabled() and not _is_checkpointed(request, layer, module):
         audio_key, audio_value = recomputed(lambda _: request.project(layer), request.states_of(layer))
+    elif request.cached is not None and layer in request.cached:  # without a call: so it is in every decoding step
+        audio_key, audio_value = request.cached[layer]
     else:
         audio_key, audio_value = request.audio_kv(layer)
     out = lal_attention(
