@@ -10,7 +10,9 @@ from palkernels import devices
 from palkernels.model.pal.clips import AudioFeatures, Clips
 from palkernels.model.pal.placeholders import infer_index
 
-__all__ = ["AudioInputs", "clip_index", "lengths_by_tower"]
+__all__ = ["AudioInputs", "checked_encoder_states", "clip_index", "lengths_by_tower", "tensors_of"]
+
+FORMS = ("input_features", "encoder_states", "audio_features")  # in which clips come
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,12 @@ class AudioInputs:
     audio_index: Tensor | None
     insert_at: Tensor | None
     audio_features: AudioFeatures | None
+    encoder_states: Tensor | Sequence[Tensor] | None = None
 
     @property
     def has_clips(self) -> bool:
         """Whether there are clips, encoded or not."""
-        return self.input_features is not None or self.audio_features is not None
+        return any(getattr(self, name) is not None for name in FORMS)
 
     def check(self) -> None:
         """Check that clips come once, and that nothing describes clips which are not there.
@@ -37,20 +40,55 @@ class AudioInputs:
         features = self.audio_features
         if features is not None and not isinstance(features, AudioFeatures):
             raise TypeError(f"audio_features must be what get_audio_features returns, got {type(features).__name__}")
-        if features is not None and self.input_features is not None:
-            raise ValueError("audio must be input_features or audio_features, got both")
+        several = [name for name in FORMS if getattr(self, name) is not None]
+        if len(several) > 1:
+            raise ValueError(f"audio must be one of {', '.join(FORMS)}, got {' and '.join(several)}")
         if features is not None and self.audio_lengths is not None:
-            raise ValueError("audio_lengths must come with input_features, got audio_features, which have their own")
-        if self.input_features is not None:
-            tensors = [self.input_features] if isinstance(self.input_features, Tensor) else self.input_features
+            raise ValueError(
+                "audio_lengths must come with input_features or encoder_states, got audio_features, which have theirs"
+            )
+        for name in ("input_features", "encoder_states"):
+            tensors = tensors_of(getattr(self, name))
             if any(isinstance(tensor, Tensor) and tensor.ndim and not tensor.shape[0] for tensor in tensors):
                 raise ValueError(
-                    "input_features must hold at least one clip, got none: leave them, and what describes clips, out "
-                    "where no text hears any"
+                    f"{name} must hold at least one clip, got none: leave them, and what describes clips, out where no "
+                    "text hears any"
                 )
         for name in ("audio_lengths", "audio_index", "insert_at"):
             if getattr(self, name) is not None and not self.has_clips:
-                raise ValueError(f"{name} must come with clips, input_features or audio_features, got none")
+                raise ValueError(f"{name} must come with clips, {', '.join(FORMS[:-1])} or {FORMS[-1]}, got none")
+
+
+def tensors_of(value: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    """Return what a caller gives for the towers, one tensor or one for each, as a list; an empty one of None."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def checked_encoder_states(
+    encoder_states: Tensor | Sequence[Tensor], windows: Sequence[tuple[int, int]]
+) -> list[Tensor]:
+    """Return the states of every tower, after checking that they are such.
+
+    Args:
+        encoder_states: (C, N, width) of one tower, or a list of them.
+        windows: The states that each tower makes of a clip, and their width.
+
+    Raises:
+        TypeError, ValueError: There is not a tensor for every tower, or one has another shape or no floats.
+    """
+    states = tensors_of(encoder_states)
+    if len(states) != len(windows):
+        raise ValueError(f"encoder_states must hold a tensor for each of {len(windows)} towers, got {len(states)}")
+    for number, (one, (most, width)) in enumerate(zip(states, windows, strict=True)):
+        name = "encoder_states" if len(states) == 1 else f"encoder_states[{number}]"
+        if not isinstance(one, Tensor) or not one.is_floating_point():
+            got = one.dtype if isinstance(one, Tensor) else type(one).__name__
+            raise TypeError(f"{name} must be a tensor of floats, got {got}")
+        if one.ndim != 3 or not 1 <= one.shape[1] <= most or one.shape[2] != width:
+            raise ValueError(f"{name} must be (C, 1 to {most}, {width}), got shape {tuple(one.shape)}")
+    return states
 
 
 def lengths_by_tower(audio_lengths: Tensor | None, encoded: Sequence[Tensor]) -> Sequence[Tensor | None]:

@@ -12,10 +12,11 @@ from palkernels.model.causal_lm.facts import DeviceFacts
 from palkernels.model.causal_lm.memory import Memory, forget, memory_of
 from palkernels.model.causal_lm.state import AudioState
 from palkernels.model.connectors.base import Connector
+from palkernels.model.encoders.base import Tower
 from palkernels.model.pal.clips import AudioFeatures, Clips, audio_rows, join, summaries, token_places
 from palkernels.model.pal.configuration_pal import PalConfig
 from palkernels.model.pal.hearing import Hearing, Step, recall, step_of
-from palkernels.model.pal.inputs import AudioInputs, clip_index, lengths_by_tower
+from palkernels.model.pal.inputs import AudioInputs, checked_encoder_states, clip_index, lengths_by_tower, tensors_of
 from palkernels.model.pal.parts import by_entry, connect, without_padding
 from palkernels.model.pal.placeholders import place_of, places_in
 
@@ -42,9 +43,10 @@ class Listener:
 
     def get_audio_features(
         self,
-        input_features: Tensor | Sequence[Tensor],
+        input_features: Tensor | Sequence[Tensor] | None = None,
         audio_lengths: Tensor | None = None,
         *,
+        encoder_states: Tensor | Sequence[Tensor] | None = None,
         return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> Any:
@@ -59,13 +61,10 @@ class Listener:
             joined clip by clip.
 
         Raises:
-            ValueError: there is not a tensor for every tower, or the lengths have another shape.
+            TypeError, ValueError: there is not a tensor for every tower, or one of another shape, or the lengths have
+                another shape.
         """
-        features = [input_features] if isinstance(input_features, Tensor) else list(input_features)
-        count = len(self.audio_tower)
-        if len(features) != count:
-            raise ValueError(f"input_features must hold a tensor for each of {count} towers, got {len(features)}")
-        encoded = [tower(clips) for tower, clips in zip(self.audio_tower, features, strict=True)]
+        encoded = self._encoded(input_features, encoder_states)
         lengths = lengths_by_tower(audio_lengths, encoded)
         cut = without_padding(self.config.encoders, encoded, lengths)
         entries = by_entry(self.config.encoders, list(zip(cut, lengths, strict=True)))
@@ -85,6 +84,24 @@ class Listener:
         )
         return outputs.to_tuple() if return_dict is False else outputs
 
+    def _encoded(
+        self, input_features: Tensor | Sequence[Tensor] | None, encoder_states: Tensor | Sequence[Tensor] | None
+    ) -> list[Tensor]:
+        """Return the states (C, N, width) of every tower, which runs unless they are given."""
+        if (input_features is None) == (encoder_states is None):
+            got = "neither" if input_features is None else "both"
+            raise ValueError(f"audio must be input_features or encoder_states, got {got}")
+        towers = [cast(Tower, tower) for tower in self.audio_tower]
+        if encoder_states is not None:
+            windows = [(tower.features.num_states, tower.hidden_size) for tower in towers]
+            if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.audio_tower.parameters()):
+                raise ValueError("encoder_states must come of encoders that do not train, got some that do")
+            return checked_encoder_states(encoder_states, windows)
+        features = tensors_of(input_features)
+        if len(features) != len(towers):
+            raise ValueError(f"input_features must hold a tensor for each of {len(towers)} towers, got {len(features)}")
+        return [tower(clips) for tower, clips in zip(towers, features, strict=True)]
+
     def listen(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, audio: AudioInputs, before: Tensor | None
     ) -> tuple[Hearing, Tensor | None]:
@@ -94,8 +111,10 @@ class Listener:
             before: (B,) the placeholders that stand before these texts; None: there are none.
         """
         features = audio.audio_features
-        if audio.input_features is not None:
-            features = self.get_audio_features(audio.input_features, audio.audio_lengths)
+        if features is None and audio.has_clips:
+            features = self.get_audio_features(
+                audio.input_features, audio.audio_lengths, encoder_states=audio.encoder_states
+            )
         ways = {} if features is None else features.by_integration()
         places = self.places(input_ids, inputs_embeds)
         if not ways:

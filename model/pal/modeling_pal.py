@@ -50,6 +50,8 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
     - input_ids, attention_mask (B, T): texts, padded on either side in ``forward``, on the left in ``generate``. Every
       token that enters by PLITS has a placeholder ``config.audio_token_id`` there, in the order of the clips.
     - input_features: C clips as the tower's ``features`` makes them, (C, ...), or a list of them, one per tower.
+    - encoder_states: instead of them the states (C, N, width) that a tower made of them, or a list with a tensor for
+      each tower; states beyond the valid ones may be cut off. No tower runs.
     - audio_lengths (C,) or (C, towers): the valid states of each clip; None: all.
     - audio_index (B, K): the clips of each text in their order, -1 where there is none; None: the clips are heard in
       their order, each text as many as fill its placeholders; without PLITS clip b belongs to text b, and C == B.
@@ -233,6 +235,7 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Any = None,
+        encoder_states: Tensor | Sequence[Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the language model once on texts and audio. Arguments that the class does not describe are its own.
@@ -249,7 +252,7 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         Raises:
             TypeError, ValueError: text, audio and labels do not fit each other, or a keyword is not known.
         """
-        audio = AudioInputs(input_features, audio_lengths, audio_index, insert_at, audio_features)
+        audio = AudioInputs(input_features, audio_lengths, audio_index, insert_at, audio_features, encoder_states)
         if LISTEN in kwargs:
             return self.listen(input_ids, inputs_embeds, audio, *kwargs[LISTEN])
         step = kwargs.pop(STEP, None)
@@ -290,6 +293,7 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         audio_index: Tensor | None = None,
         insert_at: Tensor | None = None,
         audio_features: AudioFeatures | None = None,
+        encoder_states: Tensor | Sequence[Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate as transformers does, with all its arguments. The audio is encoded and projected once.
@@ -301,7 +305,7 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         Raises:
             TypeError, ValueError: audio and prompt do not fit each other, or an option cannot be served.
         """
-        audio = AudioInputs(input_features, audio_lengths, audio_index, insert_at, audio_features)
+        audio = AudioInputs(input_features, audio_lengths, audio_index, insert_at, audio_features, encoder_states)
         arguments = {"inputs": inputs, "generation_config": generation_config, **kwargs}
         with generation_of(self, audio, arguments):
             return super().generate(**arguments)

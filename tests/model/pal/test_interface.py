@@ -91,12 +91,14 @@ def test_what_describes_clips_comes_with_them(run):
     call = model if run == "forward" else model.generate
     for name in ("audio_lengths", "audio_index", "insert_at"):
         with pytest.raises(
-            ValueError, match=f"{name} must come with clips, input_features or audio_features, got none"
+            ValueError, match=f"{name} must come with clips, input_features, encoder_states or audio_features, got none"
         ):
             call(**batch, **{name: torch.zeros(1, 1, dtype=torch.long)})
     heard = batch_of(model)
     features = model.get_audio_features(heard.pop("input_features"), heard["audio_lengths"])
-    with pytest.raises(ValueError, match="audio_lengths must come with input_features, got audio_features"):
+    with pytest.raises(
+        ValueError, match="audio_lengths must come with input_features or encoder_states, got audio_features"
+    ):
         call(**heard, audio_features=features)
 
 

@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_refused():
         model(**{**batch, "audio_index": batch["audio_index"][:2]})
     with pytest.raises(ValueError, match=r"insert_at must be \(B, K\) = \(3, 2\), got \(3,\)"):
         model(**{**batch, "insert_at": batch["insert_at"][:, 0]})
-    with pytest.raises(ValueError, match="input_features or audio_features, got both"):
+    with pytest.raises(ValueError, match="got input_features and audio_features"):
         model(**batch, audio_features=AudioFeatures(Clips(torch.zeros(1, 1, 64), torch.ones(1, dtype=torch.long))))
     with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given"):
         model(attention_mask=batch["attention_mask"])
