@@ -172,6 +172,34 @@ def valid_mask(lengths: Tensor, states: Tensor) -> Tensor:
     return torch.arange(states.shape[1], device=states.device) < lengths.unsqueeze(1)
 
 
+def stacked(states: Tensor, lengths: Tensor | None, stack: int) -> tuple[Tensor, Tensor | None]:
+    """Join every ``stack`` neighbouring states to one, the last ones with zeros for those that are not there.
+
+    Of states a, b, c a stack of 2 makes two, [a b] and [c 0], as in Ultravox and Voxtral. States beyond a clip's length
+    count as zeros, whatever they hold.
+
+    Args:
+        states: (B, N, width).
+        lengths: (B,) valid states of each clip; None: all.
+        stack: How many states are joined.
+
+    Returns:
+        states (B, ceil(N / stack), stack * width), and the lengths (B,) in them, None where ``lengths`` is None.
+    """
+    if stack == 1:
+        return states, lengths
+    if lengths is not None:
+        states = states.masked_fill(~valid_mask(lengths, states).unsqueeze(-1), 0)
+    states = nn.functional.pad(states, (0, 0, 0, -states.shape[1] % stack))
+    states = states.unflatten(1, (states.shape[1] // stack, stack)).flatten(2)
+    return states, None if lengths is None else stacked_lengths(lengths, stack)
+
+
+def stacked_lengths(lengths: Tensor, stack: int) -> Tensor:
+    """Return the lengths (B,) of clips whose every ``stack`` states are joined to one, int64."""
+    return -(-lengths.long() // stack)
+
+
 def describe(value: object) -> str:
     """Return what an error calls a value of another type."""
     if isinstance(value, Tensor):

@@ -14,6 +14,7 @@ from palkernels.model.connectors.base import (
     check_positive,
     checked_lengths,
     checked_states,
+    stacked,
     valid_mask,
 )
 
@@ -34,6 +35,7 @@ class QFormerConnector(Connector):
         num_layers, width, num_heads: Shape of the Q-Former; its FFNs are four times as wide.
         cross_attention_frequency: The n of layers 0, n, 2n, ..., which attend to the encoder's states.
         dropout: Dropout of attention weights and of each sublayer's output, in training; BLIP-2 has 0.1.
+        stack: How many neighbouring states are joined to one, as :func:`stacked` says, before queries attend to them.
 
     Raises:
         ValueError: A size is not a positive integer, the heads do not divide the width, or dropout is not in [0, 1).
@@ -49,6 +51,7 @@ class QFormerConnector(Connector):
         num_heads: int = 12,
         cross_attention_frequency: int = 2,
         dropout: float = 0.1,
+        stack: int = 1,
     ) -> None:
         super().__init__()
         sizes = {
@@ -59,6 +62,7 @@ class QFormerConnector(Connector):
             "width": width,
             "num_heads": num_heads,
             "cross_attention_frequency": cross_attention_frequency,
+            "stack": stack,
         }
         check_positive(**sizes)
         check_heads(num_heads, width)
@@ -67,6 +71,7 @@ class QFormerConnector(Connector):
         self.config = sizes | {"dropout": dropout}
         self.input_size = input_size
         self.num_queries = num_queries
+        self.stack = stack
         config = Blip2QFormerConfig(
             hidden_size=width,
             num_hidden_layers=num_layers,
@@ -75,7 +80,7 @@ class QFormerConnector(Connector):
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
             cross_attention_frequency=cross_attention_frequency,
-            encoder_hidden_size=input_size,
+            encoder_hidden_size=stack * input_size,
         )
         self.initializer_range = config.initializer_range
         self.queries = nn.Parameter(torch.empty(1, num_queries, width))
@@ -108,7 +113,7 @@ class QFormerConnector(Connector):
         states = checked_states(states, self.input_size)
         if not states.shape[1]:
             raise ValueError(f"states must hold at least one state per clip, got shape {tuple(states.shape)}")
-        lengths = checked_lengths(lengths, states)
+        states, lengths = stacked(states, checked_lengths(lengths, states), self.stack)
         mask = None
         if lengths is not None:
             states = states.masked_fill(~valid_mask(lengths, states).unsqueeze(-1), 0)

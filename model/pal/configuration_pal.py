@@ -1,6 +1,7 @@
 """The parts of an audio LLM: its language model, its encoders, and the way in which each one's audio enters."""
 
 import copy
+import inspect
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -235,6 +236,11 @@ def complete_entry(caller_entry: Any, width: int | None = None) -> dict[str, Any
     if any("freeze" in config for config in configs):
         raise ValueError(f"an encoder's config must not say freeze, as freeze_encoders does, got {entry['config']!r}")
     settings = connector.get("config") or {}
+    known = inspect.signature(CONNECTORS[connector["type"]]).parameters
+    if not isinstance(settings, dict) or not set(settings) <= set(known):
+        raise ValueError(
+            f"config of the connector {connector['type']!r} must have keys of {_names(known)}, got {settings}"
+        )
     if width is not None and settings.get("hidden_size", width) != width:
         raise ValueError(f"a connector's hidden_size must be the language model's {width}, got {settings}")
     entry["connector"] = {"type": connector["type"], "config": settings}
