@@ -9,13 +9,14 @@ could not write is read with a warning.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
 import stat
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from palkernels.errors import one_line
 from palkernels.model.audio.containers import inspect_file
 from palkernels.model.audio.dependencies import import_audio_package
+from palkernels.model.audio.inspection import Inspection
 from palkernels.model.audio.limits import (
     MAX_BYTES,
     MAX_CHANNELS,
@@ -35,12 +37,43 @@ from palkernels.model.audio.limits import (
 )
 from palkernels.model.audio.resampling import resample_blocks
 
-__all__ = ["load_audio"]
+__all__ = ["ClipLength", "clip_length", "load_audio"]
 
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")  # libsndfile's names
 BLOCK_FRAMES = 2**16  # Frames decoded at a time: 16 MiB for 64 channels.
 MP3_FRAME = 1_152  # samples of an MPEG frame; encoders differ on whether the frame of the Xing header counts
 UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's frame count for a FLAC file whose header leaves the length open
+
+
+class ClipLength(NamedTuple):
+    """How long a clip is: samples of one channel, as often a second as ``rate`` says."""
+
+    frames: int
+    rate: int
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.rate
+
+    def samples(self, sampling_rate: int) -> int:
+        """Return how many samples :func:`load_audio` makes of it."""
+        return -(-self.frames * sampling_rate // self.rate)
+
+
+def clip_length(path: str | os.PathLike[str] | bytes, *, max_bytes: int = MAX_BYTES) -> ClipLength:
+    """Return how long an audio file says it is, without decoding it.
+
+    A foreign format is refused as :func:`load_audio` does, and a missing end of WAV and OGG. What else is damaged, and
+    the end of FLAC and MP3, shows when it is decoded; an MP3 may then differ by a frame.
+
+    Raises:
+        AudioError: The file cannot be read, is none of the formats, or states no length.
+        ModuleNotFoundError: soundfile cannot be imported.
+    """
+    with _opened(path, max_bytes) as (file, found, name):
+        _check_header(file, name, None if found.frames else file.frames, file.samplerate, math.inf)
+        length = ClipLength(found.frames or file.frames, file.samplerate)
+    return length
 
 
 def load_audio(
@@ -88,7 +121,7 @@ def load_audio(
     in no chunk and may be samples (4 KiB or more) are refused too. MP3 files in a row are several streams where a later
     one begins with a tag of its own; without one its frames are like those before.
     """
-    soundfile = import_audio_package("soundfile", "load_audio")
+    import_audio_package("soundfile", "load_audio")
     import_audio_package("torchaudio", "load_audio")  # the same for every file, whether it is resampled or not
     if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, int):
         raise ValueError(f"sampling_rate must be an integer, got {sampling_rate!r}")
@@ -99,6 +132,28 @@ def load_audio(
     if not 0 < max_seconds < math.inf:
         raise ValueError(f"max_seconds must be positive and finite, got {max_seconds!r}")
 
+    with _opened(path, max_bytes) as (file, found, name):
+        if found.fault and strict:
+            raise AudioError(f"{name} must be free of faults with strict=True, got {found.fault}")
+        _check_header(file, name, None if found.frames else file.frames, sampling_rate, max_seconds)
+        blocks = _mono_blocks(file, name, found.frames or file.frames, max_seconds)
+        if file.samplerate != sampling_rate:
+            blocks = resample_blocks(blocks, file.samplerate, sampling_rate)
+        audio = _joined(blocks, name, sampling_rate)
+    if found.fault:
+        seconds = audio.numel() / sampling_rate
+        warnings.warn(f"{name} should be free of faults, got {found.fault}: {seconds:.2f} s are read", stacklevel=2)
+    return audio
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str] | bytes, max_bytes: int) -> Iterator[tuple[Any, Inspection, str]]:
+    """Open a file within the limits: libsndfile's file, what inspection found, and what errors call it.
+
+    Raises:
+        AudioError: The file cannot be read, or is not intact as far as its bytes show; also where reading shows it.
+    """
+    soundfile = import_audio_package("soundfile", "load_audio")
     held = path if isinstance(path, bytes) else None
     # repr: a line break in a file name stays inside the line
     name = f"audio file {os.fspath(path)!r}" if held is None else "audio file in memory"
@@ -108,27 +163,17 @@ def load_audio(
         # also take a ".raw" ending for an order to read headerless samples.
         with open(path, "rb") if held is None else io.BytesIO(held) as handle:
             found = inspect_file(handle, size, name)
-            if found.fault and strict:
-                raise AudioError(f"{name} must be free of faults with strict=True, got {found.fault}")
             if held is None:
                 os.lseek(handle.fileno(), 0, os.SEEK_SET)
             image = held if found.image is None else found.image
             source = handle.fileno() if image is None else io.BytesIO(image)
             with soundfile.SoundFile(source, closefd=False) as file:
-                _check_header(file, name, None if found.frames else file.frames, sampling_rate, max_seconds)
-                blocks = _mono_blocks(file, name, found.frames or file.frames, max_seconds)
-                if file.samplerate != sampling_rate:
-                    blocks = resample_blocks(blocks, file.samplerate, sampling_rate)
-                audio = _joined(blocks, name, sampling_rate)
+                yield file, found, name
     except OSError as error:
         raise AudioError(f"{name} must be readable, got {one_line(error.strerror or error)}") from error
     except soundfile.SoundFileError as error:
         reason = one_line(getattr(error, "error_string", error))
         raise AudioError(f"{name} must hold intact WAV, FLAC, OGG or MP3 audio, got {reason!r}") from error
-    if found.fault:
-        seconds = audio.numel() / sampling_rate
-        warnings.warn(f"{name} should be free of faults, got {found.fault}: {seconds:.2f} s are read", stacklevel=2)
-    return audio
 
 
 def _checked_size(path: str | os.PathLike[str] | bytes, name: str, max_bytes: int) -> int:

@@ -15,6 +15,7 @@ from support.sounds import RATE, noise, refusal, sine, track_reads, write
 
 from palkernels.model import AudioError, load_audio
 from palkernels.model.audio import files, resampling
+from palkernels.model.audio.files import clip_length
 
 # Format, subtype, and how far decoded samples may be from the written ones, for a sine of amplitude 0.5.
 FORMATS = [
@@ -44,6 +45,27 @@ def test_formats(tmp_path: Path, format: str, subtype: str, tolerance: float) ->
     assert audio.device.type == "cpu"
     middle = slice(2000, -2000)  # lossy codecs ring at the ends
     np.testing.assert_allclose(audio.numpy()[middle], samples[middle], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("rate", [RATE, 44_100])
+@pytest.mark.parametrize(("format", "subtype", "tolerance"), FORMATS)
+def test_lengths_without_decoding(
+    tmp_path: Path, format: str, subtype: str, tolerance: float, rate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if subtype == "OPUS":
+        rate = 48_000  # it has no others
+    path = write(tmp_path / "a", np.stack([sine(rate=rate, seconds=0.7)] * 2, axis=1), rate, format, subtype)
+    samples = load_audio(path).numel()
+    reads = track_reads(monkeypatch)
+    length = clip_length(path)
+    assert clip_length(path.read_bytes()) == length
+    assert reads == []
+    assert length == (round(0.7 * rate), rate)
+    assert length.samples(RATE) == samples
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    if format not in ("FLAC", "MP3"):  # of which a missing end shows when they are decoded
+        with pytest.raises(AudioError, match="cut short"):
+            clip_length(path)
 
 
 @pytest.mark.parametrize("ending", [".raw", ".mp3", ".txt", ""])
