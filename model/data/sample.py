@@ -26,3 +26,9 @@ class Sample:
     source: str
     task: str = ""
     choices: tuple[str, ...] = ()
+
+    def clips(self) -> tuple[Any, ...]:
+        """Return the clips of all messages in their order."""
+        contents = [message.get("content") for message in self.messages]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        return tuple(part["audio"] for part in parts if part["type"] == "audio")
