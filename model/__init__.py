@@ -5,6 +5,7 @@
     encoders/      Whisper, CLAP and SSLAM
     connectors/    from an encoder's states to the language model's width
     pal/           the whole audio LLM: config, model, processor
+    building/      an audio LLM from the checkpoints of its parts
 
 ``from palkernels.model import attach`` loads no encoder, no connector and no audio LLM. Yet ``import palkernels.model``
 is enough for transformers' Auto classes to load a saved audio LLM, model type "pal": :mod:`palkernels.model.auto` gives
@@ -26,6 +27,7 @@ from palkernels.model import auto as _auto
 if TYPE_CHECKING:
     from palkernels.model.audio.files import load_audio
     from palkernels.model.audio.limits import AudioError
+    from palkernels.model.building import build
     from palkernels.model.causal_lm.attach import attach
     from palkernels.model.causal_lm.config import LalConfig
     from palkernels.model.causal_lm.encoded import EncodedAudio
@@ -78,6 +80,7 @@ __all__ = [
     "WhisperTower",
     "attach",
     "attach_flamingo",
+    "build",
     "byte_tokenizer",
     "freeze_ffn",
     "load_audio",
@@ -86,6 +89,7 @@ __all__ = [
 _NAMES_BY_MODULE = {
     "audio.files": ("load_audio",),
     "audio.limits": ("AudioError",),
+    "building": ("build",),
     "causal_lm.attach": ("attach",),
     "causal_lm.config": ("LalConfig",),
     "causal_lm.encoded": ("EncodedAudio",),

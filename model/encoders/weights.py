@@ -8,7 +8,8 @@ that is no directory for the name of a model to download.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,17 +21,17 @@ from palkernels.errors import one_line
 from palkernels.model.encoders.layouts import files_in, layout_advice, model_type_advice
 
 __all__ = [
-    "build_seeded", "checkpoint_name", "fill", "load_config", "outline", "read_json", "read_tensors", "tensor_faults",
+    "build_seeded", "checkpoint_name", "fill", "load_config", "outline", "read_json", "read_tensors", "seeded",
+    "tensor_faults",
 ]  # fmt: skip
 
 Module = TypeVar("Module", bound=nn.Module)
 NAMES_LISTED = 3  # names of tensors that an error spells out; it counts the others
 
 
-def build_seeded(make: Callable[[], Module], seed: int) -> Module:
-    """Return what `make` builds, its random weights drawn on the CPU from `seed`.
-
-    The global random state stays as it was.
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let what is drawn on the CPU come from `seed`; afterwards the global random state is as it was.
 
     Raises:
         ValueError: `seed` is no integer from 0 to 2**63 - 1.
@@ -40,6 +41,16 @@ def build_seeded(make: Callable[[], Module], seed: int) -> Module:
     # The CPU's generator alone: torch.manual_seed would reseed the CUDA devices too.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
+        yield
+
+
+def build_seeded(make: Callable[[], Module], seed: int) -> Module:
+    """Return what `make` builds, its random weights drawn on the CPU from `seed`, as :func:`seeded` does.
+
+    Raises:
+        ValueError: `seed` is no integer from 0 to 2**63 - 1.
+    """
+    with seeded(seed):
         return make()
 
 

@@ -1,0 +1,87 @@
+"""An audio LLM's encoders as a recipe names them: each with its checkpoint, its integration and its connector."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from palkernels.model.encoders.base import Tower
+from palkernels.model.encoders.registry import TOWERS
+
+__all__ = ["entries_and_towers"]
+
+KEYS = ("type", "checkpoint", "config", "integration", "connector")
+
+
+def entries_and_towers(
+    encoders: Sequence[dict[str, Any]], freeze: bool, seed: int
+) -> tuple[list[dict[str, Any]], list[Tower]]:
+    """Return the entries that :class:`PalConfig` takes, and the towers that they name.
+
+    Args:
+        encoders: {"type", "checkpoint", "config", "integration", "connector"} each. ``checkpoint`` is a directory, or
+            None for random weights, of which ``config`` then gives the shape. An entry with several types, which its
+            connector fuses, has a list of each. A connector's settings stand beside its type.
+        freeze: whether the towers keep their weights in training.
+        seed: of random weights.
+
+    Raises:
+        TypeError, ValueError: an entry is malformed, or a checkpoint does not hold such an encoder.
+    """
+    if not isinstance(encoders, list | tuple) or not encoders:
+        raise ValueError(f"encoders must be a list of at least one entry, got {encoders!r}")
+    entries: list[dict[str, Any]] = []
+    towers: list[Tower] = []
+    for encoder in encoders:
+        entry = _checked(encoder)
+        several = isinstance(entry["type"], list | tuple)
+        types = list(entry["type"]) if several else [entry["type"]]
+        checkpoints, configs = (_one_each(entry, name, len(types), several) for name in ("checkpoint", "config"))
+        for tower_type, checkpoint, config in zip(types, checkpoints, configs, strict=True):
+            towers.append(_tower(tower_type, checkpoint, config, freeze, seed))
+        entries.append(
+            {
+                "type": types if several else types[0],
+                "integration": entry.get("integration", "lal"),
+                "connector": _connector(entry.get("connector", {"type": "mlp"})),
+            }
+        )
+    return entries, towers
+
+
+def _checked(entry: Any) -> dict[str, Any]:
+    """Return an entry whose keys and types are known."""
+    if not isinstance(entry, dict):
+        raise TypeError(f"an entry of encoders must be a dict, got {type(entry).__name__}")
+    unknown = [key for key in entry if key not in KEYS]
+    if unknown or "type" not in entry:
+        got = ", ".join(map(repr, unknown)) or "no 'type'"
+        raise ValueError(f"an entry of encoders must have 'type', and may have {', '.join(KEYS[1:])}, got {got}")
+    types = entry["type"] if isinstance(entry["type"], list | tuple) else [entry["type"]]
+    if not types or any(not isinstance(name, str) or name not in TOWERS for name in types):
+        raise ValueError(f"an encoder's type must be {', '.join(TOWERS)}, or a list of them, got {entry['type']!r}")
+    return entry
+
+
+def _one_each(entry: dict[str, Any], name: str, count: int, several: bool) -> list[Any]:
+    """Return what an entry has under a name for each of its towers: None where it has nothing."""
+    value = entry.get(name)
+    values = (
+        [None] * count if value is None else list(value) if several and isinstance(value, list | tuple) else [value]
+    )
+    if len(values) != count:
+        raise ValueError(f"{name} must be a list of one for each of {entry['type']}, got {value!r}")
+    return values
+
+
+def _tower(tower_type: str, checkpoint: Any, config: Any, freeze: bool, seed: int) -> Tower:
+    if checkpoint is None:
+        return TOWERS[tower_type](**{"seed": seed, **(config or {}), "freeze": freeze})
+    if config is not None:
+        raise ValueError(f"config must be None where a checkpoint says it, got {config!r} beside {str(checkpoint)!r}")
+    return TOWERS[tower_type].from_checkpoint(checkpoint, freeze=freeze)
+
+
+def _connector(connector: Any) -> dict[str, Any]:
+    """Return a connector's entry in a config: its settings apart from its type."""
+    if not isinstance(connector, dict) or "type" not in connector:
+        raise ValueError(f'connector must be a dict with its "type" and its settings, got {connector!r}')
+    return {"type": connector["type"], "config": {key: value for key, value in connector.items() if key != "type"}}
