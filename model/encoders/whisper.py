@@ -15,6 +15,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from palkernels.model.audio.features import WhisperFeatures
 from palkernels.model.audio.limits import checked_waveform
 from palkernels.model.encoders.base import Tower, configured, plain_settings
+from palkernels.model.encoders.ctranslate2 import is_ctranslate2, read_whisper
 from palkernels.model.encoders.layouts import WHISPER
 from palkernels.model.encoders.weights import checkpoint_name, fill, load_config, outline, read_tensors
 
@@ -77,12 +78,18 @@ class WhisperTower(Tower):
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], *, freeze: bool = True) -> Self:
-        """Return a tower with the weights of a directory with a Whisper model, whole or encoder only, in safetensors.
+        """Return a tower with the weights of a directory with a Whisper model: whole or encoder only in safetensors, or
+        in CTranslate2's format, as faster-whisper's are.
 
         Raises:
             ValueError: The directory does not hold an intact one.
         """
         directory = Path(path)
+        if is_ctranslate2(directory):
+            settings, tensors = read_whisper(directory)
+            tower = outline(lambda: cls(**settings, freeze=freeze), directory, WHISPER)
+            fill(tower.encoder, tensors, directory, WHISPER, reason="as its other tensors say")
+            return tower._adopt(tower.encoder)
         whisper = load_config(directory, WhisperConfig, ("whisper",), "a Whisper model")
         positions = whisper.max_source_positions
         if positions != WhisperFeatures.num_states:
