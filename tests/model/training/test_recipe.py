@@ -1,0 +1,155 @@
+"""Recipes: every fault at once, each with its line and what to do; numbers, names, paths and overrides."""
+
+import pytest
+
+from palkernels.model.training.recipe import RecipeError, load_recipe
+
+GOOD = """\
+model:
+  llm: ./llm
+  encoders: [{type: whisper, integration: lal, connector: {type: mlp}}]
+  layers: all
+data:
+  train: [{path: calls.jsonl, name: closed}, {path: qa.json, format: openaqa, weight: .5}]
+  eval: [calls.jsonl]
+  max_seconds: 30
+defaults: {batch: 16, epochs: 1}
+stages:
+  - {name: align, train: [connector], data: closed, lr: 1e-3}
+  - {name: open, train: [connector, lora], lr: {connector: 1e-4, lora: 5E-5}, steps: 1e2, lora: {r: 4}}
+output: runs/first
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "calls.jsonl").write_text("")
+    (tmp_path / "qa.json").write_text("[]")
+    return tmp_path
+
+
+def recipe(folder, text, overrides=()):
+    (folder / "recipe.yaml").write_text(text)
+    return load_recipe(folder / "recipe.yaml", overrides)
+
+
+def faults(folder, text, overrides=()):
+    with pytest.raises(RecipeError) as error:
+        recipe(folder, text, overrides)
+    return [fault.replace(f"{folder}/", "") for fault in error.value.faults]
+
+
+def test_read(folder):
+    read = recipe(folder, GOOD)
+    assert (read.model.llm, read.output) == (str(folder / "llm"), str(folder / "runs/first"))
+    assert [source.name for source in read.data.train] == ["closed", "qa"]  # a file's name is its own name
+    align, both = read.stages
+    assert (align.lr, align.data, align.epochs, align.batch) == ({"connector": 1e-3}, ("closed",), 1, 16)
+    assert (both.lr, both.data) == ({"connector": 1e-4, "lora": 5e-5}, ("closed", "qa"))
+    assert (both.steps, both.epochs, both.lora.r) == (100, None, 4)  # a length of its own instead of the default
+
+
+def test_every_fault_at_once_with_its_line(folder):
+    text = """\
+modl: x
+model:
+  llm: ./nothing
+  encoders:
+    - {type: wisper, connector: {type: mlp, stak: 2}}
+data:
+  train: [no.jsonl, calls.jsonl]
+  max_seconds: long
+stages:
+  - name: align
+    train: [conector, projectors, llm, lora]
+    data: cals
+    lr: 1e-3x
+    epochs: 1
+    steps: 4
+    gradient_acumulation: 2
+  - {name: align, train: [connector], lr: {conector: 1}, batch: 9, gradient_accumulation: 2}
+"""
+    found = faults(folder, text)
+    for fault in (
+        "recipe.yaml:1: modl is not known: did you mean 'model'?",
+        "recipe.yaml:1: output must be given, got nothing",
+        "recipe.yaml:3: model.llm must be a file or a directory that is there, got './nothing'",
+        "recipe.yaml:5: model.encoders.0.type must be an encoder, got 'wisper': did you mean 'whisper'?",
+        "recipe.yaml:5: model.encoders.0.connector.stak is not known",
+        "recipe.yaml:7: data.train.0.path must be a file or a folder that is there, got 'no.jsonl'",
+        "recipe.yaml:8: data.max_seconds must be a number above 0, got 'long'",
+        "recipe.yaml:11: stages.0.train must name parts of the model, got 'conector': did you mean 'connector'?",
+        "recipe.yaml:11: stages.0.train must name parts that the model has, got 'projectors': projectors are",
+        "recipe.yaml:11: stages.0.train must name one of llm, attention, lora, all at most, got llm and lora",
+        "recipe.yaml:12: stages.0.data must name data to train on, got 'cals': did you mean 'calls'?",
+        "recipe.yaml:13: stages.0.lr must be a number above 0, got '1e-3x'",
+        "recipe.yaml:15: stages.0.steps must not be given with epochs",
+        "recipe.yaml:16: stages.0.gradient_acumulation is not known: did you mean 'gradient_accumulation'?",
+        "recipe.yaml:17: stages.1.lr.conector is not known: did you mean 'connector'?",
+        "recipe.yaml:17: stages.1.lr.connector must be given",
+        "recipe.yaml:17: stages.1.batch must be a multiple of gradient_accumulation, 2, got 9",
+        "recipe.yaml:17: stages.1.name must be a stage's own, got 'align' again",
+    ):
+        assert sum(line.startswith(fault) for line in found) == 1, (fault, found)
+    assert len(found) == 18
+    assert [int(line.split(":")[1]) for line in found] == sorted(int(line.split(":")[1]) for line in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("model: [1\n", "recipe.yaml:2: the file must be YAML"),
+        ("seed: 1\nseed: 2\n", "recipe.yaml:2: 'seed' must be given once, got it again"),
+        ("model: &x {llm: *x}\n", "recipe.yaml:1: a value must not hold itself"),
+        ("- 1\n", "recipe.yaml:1: the recipe must be a mapping, got a list"),
+        (
+            GOOD.replace("model:\n  llm: ./llm", "model:\n  path: ./llm\n  llm: ./llm"),
+            "recipe.yaml:3: model.llm must not",
+        ),
+        (GOOD.replace("  llm: ./llm\n", "").split("data:")[0], "recipe.yaml:1: data must be given"),
+    ],
+)
+def test_what_is_no_recipe(folder, text, fault):
+    assert any(line.startswith(fault) for line in faults(folder, text)), faults(folder, text)
+
+
+def test_a_saved_model_says_what_it_has(folder):
+    text = GOOD[GOOD.index("data:") :]
+    (folder / "llm" / "config.json").write_text('{"model_type": "llama"}')
+    assert "a model of type 'llama': give it as llm" in faults(folder, f"model: ./llm\n{text}")[0]
+    (folder / "llm" / "config.json").write_text('{"model_type": "pal", "encoders": [{"integration": "lal"}]}')
+    assert recipe(folder, f"model: ./llm\n{text}").model.path == str(folder / "llm")
+    found = faults(folder, f"model: ./llm\n{text}", ["stages.align.train=[flamingo]"])
+    place = "stages.align.train=[flamingo]: stages.0.train"
+    assert found == [
+        f"{place} must name parts that the model has, got 'flamingo': no encoder has integration: flamingo"
+    ]
+
+
+def test_overrides(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir("/")
+    words = ["stages.0.lr=1e-4", "stages.open.steps=7", "log.report_to=[tensorboard]", "output=x", "seed=3"]
+    read = recipe(folder, GOOD, words)
+    assert (read.stages[0].lr["connector"], read.stages[1].steps, read.seed) == (1e-4, 7, 3)
+    assert read.report_to == ("tensorboard",)
+    assert read.output == "/x"  # of the command line, so relative to where it is given
+    found = faults(folder, GOOD, ["stages.2.lr=1", "seed", "stages.0.lr=fast", "model.llm.x=1", "seed=[", "sed=1"])
+    for fault in (
+        "stages.2.lr=1: stages must have an item '2', got 2: they are numbered from 0 to 1",
+        "seed: an override must be KEY=VALUE",
+        "stages.0.lr=fast: stages.0.lr must be a number above 0, got 'fast'",
+        "model.llm.x=1: model.llm must be a mapping or a list to have 'x', got './llm'",
+        "seed=[: the value must be YAML, got '['",
+        "sed=1: sed is not known: did you mean 'seed'?",
+    ):
+        assert sum(line.startswith(fault) for line in found) == 1, (fault, found)
+
+
+def test_what_decides_the_weights(folder):
+    """Where a run stands and how it is watched decide nothing; a rate does."""
+    same = recipe(folder, GOOD, ["output=y", "log.steps=5", "checkpoint.steps=7", "data.workers=2"]).meaning()
+    other = recipe(folder, GOOD, ["stages.0.lr=2e-3"]).meaning()
+    want = recipe(folder, GOOD).meaning()
+    assert same == want
+    assert {name for name in want if other[name] != want[name]} == {"stages.0.lr.connector"}
