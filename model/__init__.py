@@ -6,6 +6,7 @@
     connectors/    from an encoder's states to the language model's width
     pal/           the whole audio LLM: config, model, processor
     building/      an audio LLM from the checkpoints of its parts
+    evaluation/    what a model answers, compared with what it should have said
 
 ``from palkernels.model import attach`` loads no encoder, no connector and no audio LLM. Yet ``import palkernels.model``
 is enough for transformers' Auto classes to load a saved audio LLM, model type "pal": :mod:`palkernels.model.auto` gives
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from palkernels.model.encoders.registry import TOWERS
     from palkernels.model.encoders.sslam import SslamTower
     from palkernels.model.encoders.whisper import WHISPER_SIZES, WhisperAudioEncoder, WhisperTower
+    from palkernels.model.evaluation.evaluate import evaluate
+    from palkernels.model.evaluation.scores import Scores
     from palkernels.model.pal import PalConfig, PalForConditionalGeneration, PalProcessor
     from palkernels.model.pal.clips import AudioFeatures
     from palkernels.model.pal.tokenizer import AUDIO_TOKEN, byte_tokenizer
@@ -74,6 +77,7 @@ __all__ = [
     "PalForConditionalGeneration",
     "PalProcessor",
     "QFormerConnector",
+    "Scores",
     "SslamTower",
     "Tower",
     "WhisperAudioEncoder",
@@ -82,6 +86,7 @@ __all__ = [
     "attach_flamingo",
     "build",
     "byte_tokenizer",
+    "evaluate",
     "freeze_ffn",
     "load_audio",
 ]
@@ -109,6 +114,8 @@ _NAMES_BY_MODULE = {
     "encoders.registry": ("TOWERS",),
     "encoders.sslam": ("SslamTower",),
     "encoders.whisper": ("WHISPER_SIZES", "WhisperAudioEncoder", "WhisperTower"),
+    "evaluation.evaluate": ("evaluate",),
+    "evaluation.scores": ("Scores",),
     "pal": ("PalConfig", "PalForConditionalGeneration", "PalProcessor"),
     "pal.clips": ("AudioFeatures",),
     "pal.tokenizer": ("AUDIO_TOKEN", "byte_tokenizer"),
