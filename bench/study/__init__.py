@@ -1,0 +1,1 @@
+"""The study: how fast each method learns from generated sound."""
