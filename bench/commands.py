@@ -10,6 +10,7 @@ import typer
 
 # torch, transformers and matplotlib take seconds to import, so each command imports what it needs.
 from palkernels.bench.errors import UserError
+from palkernels.bench.model_commands import MODEL_COMMANDS
 from palkernels.bench.numbers import parse_counts, parse_seconds
 from palkernels.bench.process import clean_up_when_ended
 
@@ -299,35 +300,8 @@ def compare(
     run(first, second, _console())
 
 
-@app.command()
-def init(
-    directory: Annotated[Path, typer.Argument(help="A new or empty directory.", show_default=False)],
-    integration: Annotated[str, typer.Option(help="How audio enters: lal or plits.")] = "lal",
-    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
-) -> None:
-    """Write a small audio LLM with random weights, to see how one is saved, loaded and asked. Needs no network."""
-    from palkernels.bench.ask import init as write
-
-    write(directory, integration, seed)
-    print(f"Model: {directory}")
-
-
-@app.command()
-def ask(
-    question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
-    model: Annotated[Path, typer.Option(help="Directory of a saved model.", show_default=False)],
-    audio: Annotated[
-        list[Path] | None,
-        typer.Option(help="WAV, FLAC, OGG or MP3 file; may be repeated.  [default: the bundled clip]"),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", min=1)] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
-) -> None:
-    """Ask a saved audio LLM about a sound, or several in their order."""
-    from palkernels.bench.ask import ask as answer
-    from palkernels.bench.clip import bundled_clip
-
-    answer(model, audio or [bundled_clip()], question, max_new_tokens, device)
+for command in MODEL_COMMANDS:
+    app.command()(command)
 
 
 def _console() -> Console:

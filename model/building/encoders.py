@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from palkernels.errors import one_line
 from palkernels.model.encoders.base import Tower
 from palkernels.model.encoders.registry import TOWERS
+from palkernels.model.pal.configuration_pal import complete_entry
+from palkernels.model.pal.parts import outline_connectors
 
 __all__ = ["entries_and_towers"]
 
@@ -28,27 +31,19 @@ def entries_and_towers(
     """
     if not isinstance(encoders, list | tuple) or not encoders:
         raise ValueError(f"encoders must be a list of at least one entry, got {encoders!r}")
-    entries: list[dict[str, Any]] = []
+    entries = [_checked(encoder) for encoder in encoders]
     towers: list[Tower] = []
-    for encoder in encoders:
-        entry = _checked(encoder)
-        several = isinstance(entry["type"], list | tuple)
+    for entry in entries:
+        several = not isinstance(entry["type"], str)
         types = list(entry["type"]) if several else [entry["type"]]
         checkpoints, configs = (_one_each(entry, name, len(types), several) for name in ("checkpoint", "config"))
         for tower_type, checkpoint, config in zip(types, checkpoints, configs, strict=True):
             towers.append(_tower(tower_type, checkpoint, config, freeze, seed))
-        entries.append(
-            {
-                "type": types if several else types[0],
-                "integration": entry.get("integration", "lal"),
-                "connector": _connector(entry.get("connector", {"type": "mlp"})),
-            }
-        )
-    return entries, towers
+    return [{key: entry[key] for key in ("type", "integration", "connector")} for entry in entries], towers
 
 
 def _checked(entry: Any) -> dict[str, Any]:
-    """Return an entry whose keys and types are known."""
+    """Return an entry in which nothing is unknown, its connector as a config has it."""
     if not isinstance(entry, dict):
         raise TypeError(f"an entry of encoders must be a dict, got {type(entry).__name__}")
     unknown = [key for key in entry if key not in KEYS]
@@ -58,7 +53,13 @@ def _checked(entry: Any) -> dict[str, Any]:
     types = entry["type"] if isinstance(entry["type"], list | tuple) else [entry["type"]]
     if not types or any(not isinstance(name, str) or name not in TOWERS for name in types):
         raise ValueError(f"an encoder's type must be {', '.join(TOWERS)}, or a list of them, got {entry['type']!r}")
-    return entry
+    known = {"type": entry["type"], "integration": entry.get("integration", "lal")}
+    known["connector"] = _connector(entry.get("connector", {"type": "mlp"}))
+    try:
+        outline_connectors([complete_entry(known)])  # says what is wrong with it before any weights are read
+    except TypeError as error:
+        raise ValueError(f"a connector must have settings that it knows, got {one_line(error)}") from error
+    return {**entry, **known}
 
 
 def _one_each(entry: dict[str, Any], name: str, count: int, several: bool) -> list[Any]:

@@ -10,9 +10,10 @@ import pytest
 from support.sounds import sine, write
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from palkernels.bench.ask import UNTRAINED
 from palkernels.bench.cli import main
 from palkernels.model import AUDIO_TOKEN
+
+UNTRAINED = "The weights of this model are random: its answer means nothing."
 
 
 def run(*arguments: object) -> int:
@@ -71,7 +72,10 @@ def test_what_init_writes_is_a_model_like_any(made: Path) -> None:
     assert not [path for path in made.iterdir() if path.suffix not in (".json", ".jinja", ".safetensors")]
     model, processor = AutoModelForMultimodalLM.from_pretrained(made), AutoProcessor.from_pretrained(made)
     assert processor.audio_token_id == model.config.audio_token_id
-    assert json.loads((made / "untrained.json").read_text()) == {"weights": "random", "seed": 0}
+    assert json.loads((made / "untrained.json").read_text()) == {
+        "untrained": ["language model", "encoder whisper", "connector of whisper"],
+        "seed": 0,
+    }
 
 
 def test_every_mistake_is_one_line(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +86,7 @@ def test_every_mistake_is_one_line(made: Path, tmp_path: Path, capfd: pytest.Cap
     for arguments, message in (
         (["init", made], "must be a new or empty directory, got one with something in it"),
         (["init", __file__], "must be a new or empty directory, got a file"),
-        (["init", tmp_path / "new", "--integration", "x"], "--integration must be lal or plits, got 'x'"),
+        (["init", tmp_path / "new", "--integration", "x"], "--integration must be lal, plits or flamingo, got 'x'"),
         (["ask", "--model", tmp_path / "empty", "?"], "--model must be a directory with a saved model"),
         (["ask", "--model", tmp_path / "other", "?"], "--model must be a saved audio LLM"),
         (["ask", "--model", made, "--audio", tmp_path / "text.wav", "?"], "must hold intact WAV, FLAC, OGG or MP3"),

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from support.audio_llm import INTEGRATIONS, TOKENIZER, build_pal, entry, open_gates
 from support.asked import TEMPLATE, WORDS, clip, processor_with_ends, sample
+from support.audio_llm import INTEGRATIONS, TOKENIZER, build_pal, entry, open_gates
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

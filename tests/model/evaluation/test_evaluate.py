@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from support.audio_llm import AUDIO_TOKEN, INTEGRATIONS, build_pal, entry, open_gates
 from support.asked import WORDS, clip, processor_with_ends, sample, several
+from support.audio_llm import AUDIO_TOKEN, INTEGRATIONS, build_pal, entry, open_gates
 
 from palkernels.model.data.sample import Sample
 from palkernels.model.evaluation.evaluate import evaluate

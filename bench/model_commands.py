@@ -1,0 +1,83 @@
+"""The subcommands that make an audio LLM and use it, and their options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# torch and transformers take seconds to import, so each command imports what it needs.
+from palkernels.bench.process import clean_up_when_ended
+
+__all__ = ["MODEL_COMMANDS"]
+
+
+def init(
+    directory: Annotated[Path, typer.Argument(help="A new or empty directory.", show_default=False)],
+    llm: Annotated[
+        str | None,
+        typer.Option(
+            help="Language model: a directory, a .gguf file or a name on the hub.  [default: a tiny random one]"
+        ),
+    ] = None,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="whisper=DIR, clap=DIR or sslam=DIR, of a checkpoint; the type alone has random weights; may be "
+            "repeated.  [default: a tiny random Whisper]"
+        ),
+    ] = None,
+    integration: Annotated[
+        list[str] | None,
+        typer.Option(help="lal, plits or flamingo, or an encoder's own: TYPE=plits; may be repeated.  [default: lal]"),
+    ] = None,
+    connector: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="mlp, qformer or lfst, with settings after commas (mlp,stack=4), or an encoder's own: "
+            "TYPE=qformer,num_queries=32; may be repeated.  [default: mlp]"
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers that LAL's audio enters: all, 4-, 4-15 or 0,2,4.  [default: all]")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto, bf16, fp16 or fp32; auto is the language model's, and fp32 of a .gguf file.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of what no checkpoint holds, such as connectors.")] = 0,
+) -> None:
+    """Build an audio LLM from trained parts, its connectors untrained.
+
+    Without --llm and --encoder it is a small one with random weights, which needs no network: to see how one is saved,
+    loaded and asked.
+    """
+    from palkernels.bench.init import Options, run
+
+    clean_up_when_ended()
+    several = {"encoders": encoder, "integrations": integration, "connectors": connector}
+    run(
+        Options(
+            directory, llm, layers=layers, dtype=dtype, seed=seed, **{k: tuple(v or ()) for k, v in several.items()}
+        )
+    )
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
+    model: Annotated[Path, typer.Option(help="Directory of a saved model.", show_default=False)],
+    audio: Annotated[
+        list[Path] | None,
+        typer.Option(help="WAV, FLAC, OGG or MP3 file; may be repeated.  [default: the bundled clip]"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", min=1)] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+) -> None:
+    """Ask a saved audio LLM about a sound, or several in their order."""
+    from palkernels.bench.ask import ask as answer
+    from palkernels.bench.clip import bundled_clip
+
+    answer(model, audio or [bundled_clip()], question, max_new_tokens, device)
+
+
+MODEL_COMMANDS = (init, ask)
