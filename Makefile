@@ -67,6 +67,7 @@ mutants: .venv/installed
 	rm -rf build *.egg-info
 	$(@D)/bin/pip install --progress-bar on "$$(ls dist/palkernels-*.whl)[all]"
 	$(@D)/bin/pip install --quiet --no-deps --force-reinstall dist/palkernels-*.whl
+	$(@D)/bin/pip install --quiet --no-deps -r demo-packages.txt
 	touch $@
 
 clean:
