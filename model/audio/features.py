@@ -1,7 +1,7 @@
 """What each encoder hears of a waveform: its spectrogram, and how many of its states stand on the clip.
 
 Every encoder has one window of fixed length. A shorter clip is padded to it, as the encoder was trained. A longer one
-is refused: what to do with the rest is for the caller to say. A clip's features do not depend on its batch.
+is refused: the caller cuts it, as an audio LLM's processor does. A clip's features do not depend on its batch.
 
     class             rate       window               states of a window
     WhisperFeatures   16 kHz     30 s                 1500, every 20 ms

@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["AudioError", "check_amplitude", "check_rates", "checked_waveform"]
 
-MAX_BYTES = 100 * 10**6  # of a file or an array
+MAX_BYTES = 256 * 10**6  # of a file or an array; an hour in float32 at 16 kHz has 230 * 10**6
 MIN_RATE = 1_000  # Hz. Slower recordings are not sound that a model here was trained on.
 MAX_RATE = 768_000  # Hz. The fastest converters on sale.
 MAX_CHANNELS = 64  # Seventh-order ambisonics.

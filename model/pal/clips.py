@@ -33,7 +33,7 @@ class AudioFeatures(BaseModelOutputWithPooling):  # type: ignore[misc]
     Given as ``audio_features=`` instead of ``input_features``, clips are encoded once for several calls.
 
     Args:
-        last_hidden_state: the states (C, N, width) of the first encoder.
+        last_hidden_state: the states (W, N, width) of the first encoder, window by window.
         pooler_output: the tokens (C, N, d) that the first connector makes of them, padding included.
         hidden_states: where they are asked for, the states of every encoder.
         plits, lal, flamingo: the clips' tokens.

@@ -60,6 +60,8 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
             no audio enters by PLITS.
         freeze_encoders: whether the encoders keep their weights in training.
         freeze_ffn: whether the language model's FFNs keep their weights in training.
+        encoder_batch: how many windows of clips an encoder takes at once; more are encoded batch after batch, so that
+            an hour needs no more memory there than a few minutes.
         pad_token_id, bos_token_id, eos_token_id: those of ``text_config``.
         attn_implementation: how the parts attend, by transformers' names: one for all of them, or a dict with
             "text_config", the language model's, and "encoders", that of encoders and connectors. What is not named is
@@ -85,6 +87,7 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
     audio_token_id: int | None = None
     freeze_encoders: bool = True
     freeze_ffn: bool = False
+    encoder_batch: int = 16
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):
@@ -154,6 +157,8 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
         for name in ("freeze_encoders", "freeze_ffn"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if not _is_int(self.encoder_batch) or self.encoder_batch < 1:
+            raise ValueError(f"encoder_batch must be an integer, at least 1, got {self.encoder_batch!r}")
         if not _is_int(self.summary_tokens) or self.summary_tokens < 0:
             raise ValueError(f"summary_tokens must be an integer, at least 0, got {self.summary_tokens!r}")
         integrations = [entry["integration"] for entry in self.encoders]

@@ -72,8 +72,8 @@ def checked_encoder_states(
     """Return the states of every tower, after checking that they are such.
 
     Args:
-        encoder_states: (C, N, width) of one tower, or a list of them.
-        windows: The states that each tower makes of a clip, and their width.
+        encoder_states: (W, N, width) of one tower, or a list of them.
+        windows: The states that each tower makes of a window, and their width.
 
     Raises:
         TypeError, ValueError: There is not a tensor for every tower, or one has another shape or no floats.
@@ -87,26 +87,26 @@ def checked_encoder_states(
             got = one.dtype if isinstance(one, Tensor) else type(one).__name__
             raise TypeError(f"{name} must be a tensor of floats, got {got}")
         if one.ndim != 3 or not 1 <= one.shape[1] <= most or one.shape[2] != width:
-            raise ValueError(f"{name} must be (C, 1 to {most}, {width}), got shape {tuple(one.shape)}")
+            raise ValueError(f"{name} must be (W, 1 to {most}, {width}), got shape {tuple(one.shape)}")
     return states
 
 
 def lengths_by_tower(audio_lengths: Tensor | None, encoded: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Return the valid states (C,) of every clip for each tower; None: all.
+    """Return the valid states (C,) of every clip for each tower; None: all of every window.
 
     Args:
         audio_lengths: (C, towers), of one tower also (C,), or None.
-        encoded: The clips' states (C, N, width) of each tower.
+        encoded: The states (W, N, width) that each tower made of the clips' windows.
 
     Raises:
         ValueError: The lengths have another shape.
     """
     if audio_lengths is None:
         return [None] * len(encoded)
-    shape = encoded[0].shape[0], len(encoded)
-    if tuple(audio_lengths.shape) not in ([shape, shape[:1]] if len(encoded) == 1 else [shape]):
-        raise ValueError(f"audio_lengths must be (C, towers) = {shape}, got {tuple(audio_lengths.shape)}")
-    return audio_lengths.reshape(shape).to(encoded[0].device).unbind(1)
+    towers, shape = len(encoded), tuple(audio_lengths.shape)
+    if not ((len(shape) == 2 and shape[1] == towers) or len(shape) == towers == 1):
+        raise ValueError(f"audio_lengths must be (C, towers) with {towers} towers, got {shape}")
+    return audio_lengths.reshape(-1, towers).to(encoded[0].device).unbind(1)
 
 
 def clip_index(audio_index: Tensor | None, batch: int, clips: Clips, placeholders: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from palkernels.model.pal.hearing import Hearing, Step, recall, step_of
 from palkernels.model.pal.inputs import AudioInputs, checked_encoder_states, clip_index, lengths_by_tower, tensors_of
 from palkernels.model.pal.parts import by_entry, connect, without_padding
 from palkernels.model.pal.placeholders import place_of, places_in
+from palkernels.model.pal.windows import encode, join_windows, window_lengths, windows_of
 
 __all__ = ["Listener"]
 
@@ -57,21 +58,27 @@ class Listener:
             output_hidden_states: Whether the states of every encoder are returned, too.
 
         Returns:
-            AudioFeatures of tokens (C, N, d). N depends on encoder and connector; the tokens of several encoders are
-            joined clip by clip.
+            AudioFeatures of tokens (C, N, d). N depends on encoder and connector; the tokens of a clip's windows are
+            joined, and those of several encoders clip by clip.
 
         Raises:
             TypeError, ValueError: there is not a tensor for every tower, or one of another shape, or the lengths have
                 another shape.
         """
         encoded = self._encoded(input_features, encoder_states)
-        lengths = lengths_by_tower(audio_lengths, encoded)
-        cut = without_padding(self.config.encoders, encoded, lengths)
-        entries = by_entry(self.config.encoders, list(zip(cut, lengths, strict=True)))
+        windows = windows_of(self.config.encoders, [tower.features for tower in self._towers()])
+        split = [
+            (None, None) if valid is None else window_lengths(valid, window, states.shape[0])
+            for valid, window, states in zip(lengths_by_tower(audio_lengths, encoded), windows, encoded, strict=True)
+        ]
+        cut = without_padding(self.config.encoders, encoded, [lengths for lengths, _ in split])
+        entries = by_entry(self.config.encoders, list(zip(cut, split, strict=True)))
         connected: list[Clips] = []
         by_integration: dict[str, list[Clips]] = {}
         for connector, (entry, of_towers) in zip(self.multi_modal_projector, entries, strict=True):
-            clips = connect(cast(Connector, connector), [states for states, _ in of_towers], of_towers[0][1])
+            lengths, counts = of_towers[0][1]
+            of_windows = connect(cast(Connector, connector), [states for states, _ in of_towers], lengths)
+            clips = join_windows(of_windows, counts)
             connected.append(clips)
             by_integration.setdefault(entry["integration"], []).append(clips)
         if self.config.summary_tokens:
@@ -87,11 +94,11 @@ class Listener:
     def _encoded(
         self, input_features: Tensor | Sequence[Tensor] | None, encoder_states: Tensor | Sequence[Tensor] | None
     ) -> list[Tensor]:
-        """Return the states (C, N, width) of every tower, which runs unless they are given."""
+        """Return the states (W, N, width) of every tower, which runs unless they are given."""
         if (input_features is None) == (encoder_states is None):
             got = "neither" if input_features is None else "both"
             raise ValueError(f"audio must be input_features or encoder_states, got {got}")
-        towers = [cast(Tower, tower) for tower in self.audio_tower]
+        towers = self._towers()
         if encoder_states is not None:
             windows = [(tower.features.num_states, tower.hidden_size) for tower in towers]
             if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.audio_tower.parameters()):
@@ -100,7 +107,11 @@ class Listener:
         features = tensors_of(input_features)
         if len(features) != len(towers):
             raise ValueError(f"input_features must hold a tensor for each of {len(towers)} towers, got {len(features)}")
-        return [tower(clips) for tower, clips in zip(towers, features, strict=True)]
+        most = self.config.encoder_batch
+        return [encode(tower, windows, most) for tower, windows in zip(towers, features, strict=True)]
+
+    def _towers(self) -> list[Tower]:
+        return [cast(Tower, tower) for tower in self.audio_tower]
 
     def listen(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, audio: AudioInputs, before: Tensor | None

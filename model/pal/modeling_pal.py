@@ -49,10 +49,12 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
 
     - input_ids, attention_mask (B, T): texts, padded on either side in ``forward``, on the left in ``generate``. Every
       token that enters by PLITS has a placeholder ``config.audio_token_id`` there, in the order of the clips.
-    - input_features: C clips as the tower's ``features`` makes them, (C, ...), or a list of them, one per tower.
-    - encoder_states: instead of them the states (C, N, width) that a tower made of them, or a list with a tensor for
+    - input_features: the windows of C clips in order as the tower's ``features`` makes them, (W, ...), or a list of
+      them, one per tower. A clip longer than a tower hears has several, all full but its last; W may differ by tower.
+    - encoder_states: instead of them the states (W, N, width) that a tower made of them, or a list with a tensor for
       each tower; states beyond the valid ones may be cut off. No tower runs.
-    - audio_lengths (C,) or (C, towers): the valid states of each clip; None: all.
+    - audio_lengths (C,) or (C, towers): the valid states of each clip, of all its windows together; None: each window
+      is a clip, and all its states are valid.
     - audio_index (B, K): the clips of each text in their order, -1 where there is none; None: the clips are heard in
       their order, each text as many as fill its placeholders; without PLITS clip b belongs to text b, and C == B.
       Texts may share a clip.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-__all__ = ["GROUPS", "Options", "is_option", "read_options"]
+__all__ = ["GROUPS", "Options", "is_option", "read_options", "with_rate"]
 
 GROUPS = ("text_kwargs", "audio_kwargs", "common_kwargs", "images_kwargs", "videos_kwargs")
 # Options of transformers' processors that have one meaning here, and the values that say it.
@@ -105,6 +105,15 @@ def read_options(caller: Mapping[str, Any], tokenizer: Any, **defaults: Any) -> 
     if asked and options.padding != "max_length" and not options.truncation:
         raise ValueError(f'max_length must come with padding="max_length" or truncation=True, got {options.max_length}')
     return options
+
+
+def with_rate(options: Mapping[str, Any], sampling_rate: int | None) -> Mapping[str, Any]:
+    """Return the options with the rate that a keyword of its own gives."""
+    if sampling_rate is None:
+        return options
+    if options.get("sampling_rate") is not None:
+        raise ValueError("sampling_rate must be given once, got it as a keyword and in processor_kwargs")
+    return {**options, "sampling_rate": sampling_rate}
 
 
 def _group(name: str, group: Any) -> dict[str, Any]:

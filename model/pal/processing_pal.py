@@ -1,5 +1,6 @@
 """From texts and clips to the inputs that :class:`PalForConditionalGeneration` takes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -12,11 +13,12 @@ from palkernels.model.audio.waveforms import waveform
 from palkernels.model.encoders.registry import TOWERS
 from palkernels.model.pal.configuration_pal import PalConfig, complete_entry
 from palkernels.model.pal.messages import ChatTemplate, conversations_of, template_source, template_variables
-from palkernels.model.pal.options import Options, is_option, read_options
+from palkernels.model.pal.options import Options, is_option, read_options, with_rate
 from palkernels.model.pal.parts import by_entry, outline_connectors, tower_settings
 from palkernels.model.pal.rows import (
     IGNORED,
     Span,
+    arrays,
     checked_clips,
     cut,
     distinct,
@@ -28,8 +30,11 @@ from palkernels.model.pal.rows import (
     table,
 )
 from palkernels.model.pal.tokenizer import AUDIO_TOKEN, knows_token
+from palkernels.model.pal.windows import features_of, output_lengths, windows_of
 
 __all__ = ["PalProcessor"]
+
+BYTES_OF_A_SECOND = 4 * 16_000  # in float32
 
 
 class PalProcessor(ProcessorMixin):  # type: ignore[misc]
@@ -42,12 +47,13 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
             ``config.audio_token_id``.
         chat_template: the template that :meth:`apply_chat_template` renders messages with, or several by name; None:
             the tokenizer's own, which need not know of audio.
-        max_seconds: the longest clip; None: what the encoder with the shortest window hears. Longer ones are refused.
+        max_seconds: the longest clip, longer ones are refused; None: what ``max_bytes`` hold at 16 kHz in float32. A
+            clip longer than an encoder hears is cut into windows.
         max_bytes: the largest file or array.
 
     Raises:
-        ValueError: the tokenizer lacks ``audio_token``, ``max_seconds`` is more than an encoder hears, or an entry of
-            ``encoders`` is malformed.
+        ValueError: the tokenizer lacks ``audio_token``, ``max_seconds`` is not positive, or an entry of ``encoders`` is
+            malformed.
     """
 
     # Positional: transformers reads the names of positional arguments only when it loads a processor.
@@ -75,13 +81,10 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         self._features = [
             TOWERS[tower_type].make_features(settings) for tower_type, settings in tower_settings(self.encoders)
         ]
-        window = min(features.max_samples / features.sampling_rate for features in self._features)
-        self.max_seconds = window if max_seconds is None else max_seconds
-        if not 0 < self.max_seconds <= window:
-            raise ValueError(
-                f"max_seconds must be above 0 and at most {window:g}, the longest clip that every encoder hears whole, "
-                f"got {max_seconds!r}"
-            )
+        self._windows = windows_of(self.encoders, self._features)
+        self.max_seconds = max_seconds
+        if max_seconds is not None and not 0 < max_seconds < math.inf:
+            raise ValueError(f"max_seconds must be positive and finite, or None, got {max_seconds!r}")
         self._connectors = outline_connectors(self.encoders)
 
     @classmethod
@@ -145,7 +148,7 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
             TypeError: an option is not known.
             ValueError: clips and tokens do not match, or an argument is none of these.
         """
-        read = read_options(_with_rate(options, sampling_rate), self.tokenizer)
+        read = read_options(with_rate(options, sampling_rate), self.tokenizer)
         texts: list[Any] = list(text) if is_list(text) else [text]
         if not texts or not all(isinstance(one, str) for one in texts):
             kinds = sorted({type(one).__name__ for one in texts}) or "none"
@@ -189,10 +192,12 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
             data["audio_lengths"] = lengths
             data["audio_index"] = table(index, -1)
             data["insert_at"] = table([row.places for row in rows], 0)
-        return BatchFeature(_arrays(data) if options.return_tensors == "np" else data)
+        return BatchFeature(arrays(data) if options.return_tensors == "np" else data)
 
     def audio_features(self, clips: Sequence[Any], sampling_rate: int | None = None) -> tuple[list[Tensor], Tensor]:
         """Return the ``input_features`` of C clips, one tensor per tower, and their ``audio_lengths`` (C, towers).
+
+        A tower's tensor holds the windows of all clips in order: one for a clip that the tower hears whole.
 
         Args:
             clips: in the forms that ``__call__`` takes.
@@ -203,12 +208,13 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         """
         input_features, lengths = [], []
         at_rate: dict[int, list[Tensor]] = {}
-        for features in self._features:
+        seconds = self.max_bytes / BYTES_OF_A_SECOND if self.max_seconds is None else self.max_seconds
+        for features, window in zip(self._features, self._windows, strict=True):
             rate = features.sampling_rate
             if rate not in at_rate:
-                limits: dict[str, Any] = {"max_seconds": self.max_seconds, "max_bytes": self.max_bytes}
+                limits: dict[str, Any] = {"max_seconds": seconds, "max_bytes": self.max_bytes}
                 at_rate[rate] = [waveform(clip, sampling_rate, rate, **limits) for clip in clips]
-            tower_features, tower_lengths = features(at_rate[rate])
+            tower_features, tower_lengths = features_of(at_rate[rate], features, window)
             input_features.append(tower_features)
             lengths.append(tower_lengths)
         return input_features, torch.stack(lengths, dim=1)
@@ -216,10 +222,10 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
     def num_placeholders(self, audio_lengths: Tensor) -> Tensor:
         """Return how many PLITS tokens each clip has (C,), from its valid states ``audio_lengths`` (C, towers)."""
         total = torch.full_like(audio_lengths[:, 0], self.summary_tokens)
-        entries = by_entry(self.encoders, audio_lengths.unbind(1))
-        for connector, (entry, lengths) in zip(self._connectors, entries, strict=True):
+        towers = list(zip(audio_lengths.unbind(1), self._windows, strict=True))
+        for connector, (entry, of_towers) in zip(self._connectors, by_entry(self.encoders, towers), strict=True):
             if entry["integration"] == "plits":
-                total = total + connector.output_lengths(lengths[0])
+                total = total + output_lengths(connector, *of_towers[0])
         return total
 
     def apply_chat_template(
@@ -284,7 +290,7 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         for name, value in (("tools", tools), ("documents", documents)):
             if value and name not in variables:
                 raise ValueError(f"{name} must be None for a chat template that does not name them, got {len(value)}")
-        read = read_options(_with_rate(options, sampling_rate), self.tokenizer, add_special_tokens=False)
+        read = read_options(with_rate(options, sampling_rate), self.tokenizer, add_special_tokens=False)
         marked = output_labels or return_assistant_tokens_mask
         if marked and not (tokenize and return_dict):
             raise ValueError("tokenize and return_dict must be True for labels and masks, got False")
@@ -328,19 +334,3 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
             return clips
         remaining = iter(clips)
         return [[next(remaining) for _ in range(count)] for count in counts]
-
-
-def _arrays(data: Any) -> Any:
-    """Return tensors as NumPy arrays, in dicts and lists as they are."""
-    if isinstance(data, dict):
-        return {name: _arrays(value) for name, value in data.items()}
-    return [_arrays(value) for value in data] if isinstance(data, list) else data.numpy()
-
-
-def _with_rate(options: dict[str, Any], sampling_rate: int | None) -> dict[str, Any]:
-    """Return the options with the rate that a keyword of its own gives."""
-    if sampling_rate is None:
-        return options
-    if options.get("sampling_rate") is not None:
-        raise ValueError("sampling_rate must be given once, got it as a keyword and in processor_kwargs")
-    return {**options, "sampling_rate": sampling_rate}

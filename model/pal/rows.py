@@ -18,6 +18,7 @@ __all__ = [
     "IGNORED",
     "Row",
     "Span",
+    "arrays",
     "checked_clips",
     "cut",
     "distinct",
@@ -162,6 +163,13 @@ def table(of_texts: Sequence[Sequence[int]], filler: int) -> Tensor:
     """Return the numbers of each text as (B, K), filled up to the longest list, K at least 1."""
     longest = max(1, *map(len, of_texts))
     return torch.tensor([[*numbers, *[filler] * (longest - len(numbers))] for numbers in of_texts])
+
+
+def arrays(data: Any) -> Any:
+    """Return tensors as NumPy arrays, in dicts and lists as they are."""
+    if isinstance(data, dict):
+        return {name: arrays(value) for name, value in data.items()}
+    return [arrays(value) for value in data] if isinstance(data, list) else data.numpy()
 
 
 def is_list(value: Any) -> TypeGuard[Sequence[Any]]:

@@ -26,8 +26,8 @@ HOSTILE = {
     "rate": (torch.zeros(9), 16_000.5, "sampling_rate must be an integer"),
     "slow": (torch.zeros(9), 10, "audio must have a sampling rate of 1000 to 768000 Hz, got 10 Hz"),
     "odd rate": (torch.zeros(9), 44_101, "audio must have a sampling rate with a larger common divisor"),
-    "long": (torch.zeros(1).expand(10**12), 16_000, "audio must be at most 10.24 s long, got 62500000.00 s"),
-    "long array": (numpy.broadcast_to(numpy.float32(0), 10**12), 16_000, "audio must be at most 10.24 s long"),
+    "long": (torch.zeros(1).expand(10**12), 16_000, "audio must be at most 781.25 s long, got 62500000.00 s"),
+    "long array": (numpy.broadcast_to(numpy.float32(0), 10**12), 16_000, "audio must be at most 781.25 s long"),
     "bytes": (torch.zeros(1, dtype=torch.float64).expand(7 * 10**6), 768_000, "audio must have at most 50000000 bytes"),
 }  # fmt: skip
 WAV = (  # 64 channels of 16 bits at 48 kHz, as long as the format can say

@@ -83,6 +83,8 @@ WRONG = [
     ((entry("clap"), entry("sslam", "flamingo")), {}, "audio must enter by LAL or by Flamingo, besides PLITS, got"),
     ((entry("clap"),), {"flamingo": {"every": 2}}, "flamingo must be a dict where audio enters by it, else None"),
     ((entry("clap"),), {"freeze_ffn": 1}, "freeze_ffn must be a bool"),
+    ((entry("clap"),), {"encoder_batch": 0}, "encoder_batch must be an integer, at least 1, got 0"),
+    ((entry("clap"),), {"encoder_batch": 2.0}, "encoder_batch must be an integer, at least 1, got 2.0"),
     ((entry("clap"),), {"text_config": {"hidden_size": 8}}, "text_config must have a model_type"),
     ((entry("clap"),), {"text_config": None}, "text_config must be a config or a dict"),
 ]  # fmt: skip

@@ -118,8 +118,8 @@ def test_what_does_not_fit_is_refused(run):
     for states, error, message in (
         (whisper, ValueError, "encoder_states must hold a tensor for each of 2 towers, got 1"),
         ([whisper, sslam.long()], TypeError, r"encoder_states\[1\] must be a tensor of floats, got torch.int64"),
-        ([whisper[0], sslam], ValueError, r"\[0\] must be \(C, 1 to 1500, 16\), got shape \(1500, 16\)"),
-        ([whisper, sslam[..., :8]], ValueError, r"\[1\] must be \(C, 1 to 512, 16\), got shape \(3, 512, 8\)"),
+        ([whisper[0], sslam], ValueError, r"\[0\] must be \(W, 1 to 1500, 16\), got shape \(1500, 16\)"),
+        ([whisper, sslam[..., :8]], ValueError, r"\[1\] must be \(W, 1 to 512, 16\), got shape \(3, 512, 8\)"),
         ([torch.cat([whisper, whisper], 1), sslam], ValueError, r"got shape \(3, 3000, 16\)"),
         ([whisper[:0], sslam[:0]], ValueError, "encoder_states must hold at least one clip, got none"),
         ([whisper[:, :3], sslam], ValueError, "lengths must be from 0 to 3"),

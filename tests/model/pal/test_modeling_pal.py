@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused():
         model(batch["input_ids"], batch["attention_mask"])
     with pytest.raises(ValueError, match="input_features must hold a tensor for each of 2 towers, got 1"):
         model(**{**batch, "input_features": batch["input_features"][0]})
-    with pytest.raises(ValueError, match=r"audio_lengths must be \(C, towers\) = \(3, 2\), got \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"audio_lengths must be \(C, towers\) with 2 towers, got \(3, 1\)"):
         model(**{**batch, "audio_lengths": batch["audio_lengths"][:, :1]})
     with pytest.raises(TypeError, match=r"audio_index must have an integer dtype, got torch.float32"):
         model(**{**batch, "audio_index": batch["audio_index"].float()})

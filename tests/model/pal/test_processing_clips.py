@@ -43,8 +43,8 @@ class Decoder:
 
 @pytest.fixture(scope="module")
 def both():
-    """The processor of a model with Whisper by PLITS and SSLAM by LAL."""
-    return PalProcessor(TOKENIZER, [entry("whisper", "plits"), entry("sslam")])
+    """The processor of a model with Whisper by PLITS and SSLAM by LAL, for clips of ten seconds and a million bytes."""
+    return PalProcessor(TOKENIZER, [entry("whisper", "plits"), entry("sslam")], max_seconds=10, max_bytes=10**6)
 
 
 def forms(rate):
@@ -147,20 +147,20 @@ REFUSED = {
     "no rate": ({"array": tone().numpy()}, r"an array and its sampling_rate, bytes or a path, got \['array'"),
     "bytes": ({"bytes": b"RIFF", "path": "a.wav"}, "audio file in memory must hold intact WAV, FLAC, OGG or MP3"),
     "no bytes": ({"bytes": b"", "path": "a.wav"}, "audio file in memory must hold audio, got an empty file"),
-    "many bytes": (bytes(100_000_001), "audio file in memory must have at most 100000000 bytes, got 100000001"),
+    "many bytes": (bytes(10**6 + 1), "audio file in memory must have at most 1000000 bytes, got 1000001"),
     "text for bytes": ({"bytes": "RIFF", "path": "a.wav"}, r"bytes or a path, got \['bytes', 'path'\]"),
     "an address": ({"url": "https://example.org"}, r"bytes or a path, got \['url'\]"),
     "a list": ({"array": [0.1], "sampling_rate": 16_000}, "audio must be a NumPy array, a tensor or a path, got list"),
     "rank 2": ({"array": SECOND, "sampling_rate": 16_000}, r"must have shape \(samples,\), one channel, got \(1, 1"),
     "a float rate": ({"array": tone(), "sampling_rate": 16e3}, "sampling_rate must be an integer, got 16000.0"),
-    "long": (Samples(SECOND.expand(1, 16_000).repeat(1, 11), 16_000), "must be at most 10.24 s long, got 11.00 s"),
+    "long": (Samples(SECOND.expand(1, 16_000).repeat(1, 11), 16_000), "must be at most 10 s long, got 11.00 s"),
     "long by its header": (Decoder(Samples(SECOND, 16_000), 1e9), "got 1000000000.00 s by its header"),
     "undecodable": (Decoder(Samples(SECOND, 1), fault=RuntimeError("bad\nframe")), "must be decodable, got bad"),
     "flat": (Samples(SECOND[0], 16_000), r"a float tensor \(channels, samples\), got \(16000,\) of torch.float32"),
     "integers": (Samples(SECOND.short(), 16_000), r"\(channels, samples\), got \(1, 16000\) of torch.int16"),
     "no tensor": (Samples([[0.1]], 16_000), r"\(channels, samples\), got list"),
     "wide": (Samples(torch.zeros(65, 10), 16_000), "must have 1 to 64 channels, got 65"),
-    "large": (Samples(torch.zeros(64, 1).expand(64, 10**9), 16_000), "must have at most 100000000 bytes"),
+    "large": (Samples(torch.zeros(64, 1).expand(64, 10**9), 16_000), "must have at most 1000000 bytes"),
     "empty": (Samples(torch.zeros(1, 0), 16_000), "must hold at least one sample, got none"),
     "nan": (Samples(torch.full((2, 9), torch.nan), 16_000), "must hold finite samples"),
 }  # fmt: skip

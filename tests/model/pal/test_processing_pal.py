@@ -204,17 +204,12 @@ def test_the_tokenizer_must_know_the_token(both, tmp_path):
     changed = PalConfig(**{**config.to_dict(), "audio_token_id": 7})
     with pytest.raises(ValueError, match="the audio token must have the id 7 as in the config, got 2"):
         PalProcessor.from_config(TOKENIZER, changed)
-    with pytest.raises(
-        ValueError,
-        match=r"max_seconds must be above 0 and at most 10.24, the longest clip that every encoder hears whole, got 11",
-    ):
-        PalProcessor(TOKENIZER, both.encoders, max_seconds=11)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_arrays(name):
     clip, rate, message = HOSTILE[name]
-    processor = PalProcessor(TOKENIZER, [entry("sslam"), entry("whisper")], max_bytes=50 * 10**6)
+    processor = hostile.processor()
     with pytest.raises(AudioError, match=message) as caught:
         processor(AUDIO_TOKEN, clip, rate)
     assert "\n" not in str(caught.value)
@@ -225,9 +220,10 @@ def test_hostile_files(both, tmp_path):
     write_wav(tmp_path / "wide.wav", numpy.zeros(10), channels=65)
     write_wav(tmp_path / "slow.wav", numpy.zeros(10), rate=999)
     (tmp_path / "no.wav").write_bytes(b"RIFF and nothing else")
+    short = PalProcessor(TOKENIZER, both.encoders, max_seconds=10.5)
     small = PalProcessor(TOKENIZER, both.encoders, max_bytes=1000)
     for processor, name, message in (
-        (both, "long.wav", "must be at most 10.24 s long, got 11.00 s by its header"),
+        (short, "long.wav", "must be at most 10.5 s long, got 11.00 s by its header"),
         (both, "wide.wav", "must have 1 to 64 channels, got 65"),
         (both, "slow.wav", "must have a sampling rate of 1000 to 768000 Hz, got 999 Hz"),
         (both, "no.wav", "must hold intact WAV, FLAC, OGG or MP3 audio"),
