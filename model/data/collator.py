@@ -76,7 +76,7 @@ class Collator:
     def fitting(self, samples: Sequence[Sample], *, progress: bool = False) -> Samples:
         """Return the samples that batches can be made of; the others are among ``dropped``.
 
-        Dropped are samples with a clip longer than ``processor.max_seconds`` or that cannot be read, those whose text
+        Dropped are samples with a clip longer than ``processor.longest_clip`` or that cannot be read, those whose text
         has more than ``max_tokens`` tokens, and those whose text the template refuses.
 
         Raises:
@@ -87,7 +87,7 @@ class Collator:
         lengths.look_at((clip for sample in samples for clip in sample.clips()), progress=progress)
         fitting: list[Sample] = []
         for sample in tqdm(samples, "samples", disable=None if progress else True):
-            reason = lengths.unfit(sample.clips(), self.processor.max_seconds) or self._refusal(sample, lengths)
+            reason = lengths.unfit(sample.clips(), self.processor.longest_clip) or self._refusal(sample, lengths)
             if reason is None:
                 fitting.append(sample)
             else:
@@ -164,9 +164,7 @@ class Collator:
 
     def _states_of(self, clip: Any, lengths: LengthsOfClips) -> Tensor:
         """Return how many states each encoder makes of a clip, (towers,)."""
-        length = lengths.of(clip)
-        of_towers = self.processor._features
-        return torch.tensor([one.state_length(length.samples(one.sampling_rate)) for one in of_towers])
+        return self.processor.state_lengths(lengths.of(clip).samples)
 
 
 def _lengths_of(samples: Sequence[Sample]) -> LengthsOfClips:

@@ -1,7 +1,7 @@
 """From texts and clips to the inputs that :class:`PalForConditionalGeneration` takes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -30,7 +30,7 @@ from palkernels.model.pal.rows import (
     table,
 )
 from palkernels.model.pal.tokenizer import AUDIO_TOKEN, knows_token
-from palkernels.model.pal.windows import features_of, output_lengths, windows_of
+from palkernels.model.pal.windows import features_of, output_lengths, state_length, windows_of
 
 __all__ = ["PalProcessor"]
 
@@ -208,16 +208,29 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         """
         input_features, lengths = [], []
         at_rate: dict[int, list[Tensor]] = {}
-        seconds = self.max_bytes / BYTES_OF_A_SECOND if self.max_seconds is None else self.max_seconds
         for features, window in zip(self._features, self._windows, strict=True):
             rate = features.sampling_rate
             if rate not in at_rate:
-                limits: dict[str, Any] = {"max_seconds": seconds, "max_bytes": self.max_bytes}
+                limits: dict[str, Any] = {"max_seconds": self.longest_clip, "max_bytes": self.max_bytes}
                 at_rate[rate] = [waveform(clip, sampling_rate, rate, **limits) for clip in clips]
             tower_features, tower_lengths = features_of(at_rate[rate], features, window)
             input_features.append(tower_features)
             lengths.append(tower_lengths)
         return input_features, torch.stack(lengths, dim=1)
+
+    @property
+    def longest_clip(self) -> float:
+        """The seconds of the longest clip: ``max_seconds``, or what ``max_bytes`` hold."""
+        return self.max_bytes / BYTES_OF_A_SECOND if self.max_seconds is None else self.max_seconds
+
+    def state_lengths(self, samples: Callable[[int], int]) -> Tensor:
+        """Return the valid states (towers,) that :meth:`audio_features` tells of a clip, without the clip.
+
+        Args:
+            samples: from a rate in Hz to the clip's samples at this rate, at least 1.
+        """
+        towers = zip(self._features, self._windows, strict=True)
+        return torch.tensor([state_length(samples(one.sampling_rate), one, window) for one, window in towers])
 
     def num_placeholders(self, audio_lengths: Tensor) -> Tensor:
         """Return how many PLITS tokens each clip has (C,), from its valid states ``audio_lengths`` (C, towers)."""

@@ -22,7 +22,16 @@ from palkernels.model.encoders.base import Tower
 from palkernels.model.pal.clips import Clips
 from palkernels.model.pal.parts import by_entry
 
-__all__ = ["Window", "encode", "features_of", "join_windows", "output_lengths", "window_lengths", "windows_of"]
+__all__ = [
+    "Window",
+    "encode",
+    "features_of",
+    "join_windows",
+    "output_lengths",
+    "state_length",
+    "window_lengths",
+    "windows_of",
+]
 
 
 class Window(NamedTuple):
@@ -60,6 +69,12 @@ def features_of(clips: Sequence[Tensor], features: Features, window: Window) -> 
     input_features, lengths = features([part for parts in windows for part in parts])
     of_clips = lengths.split([len(parts) for parts in windows])
     return input_features, torch.stack([parts.sum() for parts in of_clips])
+
+
+def state_length(samples: int, features: Features, window: Window) -> int:
+    """Return how many states of all windows together are valid for a clip of ``samples`` samples, at least 1."""
+    full = (samples - 1) // window.samples
+    return full * window.states + features.state_length(samples - full * window.samples)
 
 
 def encode(tower: Tower, input_features: Tensor, most: int) -> Tensor:

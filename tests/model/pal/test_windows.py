@@ -233,6 +233,7 @@ def test_fused_encoders_are_cut_at_the_same_times(rate, surplus):
     count = 3 if surplus > 0 else 2
     assert [tensor.shape[0] for tensor in features] == [count, count]
     assert lengths.tolist() == [[504 * 2 + 8 * (count - 2), 64 * 2 + 2 * (count - 2)]]
+    assert processor.state_lengths(lambda hertz: -(-noise.numel() * hertz // rate)).tolist() == lengths[0].tolist()
     assert processor.num_placeholders(lengths).tolist() == [9 * 63 * 2 + 9 * (count - 2)]
 
 
