@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,7 +37,7 @@ class LengthsOfClips:
             self._of_files.update(zip(paths, shown, strict=True))
 
     def of(self, clip: Any) -> ClipLength:
-        """Return the length of a clip: a path, bytes, or a dict with an array and its rate.
+        """Return the length of a clip: a path, bytes, or a dict with either or with an array and its rate.
 
         Raises:
             AudioError: It cannot be read.
@@ -70,8 +70,10 @@ class LengthsOfClips:
 
 def _look_at(clip: Any) -> ClipLength | RejectedError:
     """Return the length of a clip, or why it cannot be told."""
-    if isinstance(clip, dict) and isinstance(clip.get("array"), numpy.ndarray | Tensor):
+    if isinstance(clip, Mapping) and isinstance(clip.get("array"), numpy.ndarray | Tensor):
         return ClipLength(len(clip["array"]), int(clip["sampling_rate"]))
+    if isinstance(clip, Mapping):
+        clip = clip.get("bytes") or clip.get("path")
     if isinstance(clip, str) and not os.path.exists(clip):
         return RejectedError(AUDIO_MISSING, f"audio file {clip!r} must exist, got no such file")
     try:
