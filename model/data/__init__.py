@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from palkernels import lazy as _lazy
 
 if TYPE_CHECKING:
+    from palkernels.model.data.buckets import LengthBuckets
     from palkernels.model.data.collator import Collator
     from palkernels.model.data.mixture import Mixture
     from palkernels.model.data.reading import read
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from palkernels.model.data.samples import Dropped, Samples
     from palkernels.model.data.sources import Source
 
-__all__ = ["Collator", "Dropped", "Mixture", "Sample", "Samples", "Source", "read"]
+__all__ = ["Collator", "Dropped", "LengthBuckets", "Mixture", "Sample", "Samples", "Source", "read"]
 
 _NAMES_BY_MODULE = {
+    "buckets": ("LengthBuckets",),
     "collator": ("Collator",),
     "mixture": ("Mixture",),
     "reading": ("read",),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -11,7 +13,7 @@ from palkernels.model.data.sample import Sample
 from palkernels.model.data.seeds import permutation
 from palkernels.model.data.sources import check_weight
 
-__all__ = ["Mixture"]
+__all__ = ["Mixture", "MixtureLengths"]
 
 
 class Mixture(Dataset[Sample]):
@@ -61,36 +63,22 @@ class Mixture(Dataset[Sample]):
         return sum(self.counts)
 
     def __getitem__(self, index: int) -> Sample:
-        part, number = self._place(index)
-        return self.parts[part][number]
-
-    def lengths(self, of: Callable[[Sample], float]) -> list[float]:
-        """Return how long each sample of this epoch is, for buckets; each distinct sample is measured once.
-
-        Args:
-            of: Tells it of a sample, as :meth:`Collator.length` does.
-        """
-        measured: list[dict[int, float]] = [{} for _ in self.parts]
-        lengths = []
-        for index in range(len(self)):
-            part, number = self._place(index)
-            if number not in measured[part]:
-                measured[part][number] = of(self.parts[part][number])
-            lengths.append(measured[part][number])
-        return lengths
-
-    def _place(self, index: int) -> tuple[int, int]:
-        """Return a sample's part, and its number there."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index must be below {len(self)}, got {index}")
         index %= len(self)
-        for part, count in enumerate(self.counts):
-            if index < count:
-                return part, int(self._numbers()[part][index])
-            index -= count
-        raise AssertionError
+        part = next(part for part, stop in enumerate(accumulate(self.counts)) if index < stop)
+        number = int(self.numbers()[part][index - sum(self.counts[:part])])
+        return self.parts[part][number]
 
-    def _numbers(self) -> list[torch.Tensor]:
+    def lengths(self, of: Callable[[Sequence[Sample]], Sequence[float]]) -> MixtureLengths:
+        """Return how long each sample is, for :class:`LengthBuckets`: those of the epoch that the mixture is in.
+
+        Args:
+            of: Measures samples, as :meth:`Collator.lengths` does. Each part is measured once.
+        """
+        return MixtureLengths(self, [list(of(part)) for part in self.parts])
+
+    def numbers(self) -> list[torch.Tensor]:
         """Return the numbers of each part's samples in this epoch."""
         epoch = self.epoch
         if self._drawn is None or self._drawn[0] != epoch:
@@ -108,3 +96,40 @@ class Mixture(Dataset[Sample]):
         ]
         first = start - start // size * size
         return torch.cat(rounds)[first : first + count]
+
+
+class MixtureLengths(Sequence[float]):
+    """How long the samples of a mixture are, in the epoch that it is in.
+
+    Args:
+        mixture: The mixture.
+        measured: The lengths of each part's samples.
+    """
+
+    def __init__(self, mixture: Mixture, measured: Sequence[Sequence[float]]) -> None:
+        self.mixture = mixture
+        self.measured = [torch.tensor(lengths, dtype=torch.float64) for lengths in measured]
+
+    @property
+    def epoch(self) -> int:
+        """The mixture's."""
+        return self.mixture.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the mixture to another epoch."""
+        self.mixture.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._all()[index]
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self._all())
+
+    def _all(self) -> list[float]:
+        numbers = self.mixture.numbers()
+        of_parts = [lengths[drawn] for lengths, drawn in zip(self.measured, numbers, strict=True)]
+        lengths: list[float] = torch.cat(of_parts).tolist()
+        return lengths

@@ -71,14 +71,17 @@ def test_workers_that_stay_see_the_epoch(method):
 def test_lengths_are_of_the_epochs_samples():
     mixture, measured = Mixture(PARTS, [0.5, 1.0, 2.0]), []
 
-    def length(one):
-        measured.append(one)
-        return int(one.messages[-1]["content"][1:])
+    def lengths_of(samples):
+        measured.extend(samples)
+        return [int(answer[1:]) for answer in said(samples)]
 
-    for epoch in range(2):
-        mixture.set_epoch(epoch)
-        assert mixture.lengths(length) == [int(answer[1:]) for answer in said(mixture)]
-    assert len(measured) == 2 * (5 + 7 + 4)
+    lengths = mixture.lengths(lengths_of)
+    for epoch in (0, 1, 0):
+        lengths.set_epoch(epoch)
+        assert mixture.epoch == lengths.epoch == epoch
+        assert list(lengths) == [int(answer[1:]) for answer in epochs(2)[epoch]]
+    assert lengths[3] == list(lengths)[3]
+    assert measured == [one for part in PARTS for one in part]
 
 
 def test_what_is_no_mixture():
