@@ -46,8 +46,7 @@ def count_calls(run):
     def note(frame, event, argument):
         calls[event] += 1
 
-    gc.collect()  # else what earlier tests left is finalized within, now and then
-    gc.disable()
+    gc.disable()  # else what earlier tests left is finalized within, now and then
     sys.setprofile(note)
     try:
         run()

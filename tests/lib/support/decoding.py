@@ -38,26 +38,25 @@ def deep(family, layers):
 
 
 def per_step(generate, count):
-    """What a further step adds to a call of ``generate``, which takes the number of tokens.
+    """What a further step adds to a call of ``generate``, which takes the number of tokens: a number for each name.
 
     Args:
-        count: counts what a function without arguments does.
+        count: counts what a function without arguments does, by name.
     """
     generate(TOKENS[0])
     few, many = (count(lambda tokens=tokens: generate(tokens)) for tokens in TOKENS)
-    return (many - few) / (TOKENS[1] - TOKENS[0])
+    return {name: (many[name] - few[name]) / (TOKENS[1] - TOKENS[0]) for name in few}
 
 
 def per_layer_and_step(model_of, count):
-    """What a further layer adds to what a further step adds; ``model_of`` takes the number of layers, and returns what
-    generates."""
+    """What a further layer adds to what a further step adds, by name; ``model_of`` takes the number of layers, and
+    returns what generates."""
     few, many = (per_step(model_of(layers), count) for layers in LAYERS)
-    return (many - few) / (LAYERS[1] - LAYERS[0])
+    return {name: (many[name] - few[name]) / (LAYERS[1] - LAYERS[0]) for name in few}
 
 
-# By name: what is counted.
+# What is counted in one run.
 HOST = {
-    "Python calls": lambda run: count_calls(run)[0],
-    "C calls": lambda run: count_calls(run)[1],
-    "operators": count_operators,
+    "calls": lambda run: dict(zip(("Python calls", "C calls"), count_calls(run), strict=True)),
+    "operators": lambda run: {"operators": count_operators(run)},
 }

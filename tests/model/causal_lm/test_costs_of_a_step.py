@@ -70,8 +70,12 @@ def test_a_layer_with_audio_asks_no_more_of_the_host(family, kind, cache, counte
     stock = of_stock(family, cache, KINDS[kind], counted)
     change = functools.partial(attach, config=LalConfig(impl="sdpa"))
     ours = per_layer_and_step(generating(family, cache, KINDS[kind], kind, change), HOST[counted])
-    assert ours == stock if counted == "operators" else ours + REPEATED[counted] <= MOST * stock
-    assert stock > 0
+    assert min(stock.values()) > 0
+    if counted == "operators":
+        assert ours == stock
+    else:
+        for name, calls in stock.items():
+            assert ours[name] + REPEATED[name] <= MOST * calls, name
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -80,7 +84,7 @@ def test_a_step_of_a_small_model_asks_hardly_more(layers, cache):
     """What is made once per step counts most where there are few layers."""
     change = functools.partial(attach, config=LalConfig(impl="sdpa"))
     stock, ours = (
-        per_step(generating("llama", cache, "left", *audio)(layers), HOST["Python calls"])
+        per_step(generating("llama", cache, "left", *audio)(layers), HOST["calls"])["Python calls"]
         for audio in ((), ("inserted", change))
     )
     assert 0 < ours <= MOST * stock
@@ -92,14 +96,17 @@ def test_no_step_waits_for_the_device(kind, cache, monkeypatch):
     """But for what generate itself waits for, as whether all texts have ended: it is a stock model without masks."""
     attached = generating("llama", cache, KINDS[kind], kind, functools.partial(attach, config=LalConfig(impl="sdpa")))
     stock = generating("llama", cache, KINDS[kind], change=with_one_operator)
-    counts = [per_step(model_of(2), lambda run: count_reads(run, monkeypatch)) for model_of in (stock, attached)]
+    counts = [
+        per_step(model_of(2), lambda run: {"reads": count_reads(run, monkeypatch)}) for model_of in (stock, attached)
+    ]
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("counted", ["Python calls", "C calls"])
-def test_an_attached_layer_without_audio_asks_hardly_more(counted):
-    stock = of_stock("llama", "dynamic", "left", counted)
-    assert per_layer_and_step(generating("llama", "dynamic", "left", change=attach), HOST[counted]) <= MOST * stock
+def test_an_attached_layer_without_audio_asks_hardly_more():
+    stock = of_stock("llama", "dynamic", "left", "calls")
+    ours = per_layer_and_step(generating("llama", "dynamic", "left", change=attach), HOST["calls"])
+    for name, calls in stock.items():
+        assert ours[name] <= MOST * calls, name
 
 
 class Recorder:
