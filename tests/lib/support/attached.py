@@ -63,12 +63,13 @@ def audio_state(kind, dtype, layers="all", num_layers=3):
 KINDS = ("prefix", "lengths", "inserted", "two clips", "shared", "shared, inserted", "per layer")
 
 
-def attached(family, kind):
+def attached(family, kind, layers=3):
     """An attached model and a left-padded batch for it, by name."""
-    model = build(family)
+    model = build(family, layers=layers)
     attach(model)
     _, padded, mask = batch(texts(), "left")
-    return model, {"input_ids": padded, "attention_mask": mask, "audio": audio_state(kind, torch.float32)}
+    state = audio_state(kind, torch.float32, num_layers=layers)
+    return model, {"input_ids": padded, "attention_mask": mask, "audio": state}
 
 
 def oracle_rows(model, rope, ids, state, layers):

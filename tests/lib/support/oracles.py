@@ -57,11 +57,13 @@ LENGTH_DEPENDENT = {
 }  # fmt: skip
 
 
-def build(family, dtype=torch.float32, seed=0):
+def build(family, dtype=torch.float32, seed=0, layers=3):
     """Return a stock model of a family of FAMILIES or LENGTH_DEPENDENT, with random weights."""
     torch.manual_seed(seed)
     model_type, changes = (FAMILIES | LENGTH_DEPENDENT)[family]
-    config = AutoConfig.for_model(model_type, **(SIZES | changes))
+    if "layer_types" in changes:
+        changes = changes | {"layer_types": changes["layer_types"][:layers]}
+    config = AutoConfig.for_model(model_type, **(SIZES | changes | {"num_hidden_layers": layers}))
     model = AutoModelForCausalLM.from_config(config, attn_implementation=STOCK_ATTENTION.get(model_type, "sdpa"))
     model = model.to(dtype).eval()
     for name, parameter in model.named_parameters():

@@ -72,9 +72,9 @@ def sharded_results(rank, world, empty):
     return results
 
 
-def with_connector():
+def with_connector(layers=3):
     """A model in training with a connector, and a batch for each of two processes: the second's is without audio."""
-    model = build("llama", torch.float64).train()
+    model = build("llama", torch.float64, layers=layers).train()
     torch.manual_seed(1)
     handle = attach(model, connector=MlpConnector(10, 64).double())
     generator = torch.Generator().manual_seed(0)

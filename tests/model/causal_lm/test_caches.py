@@ -64,7 +64,7 @@ def test_a_mask_shorter_than_a_static_caches_keys_is_refused():
 def test_static_decoding_by_hand(compiled, kind):
     """A loop over forward with a preallocated cache and one mask for all steps, in whole graphs or without: the logits
     of one forward."""
-    model, keywords = attached("llama", kind)
+    model, keywords = attached("llama", kind, layers=2)
     padded, mask, state = keywords.values()
     whole = model(**keywords, use_cache=False).logits
     torch._dynamo.reset()

@@ -1,4 +1,7 @@
-"""torch.compile of an attached model: whole graphs, and the eager results."""
+"""torch.compile of an attached model: whole graphs, and the eager results.
+
+Of two layers: the second takes what the first has made, and every further one takes as long to trace.
+"""
 
 from functools import partial
 
@@ -24,7 +27,7 @@ from palkernels.model import attach, attach_flamingo
 @pytest.mark.parametrize("way", ["lal", "flamingo"])
 def test_compiled_model_has_the_eager_gradients(way):
     """Graph breaks are allowed, wrong gradients are not."""
-    model = build("llama").train()
+    model = build("llama", layers=2).train()
     _, padded, _ = batch(texts(), "none")
     if way == "lal":
         attach(model)
@@ -46,7 +49,7 @@ def test_compiled_model_has_the_eager_gradients(way):
 )
 @torch.no_grad()
 def test_compiled_forward_is_one_graph(family, kind):
-    model, keywords = attached(family, kind)
+    model, keywords = attached(family, kind, layers=2)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     got, want = (run(**keywords, use_cache=False).logits for run in (compiled, model))
@@ -59,7 +62,7 @@ def test_compiled_forward_is_one_graph(family, kind):
 @torch.no_grad()
 def test_compiled_static_decode_is_one_graph(family):
     """Every step of generation, prefill included, in whole graphs; one graph serves all decoding steps."""
-    model, keywords = attached(family, "shared, inserted")
+    model, keywords = attached(family, "shared, inserted", layers=2)
     options = keywords | {"max_new_tokens": 8, "do_sample": False}
     want = model.generate(**options)
     torch._dynamo.reset()
@@ -80,7 +83,7 @@ def test_compiled_static_decode_is_one_graph(family):
 def test_generate_compiles_its_steps_once(family, most):
     """transformers compiles the steps behind the prompt: one graph serves them, and those of the next call, with the
     eager tokens. A second one is made for the window of transformers' own cache, which counts its first steps."""
-    model, keywords = attached(family, "shared, inserted")
+    model, keywords = attached(family, "shared, inserted", layers=2)
     options = keywords | {"max_new_tokens": 22, "do_sample": False, "eos_token_id": None}
     want = model.generate(**options)
     graphs, static = in_whole_graphs()
@@ -94,7 +97,7 @@ def test_generate_compiles_its_steps_once(family, most):
 def test_a_compiled_step_has_the_audio_where_it_is(attaching):
     """A CUDA graph copies its inputs into memory of its own, but for those that stay where they are: of a model's keys
     and values none is left to copy."""
-    model = build("llama")
+    model = build("llama", layers=2)
     attaching(model)
     _, padded, mask = batch(texts(), "left")
     copied = []

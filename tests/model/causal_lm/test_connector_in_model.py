@@ -263,7 +263,7 @@ def test_refuses_widths_that_do_not_fit():
 
 def test_compiled_whole():
     """With the connector in the graph, and without audio."""
-    model, _, batches = with_connector()
+    model, _, batches = with_connector(layers=2)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for batch in batches:
         results = []

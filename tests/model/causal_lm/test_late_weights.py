@@ -60,7 +60,7 @@ def test_refused_once_there_are_weights(make, message):
 @torch.no_grad()
 def test_weights_that_come_after_attach(family):
     """From the second forward with audio on as if they had been there, compiled too; compiling must wait for that."""
-    empty, model = without_values(lambda: build(family))
+    empty, model = without_values(lambda: build(family, layers=2))
     handle = attach(empty)
     assert "on the meta device" in str(handle.report())
     ids = batch(texts(), "none")[1]

@@ -76,7 +76,7 @@ def test_results_stay(change):
     """Also without audio, and of the stock model after detach."""
     _, padded, mask = batch(texts(), "left")
     keywords = {"input_ids": padded, "attention_mask": mask}
-    model = build("llama")
+    model = build("llama", layers=2)
     stock = model(**keywords).logits
     handle = attach(model)
     want = results(model, model, keywords)
