@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from palkernels.bench.study.sounds.signals import RATE, SHAPES, Signal, coloured_noise, faded, glide, times
+from palkernels.bench.study.sounds.signals import RATE, SHAPES, Signal, coloured_noise, faded, glide, noise_about, times
 
 __all__ = ["EVENTS", "event", "instrument"]
 
@@ -20,9 +20,7 @@ def instrument(rng: np.random.Generator, name: str, seconds: float, pitch: float
         wobble = 1 + 0.004 * np.sin(2 * np.pi * (rng.uniform(4, 7) * t + rng.random()))
         return faded(glide(pitch * wobble, name), rng.uniform(0.01, 0.1))
     if name == "noise":  # about the pitch that others have
-        spectrum = np.fft.rfft(rng.standard_normal(len(t)))
-        octaves = np.log2(np.maximum(np.arange(len(spectrum)) / seconds, 20.0) / pitch)
-        return faded(np.fft.irfft(spectrum * np.exp(-((octaves / 0.7) ** 2)), len(t)), rng.uniform(0.01, 0.1))
+        return faded(noise_about(rng, len(t), pitch), rng.uniform(0.01, 0.1))
     decay = rng.uniform(2.0, 5.0)
     if name == "bell":
         parts = [w * np.exp(-decay * r * t / 1.5) * np.sin(2 * np.pi * r * pitch * t) for r, w in BELL.items()]

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
-    "RATE", "SHAPES", "Signal", "active_rms", "at_level", "coloured_noise", "faded", "glide", "in_room", "placed",
-    "times", "tone", "wav", "with_noise",
+    "RATE", "SHAPES", "Signal", "active_rms", "at_level", "coloured_noise", "faded", "glide", "in_room",
+    "noise_about", "placed", "times", "tone", "wav", "with_noise",
 ]  # fmt: skip
 
 Signal = npt.NDArray[np.float64]
@@ -66,11 +66,27 @@ def tone(seconds: float, pitch: float, shape: str = "sine") -> Signal:
 
 def coloured_noise(rng: np.random.Generator, samples: int, slope: float) -> Signal:
     """Return noise of power 1 whose power falls with frequency**slope: 0 white, 1 pink, 2 brown."""
-    spectrum = np.fft.rfft(rng.standard_normal(samples))
-    frequency = np.maximum(np.arange(len(spectrum)) / samples * RATE, 40.0)  # no rumble below what clips hold
-    noise = np.fft.irfft(spectrum * frequency ** (-slope / 2), samples)
+    noise = _filtered_noise(rng, samples, lambda frequency: np.maximum(frequency, 40.0) ** (-slope / 2))
     result: Signal = noise / np.sqrt(np.mean(noise**2))
     return result
+
+
+def noise_about(rng: np.random.Generator, samples: int, pitch: float) -> Signal:
+    """Return noise of an octave or so about a pitch in Hz."""
+    return _filtered_noise(
+        rng, samples, lambda frequency: np.exp(-((np.log2(np.maximum(frequency, 20.0) / pitch) / 0.7) ** 2))
+    )
+
+
+def _filtered_noise(rng: np.random.Generator, samples: int, gain: Callable[[Signal], Signal]) -> Signal:
+    size = _transform_size(samples)
+    spectrum = np.fft.rfft(rng.standard_normal(size))
+    return np.fft.irfft(spectrum * gain(np.arange(len(spectrum)) / size * RATE), size)[:samples]
+
+
+def _transform_size(samples: int) -> int:
+    """Return a length of at least `samples` that Fourier transforms are fast at."""
+    return 1 << (samples - 1).bit_length()
 
 
 def placed(signal: Signal, samples: int, start: int) -> Signal:
@@ -91,7 +107,7 @@ def in_room(rng: np.random.Generator, signal: Signal, seconds: float) -> Signal:
     t = times(seconds)
     response = 0.3 * rng.standard_normal(len(t)) * 10 ** (-3 * t / seconds) / np.sqrt(seconds * RATE / 14)
     response[0] = 1.0
-    size = len(signal) + len(response) - 1
+    size = _transform_size(len(signal) + len(response) - 1)
     result: Signal = np.fft.irfft(np.fft.rfft(signal, size) * np.fft.rfft(response, size), size)[: len(signal)]
     return result
 

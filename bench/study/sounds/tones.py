@@ -32,7 +32,12 @@ def direction(draw: Draw) -> Item:
     signal = faded(glide(rng.uniform(*REGISTERS[register]) * 2 ** (semitones * course / 12), shape), 0.05)
     samples = round(rng.uniform(1.4, 1.8) * RATE)
     clip = placed(signal, samples, int(rng.integers(samples - len(signal) + 1)))
-    facts = {"register": register, "interval": interval, "semitones": round(semitones, 3), "shape": shape}
+    facts: dict[str, str | float] = {
+        "register": register,
+        "interval": interval,
+        "semitones": round(semitones, 3),
+        "shape": shape,
+    }
     return Item((finished(rng, clip, (-5.0, 15.0)),), draw.answer, facts)
 
 
@@ -44,12 +49,15 @@ def count(draw: Draw) -> Item:
     pitch, shape = rng.uniform(*REGISTERS[register]), pick(rng, GLIDING)
     starts = np.cumsum([rng.uniform(*TEMPI[tempo]) * rng.uniform(0.8, 1.2) for _ in range(int(draw.answer))])
     starts = np.round((starts - starts[0]) * RATE).astype(int)
-    length = rng.uniform(0.06, 0.11)
+    # Half of the time beeps sound equally long together, however many: neither their length nor its sum is the count.
+    length = rng.uniform(0.05, 0.11)
+    if rng.random() < 0.5:
+        length = min(rng.uniform(0.2, 0.4) / len(starts), 0.6 * TEMPI[tempo][0])
     beeps = [tone(length, pitch * rng.uniform(0.97, 1.03), shape) * rng.uniform(0.7, 1.0) for _ in starts]
     samples = round(rng.uniform(2.4, 2.8) * RATE)
     offset = int(rng.integers(samples - starts[-1] - len(beeps[-1]) + 1))
     clip = np.sum([placed(beep, samples, offset + start) for beep, start in zip(beeps, starts, strict=True)], axis=0)
-    facts = {"tempo": tempo, "register": register, "shape": shape}
+    facts: dict[str, str | int] = {"tempo": tempo, "register": register, "shape": shape}
     return Item((finished(rng, clip, (0.0, 20.0)),), draw.answer, facts)
 
 
