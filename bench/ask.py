@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import TextStreamer
-from transformers.utils import logging
 
 from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.options import parse_device
+from palkernels.bench.saved import load_saved
 from palkernels.bench.untrained import untrained_warning
-from palkernels.model import AudioError, PalForConditionalGeneration, PalProcessor
+from palkernels.model import AudioError
 
 __all__ = ["ask"]
 
@@ -22,15 +22,8 @@ def ask(directory: Path, audio: Sequence[Path], question: str, max_new_tokens: i
     Raises:
         UserError: the directory holds no audio LLM, the file is refused, or there is no such device.
     """
-    if not (directory / "config.json").is_file():
-        raise UserError(f"--model must be a directory with a saved model, got {str(directory)!r}")
     target = parse_device(device)
-    logging.disable_progress_bar()
-    try:
-        model = PalForConditionalGeneration.from_pretrained(directory, local_files_only=True).to(target).eval()
-        processor = PalProcessor.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"--model must be a saved audio LLM, got {one_line(error)}") from error
+    model, processor = load_saved(directory, target)
     sounds = [{"type": "audio", "path": path} for path in audio]
     messages = [{"role": "user", "content": [*sounds, {"type": "text", "text": question}]}]
     try:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 # torch, transformers and matplotlib take seconds to import, so each command imports what it needs.
 from palkernels.bench.errors import UserError
+from palkernels.bench.evaluate_command import evaluate
 from palkernels.bench.model_commands import MODEL_COMMANDS
 from palkernels.bench.numbers import parse_counts, parse_seconds
 from palkernels.bench.process import clean_up_when_ended
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from palkernels.bench.process import console as _console
 
 __all__ = ["app"]
 
@@ -300,12 +298,5 @@ def compare(
     run(first, second, _console())
 
 
-for command in MODEL_COMMANDS:
+for command in (*MODEL_COMMANDS, evaluate):
     app.command()(command)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # Into a pipe or a log rich assumes 80 columns, in which not all tables fit.
-    return Console() if sys.stdout.isatty() else Console(width=140)

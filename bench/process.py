@@ -9,11 +9,15 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = [
     "INTERRUPTED",
     "clean_up_when_ended",
+    "console",
     "exit_with",
     "is_the_program",
     "signal_seen",
@@ -82,6 +86,13 @@ def write_to_any_terminal() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
+
+
+def console() -> Console:
+    """Return stdout for tables. Into a pipe or a log rich would assume 80 columns, in which not all of them fit."""
+    from rich.console import Console  # which --help need not wait for
+
+    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def exit_with(code: int, message: str | None = None) -> NoReturn:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from palkernels.errors import one_line
+from palkernels.model.data import Dropped
 from palkernels.model.evaluation.choosing import choice_tokens, likelihoods
 from palkernels.model.evaluation.normalisation import normalised
 from palkernels.model.evaluation.questions import Question
-from palkernels.model.evaluation.scores import Answer, Dropped
+from palkernels.model.evaluation.scores import Answer
 
 __all__ = ["Asker"]
 

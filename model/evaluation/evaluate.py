@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from palkernels.model.data.sample import Sample
+from palkernels.model.data import Dropped, Sample
 from palkernels.model.evaluation.answering import Asker
 from palkernels.model.evaluation.metrics import METRICS, chosen_metrics, packages_of
 from palkernels.model.evaluation.questions import batches, question_of, why_not
-from palkernels.model.evaluation.scores import Answer, Dropped, Scores, TaskScores
+from palkernels.model.evaluation.scores import Answer, Scores, TaskScores
 
 __all__ = ["evaluate"]
 

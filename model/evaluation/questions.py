@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from palkernels.model.data.sample import Message, Sample
+from palkernels.model.data import Sample
+from palkernels.model.data.reasons import NO_ANSWER
+from palkernels.model.data.sample import Message
 from palkernels.model.evaluation.normalisation import normalised
 
 __all__ = ["Question", "batches", "question_of", "why_not"]
 
-NO_ANSWER, NOT_A_CHOICE = "no answer", "answer not among the choices"  # what samples are counted under
+NOT_A_CHOICE = "answer not among the choices"  # what samples are counted under
 CLIP = "<audio>"  # what stands for a clip in a question's text
-CLIP_KEYS = ("audio", "path", "url", "audio_url")
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,6 @@ class Question:
         """What the last message that is not the assistant's says, with ``<audio>`` for each clip."""
         asked = [message for message in self.messages if message["role"] != "assistant"]
         return text_of(asked[-1]) if asked else ""
-
-    @property
-    def clips(self) -> list[Any]:
-        """The clips of all messages."""
-        parts = [part for message in self.messages for part in _parts(message) if part.get("type") == "audio"]
-        return [next((part[key] for key in CLIP_KEYS if part.get(key) is not None), None) for part in parts]
 
 
 def why_not(sample: Sample) -> tuple[str, str] | None:
@@ -92,7 +87,7 @@ def _parts(message: Message) -> list[dict[str, Any]]:
 def _length(question: Question) -> tuple[int, int]:
     """Return something that grows with the length of a question's clips, and the length of its text."""
     texts = sum(len(text_of(message)) for message in question.messages)
-    return sum(map(_size, question.clips)), texts
+    return sum(map(_size, question.sample.clips())), texts
 
 
 def _size(clip: Any) -> int:

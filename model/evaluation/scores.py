@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Answer", "Dropped", "Score", "Scores", "TaskScores"]
+from palkernels.model.data import Dropped
+
+__all__ = ["Answer", "Score", "Scores", "TaskScores"]
 
 
 @dataclass(frozen=True)
@@ -33,21 +35,6 @@ class Answer:
     complete: bool
     likelihoods: Mapping[str, float]
     chosen: str | None = None
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A sample that was not scored.
-
-    Attributes:
-        source: the sample's.
-        reason: what it is counted under.
-        detail: what is wrong with it, in one line.
-    """
-
-    source: str
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Samples to ask small audio LLMs, and a processor whose answers end."""
 
-from palkernels.model.data.sample import Sample
+from palkernels.model.data import Sample
 from support.audio_llm import processor_of, tone
 
 # As `palkernels init` writes it: a message ends with the tokenizer's end of text.

@@ -8,8 +8,8 @@ import torch
 from support.asked import WORDS, clip, processor_with_ends, sample, several
 from support.audio_llm import AUDIO_TOKEN, INTEGRATIONS, build_pal, entry, open_gates
 
-from palkernels.model.data.sample import Sample
-from palkernels.model.evaluation.evaluate import evaluate
+from palkernels.model import evaluate
+from palkernels.model.data import Sample
 
 NEW = 6
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 from support.asked import sample, several
 
-from palkernels.model.data.sample import Sample
+from palkernels.model.data import Sample
 from palkernels.model.evaluation.metrics import METRICS, chosen_metrics
 from palkernels.model.evaluation.normalisation import normalised
 from palkernels.model.evaluation.questions import question_of
