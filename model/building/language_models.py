@@ -48,9 +48,8 @@ def load_language_model(llm: str | os.PathLike[str], dtype: torch.dtype | str | 
     except ImportError as error:
         raise ImportError(f"{name} must be read with all that it needs installed, got {one_line(error)}") from error
     except Exception as error:  # a damaged or missing file makes transformers and its readers raise anything
-        raise ValueError(
-            f"{name} must be a causal LM with its tokenizer, got {one_line(error, with_type=True)}"
-        ) from error
+        whose = "with its tokenizer" if settings.get("local_files_only") else "that the hub has, or a directory"
+        raise ValueError(f"{name} must be a causal LM {whose}, got {one_line(error, with_type=True)}") from error
     if info["missing_keys"]:
         first = ", ".join(map(repr, sorted(info["missing_keys"])[:NAMES_LISTED]))
         raise ValueError(
@@ -92,7 +91,7 @@ def _source_settings(path: Path, name: str) -> dict[str, Any]:
             raise ValueError(f"{name} must be a language model alone, got a whole audio LLM")
         return {"local_files_only": True}
     # A name on the hub is NAME or OWNER/NAME.
-    if path.exists() or path.is_absolute() or len(path.parts) > 2 or ".." in path.parts or str(path) in ("", "."):
+    if path.exists() or path.is_absolute() or len(path.parts) > 2 or ".." in path.parts:
         got = "a file" if path.exists() else "none there"
         raise ValueError(f"{name} must be a directory, a .gguf file or a name on the hub, got {got}")
     return {}

@@ -16,7 +16,7 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: "
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{% endif %}\n{% endfor %}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 ROWS = 64  # a vocabulary whose size is a multiple of 64, or of less, stays one: so matrices keep their alignment
