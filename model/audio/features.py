@@ -4,7 +4,7 @@ Every encoder has one window of fixed length. A shorter clip is padded to it, as
 is refused: the caller cuts it, as an audio LLM's processor does. A clip's features do not depend on its batch.
 
     class             rate       window               states of a window
-    WhisperFeatures   16 kHz     30 s                 1500, every 20 ms
+    WhisperFeatures   16 kHz     30 s, or less        1500, every 20 ms
     ClapFeatures      48 kHz     10 s                 64 = 32 steps of 312.5 ms x 2 frequency bands
     SslamFeatures     16 kHz     10.24 s              512 = 64 steps of 160 ms x 8 frequency bands
 
@@ -38,7 +38,7 @@ class Features(ABC):
     """
 
     sampling_rate: ClassVar[int]
-    max_samples: ClassVar[int]
+    max_samples: int
     num_states: int
     shape: tuple[int, ...]
 
@@ -82,14 +82,22 @@ class WhisperFeatures(Features):
     """Log-mel spectrogram of the clip and silence up to 30 s: (num_mel_bins, 3000 frames of 10 ms).
 
     A state stands on two frames, 320 samples. States that start within the clip are valid: ceil(samples / 320).
+
+    Args:
+        num_mel_bins: Of the spectrogram.
+        window_seconds: A shorter window, a multiple of a state's 20 ms; None: 30 s.
+
+    Raises:
+        ValueError: The window is no such multiple, or longer than 30 s.
     """
 
     sampling_rate = 16_000
-    max_samples = 30 * 16_000
-    num_states = 1_500
+    MOST_STATES = 1_500
 
-    def __init__(self, num_mel_bins: int = 80) -> None:
-        self.shape = (num_mel_bins, 3_000)
+    def __init__(self, num_mel_bins: int = 80, window_seconds: float | None = None) -> None:
+        self.num_states = self.MOST_STATES if window_seconds is None else _states_within(window_seconds)
+        self.max_samples = 320 * self.num_states
+        self.shape = (num_mel_bins, 2 * self.num_states)
         # Made here, not read from a checkpoint: all Whisper models share its settings but the mel bins.
         self._extractor = WhisperFeatureExtractor(feature_size=num_mel_bins)
 
@@ -97,8 +105,18 @@ class WhisperFeatures(Features):
         return -(-samples // 320)
 
     def _extract(self, clip: Tensor) -> Tensor:
-        features = self._extractor(clip.numpy(), sampling_rate=self.sampling_rate, return_tensors="pt")
+        settings = {"sampling_rate": self.sampling_rate, "max_length": self.max_samples}
+        features = self._extractor(clip.numpy(), **settings, return_tensors="pt")
         return torch.as_tensor(features["input_features"][0])
+
+
+def _states_within(window_seconds: float) -> int:
+    """Return how many of Whisper's states a window has."""
+    is_number = isinstance(window_seconds, int | float) and not isinstance(window_seconds, bool)
+    states = round(50 * window_seconds) if is_number and 0 < window_seconds <= 30 else 0
+    if states < 1 or abs(states - 50 * window_seconds) > 1e-6:
+        raise ValueError(f"window_seconds must be a multiple of 0.02 of at most 30, or None, got {window_seconds!r}")
+    return states
 
 
 class ClapFeatures(Features):

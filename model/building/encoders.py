@@ -1,5 +1,6 @@
 """An audio LLM's encoders as a recipe names them: each with its checkpoint, its integration and its connector."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ def entries_and_towers(
 
     Args:
         encoders: {"type", "checkpoint", "config", "integration", "connector"} each. ``checkpoint`` is a directory, or
-            None for random weights, of which ``config`` then gives the shape. An entry with several types, which its
+            None for random weights, of which ``config`` then gives the shape; beside a checkpoint it may hold Whisper's
+            ``window_seconds`` alone. An entry with several types, which its
             connector fuses, has a list of each. A connector's settings stand beside its type.
         freeze: whether the towers keep their weights in training.
         seed: of random weights.
@@ -72,9 +74,12 @@ def _one_each(entry: dict[str, Any], name: str, count: int, several: bool) -> li
 def _tower(tower_type: str, checkpoint: Any, config: Any, freeze: bool, seed: int) -> Tower:
     if checkpoint is None:
         return TOWERS[tower_type](**{"seed": seed, **(config or {}), "freeze": freeze})
-    if config is not None:
-        raise ValueError(f"config must be None where a checkpoint says it, got {config!r} beside {str(checkpoint)!r}")
-    return TOWERS[tower_type].from_checkpoint(checkpoint, freeze=freeze)
+    read = TOWERS[tower_type].from_checkpoint
+    beside = set(inspect.signature(read).parameters) - {"path", "freeze"}
+    if not set(config or {}) <= beside:
+        held = f"hold {' and '.join(beside)} alone" if beside else "be None"
+        raise ValueError(f"config must {held} where a checkpoint says it, got {config!r} beside {str(checkpoint)!r}")
+    return read(checkpoint, freeze=freeze, **(config or {}))
 
 
 def _connector(connector: Any) -> dict[str, Any]:

@@ -44,9 +44,15 @@ WHISPER_SIZES: dict[str, dict[str, int]] = {
 
 
 class WhisperTower(Tower):
-    """Whisper's encoder, transformers' `WhisperEncoder`: 1500 states of 30 s.
+    """Whisper's encoder, transformers' `WhisperEncoder`: 1500 states of 30 s, or fewer of a shorter window.
+
+    Whisper was trained on 30 s alone, and encodes them whatever the clip's length. In a shorter window it hears the
+    same without the silence behind: a tenth of the window takes less than a tenth of the time, and the states differ,
+    by what docs/audio_llm.md says. The weights are the same for every window, positions included, of which the first
+    are used.
 
     Args:
+        window_seconds: The window, a multiple of a state's 20 ms; None: 30 s.
         seed: Seed of the random weights.
         freeze: Whether the weights stay as they are in training; see `Tower`.
         settings: Arguments of `WhisperConfig`, those in `SETTINGS`; the others are Whisper tiny's. `WHISPER_SIZES` has
@@ -71,43 +77,60 @@ class WhisperTower(Tower):
         "encoder_layerdrop",
     )
 
-    def __init__(self, *, seed: int = 0, freeze: bool = True, **settings: Any) -> None:
+    features: WhisperFeatures
+
+    def __init__(
+        self, *, window_seconds: float | None = None, seed: int = 0, freeze: bool = True, **settings: Any
+    ) -> None:
         whisper = configured(WhisperConfig, self.SETTINGS, settings)
         config = plain_settings(whisper, self.SETTINGS) | {"seed": seed, "freeze": freeze}
+        if window_seconds is not None:
+            config["window_seconds"] = window_seconds
         super().__init__(lambda: WhisperEncoder(whisper), whisper.d_model, config)
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike[str], *, freeze: bool = True) -> Self:
+    def from_checkpoint(
+        cls, path: str | os.PathLike[str], *, freeze: bool = True, window_seconds: float | None = None
+    ) -> Self:
         """Return a tower with the weights of a directory with a Whisper model: whole or encoder only in safetensors, or
         in CTranslate2's format, as faster-whisper's are.
 
         Raises:
-            ValueError: The directory does not hold an intact one.
+            ValueError: The directory does not hold an intact one, or there is no such window.
         """
+        own = {"freeze": freeze, "window_seconds": window_seconds}
+        cls.make_features(own)  # refuses a window before anything is read
         directory = Path(path)
         if is_ctranslate2(directory):
             settings, tensors = read_whisper(directory)
-            tower = outline(lambda: cls(**settings, freeze=freeze), directory, WHISPER)
+            tower = outline(lambda: cls(**settings, **own), directory, WHISPER)
             fill(tower.encoder, tensors, directory, WHISPER, reason="as its other tensors say")
             return tower._adopt(tower.encoder)
         whisper = load_config(directory, WhisperConfig, ("whisper",), "a Whisper model")
         positions = whisper.max_source_positions
-        if positions != WhisperFeatures.num_states:
+        if positions != WhisperFeatures.MOST_STATES:
             name = checkpoint_name(directory)
-            raise ValueError(f"{name} must have {WhisperFeatures.num_states} source positions, got {positions}")
+            raise ValueError(f"{name} must have {WhisperFeatures.MOST_STATES} source positions, got {positions}")
         tensors = read_tensors(directory, _name_in_encoder)
         encoder = outline(lambda: WhisperEncoder(whisper), directory, WHISPER)
         layers = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
         depths = f"; its config.json has encoder_layers {whisper.encoder_layers}, its tensors {layers}"
         fill(encoder, tensors, directory, WHISPER, advice=depths if layers not in (0, whisper.encoder_layers) else "")
         with torch.device("meta"):
-            tower = cls(**plain_settings(whisper, cls.SETTINGS), freeze=freeze)
+            tower = cls(**plain_settings(whisper, cls.SETTINGS), **own)
         return tower._adopt(encoder)
 
     @classmethod
     def make_features(cls, config: dict[str, Any]) -> WhisperFeatures:
-        """Return the log-mel features with the tower's number of mel bins."""
-        return WhisperFeatures(config.get("num_mel_bins", 80))
+        """Return the log-mel features with the tower's number of mel bins and its window."""
+        return WhisperFeatures(config.get("num_mel_bins", 80), config.get("window_seconds"))
+
+    def _adopt(self, encoder: nn.Module, initialized: bool = True) -> Self:
+        # The encoder looks here for how many frames it takes and how many of its positions it adds.
+        network: Any = encoder
+        network.config.max_source_positions = self.features.num_states
+        network.embed_positions.num_embeddings = self.features.num_states
+        return super()._adopt(encoder, initialized)
 
     def _encode(self, input_features: Tensor) -> Tensor:
         states: Tensor = self.encoder(input_features).last_hidden_state

@@ -21,15 +21,18 @@ from support.audio_llm import (
 from support.oracles import Row, oracle_logits
 from transformers import DynamicCache
 
-from palkernels.model import AudioError, PalProcessor
+from palkernels.model import AudioError, PalForConditionalGeneration, PalProcessor
 from palkernels.model.audio.resampling import resample
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 STACKED = entry("sslam")
 STACKED = STACKED | {"connector": {"type": "mlp", "config": {"stack": 7}}}  # does not divide 512
+SHORT = entry("whisper")
+SHORT = SHORT | {"config": SHORT["config"] | {"window_seconds": 3}}
 # By name: an encoder, and the seconds that it hears.
 ENCODERS = {
     "whisper": (entry("whisper"), 30.0),
+    "short whisper": (SHORT, 3.0),
     "clap": (entry("clap"), 10.0),
     "sslam": (entry("sslam"), 10.24),
     "stacked": (STACKED, 10.24),
@@ -244,3 +247,20 @@ def test_placeholders_are_counted_window_by_window():
     lengths = torch.tensor([[512, 64], [8, 2], [1024, 128], [1032, 66], [0, 0]])
     grouped, gathered = [74, 2, 148, 148 + 2, 0], [5, 5, 10, 10, 0]
     assert processor.num_placeholders(lengths).tolist() == [a + b for a, b in zip(grouped, gathered, strict=True)]
+
+
+def test_another_window_needs_no_other_weights(tmp_path):
+    """A saved model keeps its window, and takes another one by its config alone."""
+    model = build_pal(SHORT)
+    batch = batch_of(model, audio=[sound(7), sound(0.3, 1), sound(3, 2)])
+    assert batch["input_features"].shape == (5, 80, 300)
+    model.save_pretrained(tmp_path)
+    again = PalForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    config = copy.deepcopy(model.config)
+    config.encoders[0]["config"]["window_seconds"] = None
+    whole = PalForConditionalGeneration.from_pretrained(tmp_path, config=config).eval()
+    heard = batch_of(whole, audio=[sound(7), sound(0.3, 1), sound(3, 2)])
+    assert heard["input_features"].shape == (3, 80, 3000)
+    assert torch.equal(heard["audio_lengths"], batch["audio_lengths"])
+    assert logits(whole, heard).isfinite().all()
