@@ -23,7 +23,7 @@ __all__ = ["PARTS", "DataRecipe", "LoraRecipe", "Recipe", "RecipeError", "Source
 
 PARTS = ("connector", "projectors", "flamingo", "llm", "attention", "lora", "encoders", "all")
 OF_THE_LLM = ("llm", "attention", "lora", "all")  # of which a stage has one at most
-FORMATS = ("auto", "jsonl", "openaqa", "datasets")
+FORMATS = ("auto", "messages", "openaqa", "columns")  # as palkernels.model.data.Source has them
 SCHEDULES = ("constant", "linear", "cosine")
 LENGTHS = ("epochs", "steps", "samples")
 
@@ -89,7 +89,8 @@ class StageRecipe:
 @dataclass(frozen=True)
 class Recipe:
     """A whole run. ``checkpoint_steps``: after how many steps a checkpoint is written, of which the last
-    ``checkpoint_keep`` stay; ``log_steps``: of how many steps a line of the log is."""
+    ``checkpoint_keep`` stay; ``log_steps``: of how many steps a line of the log is; ``eval_steps``: after how many
+    steps held-out samples are scored, besides a stage's end."""
 
     model: ModelRecipe
     data: DataRecipe
@@ -99,12 +100,13 @@ class Recipe:
     checkpoint_steps: int = 100
     checkpoint_keep: int = 2
     log_steps: int = 1
+    eval_steps: int | None = None
     report_to: tuple[str, ...] = ()
 
     def meaning(self) -> dict[str, Any]:
         """Return what decides what is learnt, by dotted path: a run that is resumed must have the same."""
         whole = asdict(self)
-        for name in ("output", "checkpoint_steps", "checkpoint_keep", "log_steps", "report_to"):
+        for name in ("output", "checkpoint_steps", "checkpoint_keep", "log_steps", "eval_steps", "report_to"):
             del whole[name]
         del whole["data"]["workers"]
         return _flat(whole, "")
@@ -147,12 +149,13 @@ def _read(tree: Located, faults: list[str]) -> Recipe | None:
     if top.has("output"):
         output = take.path(top.items["output"], output or "")
     checkpoint = _part(top, "checkpoint", ("steps", "keep"), faults)
-    log = _part(top, "log", ("steps", "report_to"), faults)
+    log = _part(top, "log", ("steps", "eval_steps", "report_to"), faults)
     seed = top.read("seed", take.count(0), 0)
     settings = {
         "checkpoint_steps": checkpoint.read("steps", take.count(1), 100),
         "checkpoint_keep": checkpoint.read("keep", take.count(1), 2),
         "log_steps": log.read("steps", take.count(1), 1),
+        "eval_steps": log.read("eval_steps", take.count(1), None),
         "report_to": log.read("report_to", take.texts, ()),
     }
     if model is None or data is None:

@@ -1,0 +1,109 @@
+"""The samples of a recipe: read, with what is dropped by reason, and in the order of each stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from palkernels.model.data.buckets import LengthBuckets
+from palkernels.model.data.collator import Collator
+from palkernels.model.data.mixture import Mixture
+from palkernels.model.data.reading import read
+from palkernels.model.data.sample import Sample
+from palkernels.model.data.samples import Samples
+from palkernels.model.data.seeds import permutation
+from palkernels.model.data.sources import Source
+from palkernels.model.pal import PalProcessor
+from palkernels.model.training.order import Order
+from palkernels.model.training.recipe import DataRecipe, Recipe, SourceRecipe, StageRecipe
+
+__all__ = ["Material", "read_material"]
+
+
+class Material:
+    """What there is to learn from and to evaluate on.
+
+    Args:
+        data: What the recipe says of it.
+        collator: Makes batches.
+        train: The samples of each source of ``data.train``.
+        held_out: Those to evaluate on.
+        dropped: Rows that give no sample.
+    """
+
+    def __init__(
+        self,
+        data: DataRecipe,
+        collator: Collator,
+        train: Sequence[Samples],
+        held_out: Sequence[Sample],
+        dropped: Sequence[Any],
+    ) -> None:
+        self.data, self.collator, self.train, self.held_out, self.dropped = data, collator, train, held_out, dropped
+        self._lengths: dict[int, int] = {}
+
+    def order(self, stage: StageRecipe, seed: int) -> Order:
+        """Return the samples of each step of a stage."""
+        chosen = [i for i, source in enumerate(self.data.train) if source.name in stage.data]
+        mixture = Mixture([self.train[i] for i in chosen], [self.data.train[i].weight for i in chosen], seed)
+
+        def epoch(number: int) -> list[Sample]:
+            mixture.set_epoch(number)
+            samples = [mixture[i] for i in range(len(mixture))]
+            if not self.data.buckets:
+                return [samples[i] for i in permutation(len(samples), "order", seed, number).tolist()]
+            buckets = LengthBuckets(self.lengths(samples), stage.batch, seed)
+            buckets.set_epoch(number)
+            return [samples[i] for i in buckets]
+
+        return Order(len(mixture), epoch, stage.batch, epochs=stage.epochs, steps=stage.steps, samples=stage.samples)
+
+    def lengths(self, samples: Sequence[Sample]) -> list[int]:
+        """Return how long samples are; each is measured once."""
+        new = [sample for sample in samples if id(sample) not in self._lengths]
+        self._lengths |= dict(zip(map(id, new), self.collator.lengths(new), strict=True))
+        return [self._lengths[id(sample)] for sample in samples]
+
+    def longest(self, stage: StageRecipe) -> Sample:
+        """Return the longest of all samples of a stage."""
+        chosen = [
+            x
+            for source, part in zip(self.data.train, self.train, strict=True)
+            if source.name in stage.data
+            for x in part
+        ]
+        lengths = self.lengths(chosen)
+        return chosen[lengths.index(max(lengths))]
+
+    def write_dropped(self, path: Path) -> None:
+        """Write the rows that give no sample, a JSON object a line."""
+        lines = [json.dumps({"source": row.source, "reason": row.reason, "detail": row.detail}) for row in self.dropped]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def read_material(recipe: Recipe, processor: PalProcessor, say: Callable[[str], None]) -> Material:
+    """Return the samples of a recipe, after telling how many rows of each source were dropped, by reason.
+
+    Raises:
+        ValueError: A source cannot be read, or gives no sample.
+    """
+    data = recipe.data
+    collator = Collator(processor, packing=data.packing, max_tokens=data.max_tokens)
+    read_already: dict[SourceRecipe, Samples] = {}
+
+    def samples(source: SourceRecipe) -> Samples:
+        if source not in read_already:
+            rows = read(_source(source), max_seconds=data.max_seconds)
+            read_already[source] = collator.fitting(rows)
+            say(f"{source.path}: {read_already[source].summary()}")
+        return read_already[source]
+
+    train, held_out = [samples(source) for source in data.train], [samples(source) for source in data.eval]
+    dropped = [row for part in read_already.values() for row in part.dropped]
+    return Material(data, collator, train, [sample for part in held_out for sample in part], dropped)
+
+
+def _source(source: SourceRecipe) -> Source:
+    return Source(source.path, source.format, source.weight, source.task)

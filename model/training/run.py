@@ -1,0 +1,293 @@
+"""A whole run of a recipe: the model it starts with, the data, and one stage after the other, to be resumed anywhere.
+
+output/
+    recipe.json       what decides the weights; a run goes on only with the same
+    start/            the model that was built of parts
+    dropped.jsonl     rows that give no sample, each with its reason
+    log.jsonl         loss, rates, norms, seconds and audio tokens by step; scores on held-out samples
+    checkpoints/      of the stage at work
+    stages/1-align/   the whole model after a stage; trained.safetensors, what the stage trained; stage.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from transformers import TrainingArguments
+
+from palkernels.model.building import build
+from palkernels.model.pal import PalConfig, PalForConditionalGeneration, PalProcessor
+from palkernels.model.training.checkpoints import checkpoints_in, read_json, whole_folder, write_json
+from palkernels.model.training.loop import Log, StageTrainer
+from palkernels.model.training.material import read_material
+from palkernels.model.training.order import Collate, Order
+from palkernels.model.training.progress import Progress
+from palkernels.model.training.recipe import Recipe, StageRecipe
+from palkernels.model.training.stages import choose
+from palkernels.model.training.trained import gather, load_trained, save_trained
+
+__all__ = ["Plan", "RunError", "Stopped", "train"]
+
+SEEDS = 1000  # a stage's seed is the recipe's, times this, and its number
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RECIPE, TRAINED, STAGE, LOG = "recipe.json", "trained.safetensors", "stage.json", "log.jsonl"
+
+
+class RunError(ValueError):
+    """A run that cannot begin or go on."""
+
+
+class Stopped(Exception):  # noqa: N818
+    """Someone asked the run to stop; it has written a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a stage before it begins.
+
+    Attributes:
+        stage: The stage.
+        config: The model's.
+        steps: How many it has.
+        samples: How many samples they are of.
+        longest: The samples of a process's piece of a step, each as long as the longest there is.
+        collate: Makes a batch of them.
+        processes: How many there are.
+        bf16: Whether it computes in bfloat16.
+        dtype: Of frozen weights.
+    """
+
+    stage: StageRecipe
+    config: PalConfig
+    steps: int
+    samples: int
+    longest: Sequence[Any]
+    collate: Callable[[Sequence[Any]], dict[str, Any]]
+    processes: int
+    bf16: bool
+    dtype: torch.dtype
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+    stop: Callable[[], bool] | None = None,
+    before: Callable[[Sequence[Plan]], None] | None = None,
+) -> Path:
+    """Train what a recipe says, and return the folder of the model after its last stage.
+
+    Started by ``accelerate launch`` or ``torchrun`` it is one of several processes, which train together.
+
+    Args:
+        recipe: As :func:`load_recipe` returned it.
+        resume: Whether to go on with the run in ``recipe.output``, to the same weights, bit for bit, as without the
+            interruption. Where there is none it begins.
+        say: Takes lines for the user, of the first process alone.
+        stop: Asked after each step; where it returns True, a checkpoint is written and the run stops.
+        before: Called with all stages before the first one begins.
+
+    Raises:
+        RunError: The folder holds a run already, or one of another recipe.
+        Stopped: ``stop`` returned True.
+        ValueError: The model or the data cannot be used.
+    """
+    return _Run(recipe, say, stop, before).run(resume)
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, say: Any, stop: Any, before: Any) -> None:
+        self.recipe, self.stop, self.before = recipe, stop, before
+        self.folder = Path(recipe.output)
+        self.state = PartialState(cpu=not torch.cuda.is_available())
+        self.say: Callable[[str], None] = say if self.state.is_main_process else lambda _: None
+
+    def run(self, resume: bool) -> Path:
+        self._open(resume)
+        last = self._folder_of(len(self.recipe.stages) - 1)
+        if last.exists():
+            self.say(f"finished already: {last}")
+            return last
+        start = self._start()
+        self.config = PalConfig.from_pretrained(start)
+        self.processor = PalProcessor.from_pretrained(start)
+        self.dtype = DTYPES[self.recipe.model.dtype or str(self.config.dtype or "float32").removeprefix("torch.")]
+        self.material = read_material(self.recipe, self.processor, self.say)
+        if self.state.is_main_process:
+            self.material.write_dropped(self.folder / "dropped.jsonl")
+        orders = [self.material.order(stage, self._seed(i)) for i, stage in enumerate(self.recipe.stages)]
+        if self.before is not None and self.state.is_main_process:
+            self.before([self._plan(stage, order) for stage, order in zip(self.recipe.stages, orders, strict=True)])
+        for i, stage in enumerate(self.recipe.stages):
+            after = self._folder_of(i)
+            if after.exists():
+                self.say(f"stage {stage.name}: done already")
+            else:
+                self._run_stage(i, stage, orders[i], start)
+            start = after
+        self.say(f"Model: {start}")
+        return start
+
+    def _open(self, resume: bool) -> None:
+        """Take the output folder for this run, or for going on with it."""
+        world = self.state.num_processes
+        for i, stage in enumerate(self.recipe.stages):
+            if stage.batch % (stage.gradient_accumulation * world):
+                raise RunError(
+                    f"stages.{i}.batch must be a multiple of gradient_accumulation times processes, "
+                    f"{stage.gradient_accumulation} times {world}, got {stage.batch}"
+                )
+        meaning = json.loads(json.dumps(self.recipe.meaning()))
+        file = self.folder / RECIPE
+        if file.exists() and not resume:
+            raise RunError(
+                f"output must be a new folder, got {str(self.folder)!r}, which holds a run: --resume goes on"
+            )
+        if not file.exists() and self.folder.exists() and any(self.folder.iterdir()):
+            raise RunError(f"output must be a new or empty folder, got {str(self.folder)!r} with something in it")
+        if file.exists():
+            before = read_json(file)
+            names = [name for name in {**before, **meaning} if before.get(name) != meaning.get(name)]
+            if names:
+                changes = [f"{name} was {before.get(name)!r}, is {meaning.get(name)!r}" for name in names]
+                raise RunError(f"a run must go on with the recipe that it began with, got: {'; '.join(changes)}")
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, meaning)
+        self.state.wait_for_everyone()
+
+    def _start(self) -> Path:
+        """Return the folder of the model to start with, after building it if it is one of parts."""
+        model = self.recipe.model
+        if model.path is not None:
+            return Path(model.path)
+        folder = self.folder / "start"
+        if self.state.is_main_process and not folder.exists():
+            self.say("building the model")
+            settings = {"dtype": model.dtype, "seed": self.recipe.seed, **model.settings}
+            built, processor = build(model.llm or "", list(model.encoders), **settings)
+            with whole_folder(folder) as written:
+                built.save_pretrained(written)
+                processor.save_pretrained(written)
+        self.state.wait_for_everyone()
+        return folder
+
+    def _folder_of(self, number: int) -> Path:
+        return self.folder / "stages" / f"{number + 1}-{self.recipe.stages[number].name}"
+
+    def _seed(self, number: int) -> int:
+        return self.recipe.seed * SEEDS + number
+
+    def _bf16(self, stage: StageRecipe) -> bool:
+        if stage.bf16 is not None:
+            return stage.bf16
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+    def _plan(self, stage: StageRecipe, order: Order) -> Plan:
+        world = self.state.num_processes
+        piece = stage.batch // (stage.gradient_accumulation * world)
+        bf16 = self._bf16(stage)
+        longest = [self.material.longest(stage)] * piece
+        dtype = self.dtype if bf16 else torch.float32
+        return Plan(stage, self.config, len(order), order.samples, longest, self.material.collator, world, bf16, dtype)
+
+    def _run_stage(self, number: int, stage: StageRecipe, order: Order, start: Path) -> None:
+        bf16, seed = self._bf16(stage), self._seed(number)
+        set_seed(seed)
+        frozen = "encoders" not in stage.train
+        model = PalForConditionalGeneration.from_pretrained(
+            start, dtype=self.dtype if bf16 else torch.float32, freeze_encoders=frozen, freeze_ffn=False
+        )
+        chosen = choose(model, stage.train, stage.lora)
+        if stage.gradient_checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        name = self._folder_of(number).name
+        checkpoints = self.folder / "checkpoints" / name
+        log = Log(self.folder / LOG, stage.name, self.state.is_main_process)
+        trainer = StageTrainer(
+            model,
+            self._arguments(stage, len(order), checkpoints, seed, bf16),
+            stage=stage,
+            chosen=chosen,
+            order=order,
+            collate=Collate(self.material.collator),
+            log=log,
+            keep=self.recipe.checkpoint_keep,
+            held_out=self.material.held_out,
+            eval_steps=self.recipe.eval_steps,
+            stop=self.stop,
+        )
+        trainer.add_callback(Progress(stage.name, self.say))
+        earlier = checkpoints_in(checkpoints)
+        if earlier:
+            self.say(f"stage {stage.name}: goes on after step {earlier[-1].name.partition('-')[2]}")
+        log.cut(0)
+        trainer.train(resume_from_checkpoint=str(earlier[-1]) if earlier else None)
+        done = trainer.state.global_step
+        if trainer.stopped and done < len(order):
+            raise Stopped(f"stopped after step {done} of {len(order)} of stage {stage.name}: --resume goes on")
+        scores = trainer.evaluate_now() if self.material.held_out else None
+        if scores is not None:
+            self.say(
+                f"stage {stage.name}: loss {scores.eval_loss:.3f}, accuracy {scores.accuracy:.1%} of held-out answers"
+            )
+        tensors = gather(trainer.model, keep=self.state.is_main_process)
+        if self.state.is_main_process:
+            self._save(
+                self._folder_of(number),
+                start,
+                stage,
+                tensors,
+                {"steps": done, "samples": order.samples, "scores": scores and scores.as_dict()},
+            )
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        self.state.wait_for_everyone()
+
+    def _save(
+        self, folder: Path, start: Path, stage: StageRecipe, tensors: dict[str, torch.Tensor], about: dict[str, Any]
+    ) -> None:
+        """Save what a stage trained, and the model that it began with, in which that is put."""
+        with whole_folder(folder) as written:
+            save_trained(tensors, written / TRAINED, stage, self.dtype)
+            whole = PalForConditionalGeneration.from_pretrained(start, dtype=self.dtype)
+            load_trained(whole, written / TRAINED)
+            whole.save_pretrained(written)
+            self.processor.save_pretrained(written)
+            write_json(written / STAGE, about)
+
+    def _arguments(self, stage: StageRecipe, steps: int, folder: Path, seed: int, bf16: bool) -> TrainingArguments:
+        world = self.state.num_processes
+        return TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=stage.batch // (stage.gradient_accumulation * world),
+            gradient_accumulation_steps=stage.gradient_accumulation,
+            learning_rate=next(iter(stage.lr.values())),
+            max_grad_norm=stage.clip,
+            weight_decay=stage.weight_decay,
+            bf16=bf16,
+            seed=seed,
+            logging_steps=self.recipe.log_steps,
+            logging_nan_inf_filter=False,
+            save_strategy="steps",
+            save_steps=self.recipe.checkpoint_steps,
+            report_to=list(self.recipe.report_to),
+            run_name=f"{self.folder.name}-{stage.name}",
+            remove_unused_columns=False,
+            dataloader_num_workers=self.recipe.data.workers,
+            ddp_find_unused_parameters=False,
+            average_tokens_across_devices=True,
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+        )

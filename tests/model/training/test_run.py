@@ -1,0 +1,145 @@
+"""Whole runs of a recipe: what they leave behind, and that they come to the same whatever happens on the way."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support import runs
+from support.runs import lines, run, same, weights
+
+from palkernels.model import PalForConditionalGeneration, PalProcessor
+from palkernels.model.training.run import RunError, Stopped
+from palkernels.model.training.trained import load_trained
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return runs.make(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """An uninterrupted run: its folder, and what it said."""
+    last, said = run(folder)
+    return last.parents[1], said
+
+
+def test_what_a_run_leaves(folder, whole):
+    output, said = whole
+    assert any("rows.jsonl: 10 samples of 11; dropped: 1 audio missing" in line for line in said)
+    (dropped,) = [json.loads(line) for line in (output / "dropped.jsonl").read_text().splitlines()]
+    assert (dropped["source"], dropped["reason"]) == ("rows.jsonl:11", "audio missing")
+    steps = [entry for entry in lines(output) if "loss" in entry]
+    assert [(entry["stage"], entry["step"], entry["samples"]) for entry in steps] == [
+        ("align", 1, 4), ("align", 2, 8), ("align", 3, 10),
+        ("adapt", 1, 4), ("adapt", 2, 8), ("adapt", 3, 10), ("adapt", 4, 14), ("adapt", 5, 15),
+    ]  # fmt: skip
+    assert all(entry["audio_tokens"] > 0 and entry["grad_norm"] > 0 for entry in steps)
+    scores = [entry for entry in lines(output) if "accuracy" in entry]
+    assert [entry["stage"] for entry in scores] == ["align", "adapt"]
+    assert scores[0].keys() >= {"eval_loss", "accuracy", "by_task"}
+    assert scores[0]["by_task"].keys() == {"even", "odd"}
+    assert not list(output.glob("checkpoints/*/*"))
+
+
+def test_each_stage_is_a_whole_model(folder, whole):
+    """It loads with its processor; the small file puts the same into the model that the stage began with."""
+    output, _ = whole
+    before = folder / "model"
+    for stage in ("1-align", "2-adapt"):
+        after = output / "stages" / stage
+        model = PalForConditionalGeneration.from_pretrained(after)
+        assert PalProcessor.from_pretrained(after).max_seconds > 1
+        again = PalForConditionalGeneration.from_pretrained(before)
+        want = dict(again.named_parameters())
+        moved = {name for name, x in model.named_parameters() if not torch.equal(x, want[name])}
+        parts = {name.partition(".")[0] for name in moved}
+        assert parts == (
+            {"multi_modal_projector"} if stage == "1-align" else {"multi_modal_projector", "language_model"}
+        )
+        assert all(".self_attn." in name for name in moved if name.startswith("language_model"))
+        load_trained(again, after / "trained.safetensors")
+        for name, x in again.state_dict().items():
+            assert torch.equal(x, model.state_dict()[name]), name
+        before = after
+
+
+def test_killed_at_any_moment(folder, whole, tmp_path):
+    """Killed again and again: before the first checkpoint, while one is written or removed, between stages."""
+    output, _ = whole
+    names = ((os, "fsync"), (Path, "rename"), (torch.optim.AdamW, "step"), (shutil, "rmtree"), (torch, "save"))
+    total = runs.killed(folder, tmp_path / "counted", 0, names)
+    draw = random.Random(2)
+    for _ in range(4):
+        moment = draw.randrange(1, total // 3)
+        assert runs.killed(folder, tmp_path / "killed", moment, names) is None
+    assert runs.killed(folder, tmp_path / "killed", 0, names) < total
+    same(tmp_path / "counted", output)
+    same(tmp_path / "killed", output)
+
+
+def test_stopped_when_asked(folder, whole, tmp_path):
+    """It writes a checkpoint first, from which it goes on in the middle of a stage."""
+    output, _ = whole
+    asked = iter([False, True])
+    with pytest.raises(Stopped, match="stopped after step 2 of 3 of stage align: --resume goes on"):
+        run(folder, f"output={tmp_path / 'out'}", stop=lambda: next(asked))
+    asked = iter([False, False, False, False, True])
+    with pytest.raises(Stopped, match="stopped after step 4 of 5 of stage adapt"):
+        run(folder, f"output={tmp_path / 'out'}", resume=True, stop=lambda: next(asked))
+    _, said = run(folder, f"output={tmp_path / 'out'}", resume=True)
+    assert said[-4:-2] == ["stage align: done already", "stage adapt: goes on after step 4"]
+    same(tmp_path / "out", output)
+
+
+def test_half_a_checkpoint_is_none(folder, whole, tmp_path):
+    output, _ = whole
+    asked = iter([False, True])
+    with pytest.raises(Stopped):
+        run(folder, f"output={tmp_path / 'out'}", stop=lambda: next(asked))
+    (written,) = (tmp_path / "out" / "checkpoints" / "1-align").iterdir()
+    shutil.copytree(written, written.with_name(".writing-step-3"))
+    (written.with_name(".writing-step-3") / "trained.safetensors").write_bytes(b"half")
+    run(folder, f"output={tmp_path / 'out'}", resume=True)
+    same(tmp_path / "out", output)
+
+
+def test_refused(folder, whole, tmp_path):
+    with pytest.raises(RunError, match=r"output must be a new folder, got .*, which holds a run: --resume goes on"):
+        run(folder)
+    with pytest.raises(RunError, match=r"got: stages\.0\.lr\.connector was 0\.01, is 0\.02; stages\.1\.lr"):
+        run(folder, "defaults.lr=2e-2", resume=True)
+    last, said = run(folder, resume=True)
+    assert said == [f"finished already: {last}"]
+    (tmp_path / "other").write_text("")
+    with pytest.raises(RunError, match=r"output must be a new or empty folder, got .* with something in it"):
+        run(folder, f"output={tmp_path}")
+    with pytest.raises(RunError, match=r"stages\.0\.batch must be a multiple of gradient_accumulation times processes"):
+        run(
+            folder,
+            f"output={tmp_path / 'new'}",
+            "stages.0.batch=5",
+            "stages.0.gradient_accumulation=5",
+            "stages.1.batch=3",
+        )
+
+
+def test_plans_come_first(folder, tmp_path):
+    """Before anything trains it is known how long it takes, and what the largest batch is."""
+    plans = []
+
+    def before(all_plans):
+        plans.extend(all_plans)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, f"output={tmp_path / 'out'}", before=before)
+    assert [(plan.steps, plan.samples, len(plan.longest)) for plan in plans] == [(3, 10, 4), (5, 15, 2)]
+    batch = plans[1].collate(plans[1].longest)
+    assert batch["labels"].shape[0] == 2
+    assert int(batch["audio_lengths"].max()) == 8 * 2  # the longest clip's, 0.23 s
+    assert weights(tmp_path / "out") == {}
