@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palkernels.model.causal_lm.caches import cache_of
+from palkernels.model.causal_lm.caches import CACHE_KEYWORDS
+from palkernels.model.causal_lm.memory import cache_after
 from palkernels.model.evaluation.questions import Question
 
 __all__ = ["choice_tokens", "likelihoods"]
@@ -71,7 +72,7 @@ def likelihoods(
     outputs = model(
         input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1, **audio
     )
-    first, cache = _log_probabilities(outputs.logits[:, -1]), cache_of(outputs)
+    first, cache = _log_probabilities(outputs.logits[:, -1]), cache_after(None, outputs)
     rows = [(question, number) for question, choices in enumerate(tokens) for number in range(len(choices))]
     rows.sort(key=lambda row: len(tokens[row[0]][row[1]]))  # alike in length, for little padding
     found = [[0.0] * len(choices) for choices in tokens]
@@ -104,8 +105,8 @@ def _continued(model: Any, cache: Any, mask: Tensor, questions: Tensor, of_rows:
         input_ids=given,
         attention_mask=whole,
         position_ids=_positions(whole)[:, -longest:],
-        past_key_values=going_on,
         use_cache=True,
+        **{CACHE_KEYWORDS[0]: going_on},
     )
     found = _log_probabilities(outputs.logits).gather(-1, wanted.unsqueeze(-1)).squeeze(-1)
     return found.masked_fill(~is_token, 0).sum(dim=1)
