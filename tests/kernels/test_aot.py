@@ -1,31 +1,17 @@
-"""Every shipped tile compiles for the GPUs it is meant for, and fits them. No GPU is needed.
+"""Shipped tiles compile for the GPUs they are meant for, and fit them. No GPU is needed. Which: `support.ahead`."""
 
-bfloat16 on Hopper, with padding and with every option, and on Ampere with every option, which takes the most
-registers; with ``PALKERNELS_TESTS=all`` on Hopper without any option too; with ``PALKERNELS_AOT=all``, as ``make aot``
-sets it, all options, every dtype, and Blackwell.
-"""
-
-import os
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from support import thorough
+from support.ahead import CAPABILITIES, DTYPES, OPTIONS, variants
 from support.compiled import compile_ahead, run_compiling
 
 from palkernels.kernels import tiles
-from palkernels.kernels.aot import FEATURES, SHARED_MEMORY, shipped_variants
+from palkernels.kernels.aot import SHARED_MEMORY, shipped_variants
 
 SUPPORT = Path(__file__).parents[1] / "lib" / "support"
-EVERYTHING = os.environ.get("PALKERNELS_AOT") == "all"
-CAPABILITIES = [80, 90, 100] if EVERYTHING else [80, 90]
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32} if EVERYTHING else {
-    "bfloat16": torch.bfloat16
-}  # fmt: skip
-OPTIONS = dict.fromkeys(CAPABILITIES, FEATURES) if EVERYTHING else {
-    80: ("all",), 90: FEATURES if thorough.EVERYTHING else ("padding", "all")
-}  # fmt: skip
 # Bytes per thread that ptxas may keep on the stack: a few scalars that it parks outside the inner loops. A tile that
 # spills its accumulators takes hundreds.
 STACK = {80: 32, 90: 0, 100: 16}
@@ -42,7 +28,7 @@ ODD_GROUP = 8  # more of it where rows divide into groups of 7, as with padding
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    jobs = [(capability, "--dtypes", *DTYPES, "--features", *OPTIONS[capability]) for capability in CAPABILITIES]
+    jobs = [("support.ahead", capability) for capability in CAPABILITIES]
     return dict(zip(CAPABILITIES, compile_ahead(jobs, tmp_path_factory.mktemp("triton")), strict=True))
 
 
@@ -53,13 +39,19 @@ def identity(row):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_shipped_tile_is_compiled(compiled, capability):
-    variants = shipped_variants(capability, tuple(DTYPES.values()), features=OPTIONS[capability])
+    """Of any kernel, dtype, head dim and options; of any rows with padding on Hopper."""
     want = {
         (kernel, str(dtype).removeprefix("torch."), head_dim, features, tuple(vars(tile).values()))
-        for kernel, _, dtype, head_dim, tile, features in variants
+        for kernel, _, dtype, head_dim, tile, features in variants(capability)
     }
     assert {identity(row) for row in compiled[capability]} == want
-    assert {row["features"] for row in compiled[capability]} == set(OPTIONS[capability])
+    shipped = {
+        (kernel, str(dtype).removeprefix("torch."), head_dim, features, tile.block_m * (features == "padding"))
+        for kernel, _, dtype, head_dim, tile, features in shipped_variants(
+            capability, DTYPES, features=OPTIONS[capability]
+        )
+    }
+    assert {(*found[:4], found[4][0] * (found[3] == "padding")) for found in want} == shipped
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -114,8 +106,8 @@ def test_hopper_uses_its_tensor_cores(compiled):
 
 
 def test_the_kernels_of_audio_kv(tmp_path):
-    jobs = [(capability, "--projection", "--dtypes", *DTYPES) for capability in CAPABILITIES]
-    rows = [row for job in compile_ahead(jobs, tmp_path) for row in job]
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    (rows,) = compile_ahead([("palkernels.kernels.aot", *CAPABILITIES, "--projection", "--dtypes", *names)], tmp_path)
     assert len(rows) == len(CAPABILITIES) * len(DTYPES) * 3 * 4
     for row in rows:
         assert row["stack_bytes"] == 0, row

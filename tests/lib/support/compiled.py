@@ -25,10 +25,10 @@ def in_whole_graphs(backend=None):
 
 
 def compile_ahead(jobs, folder):
-    """Return a list of result rows for each job; a job is the arguments of ``python -m palkernels.kernels.aot``."""
+    """Return a list of result rows for each job; a job is the arguments of ``python -m``, the module first."""
 
     def run(job):
-        lines = run_compiling(["-m", "palkernels.kernels.aot", *map(str, job)], folder)
+        lines = run_compiling(["-m", *map(str, job)], folder)
         return [json.loads(line) for line in lines]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,0 +1,51 @@
+"""Compile the shipped tiles that the tests try, ahead of time, for the GPUs on the command line: a JSON row for each.
+
+bfloat16 on Hopper, with padding and with every option, and on Ampere with every option, which takes the most
+registers. With every option, decoding's tiles have the most rows: those of fewer rows keep less, and compile with
+padding. With ``PALKERNELS_TESTS=all`` on Hopper without any option too, and all rows; with ``PALKERNELS_AOT=all``, as
+``make aot`` sets it, all options, every dtype, and Blackwell.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from dataclasses import asdict
+
+import torch
+
+from palkernels.kernels import tiles
+from palkernels.kernels.aot import FEATURES, compile_kernel, shipped_variants
+from support import thorough
+
+EVERYTHING = os.environ.get("PALKERNELS_AOT") == "all"
+CAPABILITIES = [80, 90, 100] if EVERYTHING else [80, 90]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32) if EVERYTHING else (torch.bfloat16,)
+OPTIONS = dict.fromkeys(CAPABILITIES, FEATURES) if EVERYTHING else {
+    80: ("all",), 90: FEATURES if thorough.EVERYTHING else ("padding", "all")
+}  # fmt: skip
+
+
+def variants(capability):
+    """Arguments of `compile_kernel` for each tile."""
+    shipped = shipped_variants(capability, DTYPES, features=OPTIONS[capability])
+    if EVERYTHING or thorough.EVERYTHING:
+        return shipped
+    return [
+        (*about, tile, features)
+        for *about, tile, features in shipped
+        if features == "padding" or tile == most_rows(*about, features)
+    ]
+
+
+def most_rows(kernel, capability, dtype, head_dim, features):
+    return tiles.choose(kernel, capability, dtype, head_dim, features == "all")
+
+
+if __name__ == "__main__":
+    for capability in map(int, sys.argv[1:]):
+        for variant in variants(capability):
+            with contextlib.redirect_stdout(sys.stderr):  # Triton prints the code that it cannot compile
+                compiled = compile_kernel(*variant)
+            for row in compiled:
+                print(json.dumps(asdict(row)), flush=True)
