@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from palkernels.bench.instruments.launches import our_launches, reads_value
 from palkernels.bench.instruments.rates import GPUS
+from palkernels.bench.instruments.trees import tensors_in
 from palkernels.op_costs import arguments_by_name, tensor_bytes
 
 __all__ = ["LAUNCHES", "CostCounter", "Costs"]
@@ -96,15 +96,15 @@ def _written(func: Any, arguments: Arguments, out: Any) -> list[Tensor]:
         return []
     if func._schema.is_mutable:
         mutated = [x.name for x in func._schema.arguments if x.alias_info is not None and x.alias_info.is_write]
-        return _tensors([arguments.get(name) for name in mutated])
-    storages = {id(x.untyped_storage()) for x in _tensors(arguments)}
-    return [x for x in _tensors(out) if id(x.untyped_storage()) not in storages]
+        return tensors_in([arguments.get(name) for name in mutated])
+    storages = {id(x.untyped_storage()) for x in tensors_in(arguments)}
+    return [x for x in tensors_in(out) if id(x.untyped_storage()) not in storages]
 
 
 def _traffic(func: Any, arguments: Arguments, outputs: list[Tensor]) -> int:
     """Return the bytes read and written, 0 for views and for operations on integers alone."""
     packet = func._overloadpacket
-    inputs = _tensors(arguments)
+    inputs = tensors_in(arguments)
     if not outputs or not any(x.is_floating_point() for x in (*inputs, *outputs)):
         return 0
     written = sum(map(tensor_bytes, outputs))
@@ -115,9 +115,5 @@ def _traffic(func: Any, arguments: Arguments, outputs: list[Tensor]) -> int:
     if packet is aten.nll_loss_backward:
         return written
     if packet in OVERWRITES:
-        inputs = _tensors({name: x for name, x in arguments.items() if name != "self"})
+        inputs = tensors_in({name: x for name, x in arguments.items() if name != "self"})
     return written + sum(map(tensor_bytes, inputs))
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [x for x in tree_iter(tree) if isinstance(x, Tensor)]

@@ -36,7 +36,8 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from palkernels.bench.instruments.trees import tensors_in
 
 _SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 ACTIVATIONS, TEMPORARIES = "activations", "temporaries"
@@ -165,7 +166,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)]
+        inputs = tensors_in((args, kwargs))
         for tensor in inputs:
             self._block(tensor, counted=False)  # first met as an input: it existed before
         function = None if self._inside is None else self._inside(func, args)
@@ -181,14 +182,13 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # What one node made and sums itself is part of its formula; the engine sums what several nodes made.
             if any(self._made_in.get(operand) != self._node() for operand in operands) and not inputs[0]._is_view():
                 replaces = operands[0]
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                known = len(self._sizes)
-                result = self._block(tensor, counted=True, replaces=replaces)
-                name = self._name(func, args, tensor) if self._name is not None and result >= known else None
-                if name is not None:
-                    self._names[result] = name
-                self._sums += [(result, operand) for operand in operands if operand != result]
+        for tensor in tensors_in(out):
+            known = len(self._sizes)
+            result = self._block(tensor, counted=True, replaces=replaces)
+            name = self._name(func, args, tensor) if self._name is not None and result >= known else None
+            if name is not None:
+                self._names[result] = name
+            self._sums += [(result, operand) for operand in operands if operand != result]
         taken = 0 if self._scratch is None else self._scratch(func, args)
         if taken:
             block = len(self._sizes)

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
+
+from palkernels.bench.instruments.trees import tensors_in
 
 __all__ = ["Shapes"]
 
@@ -33,7 +35,7 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func is torch.ops.aten.equal.default and isinstance(args[0], FakeTensor):
             return True  # for code that asks whether it may save work on ones or zeros
-        inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = tensors_in((args, kwargs))
         if any(isinstance(x, FakeTensor) for x in inputs):
             with self._fake:
                 out = func(*args, **kwargs)

@@ -1,6 +1,5 @@
-"""`palkernels simulate`: predictions against tracked runs, what LAL saves at full size, the committed results."""
+"""`palkernels simulate`: predictions against tracked runs, and its command."""
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,19 @@ from palkernels.bench.experiments.valueless import Simulation, ValuelessModel
 from palkernels.bench.instruments.costs import Costs
 from palkernels.bench.instruments.memory import AllocationTracker
 from palkernels.bench.instruments.rates import GPUS, HOST
-from palkernels.bench.machine import package_version
-from palkernels.bench.methods import DEFAULT_METHODS, LEVERS, METHODS, Batch
-from palkernels.bench.presets import LlmPlan, plan_llm
+from palkernels.bench.methods import DEFAULT_METHODS, METHODS, Batch
+from palkernels.bench.presets import LlmPlan
 from palkernels.model.connectors.mlp import MlpConnector
 from palkernels.op_costs import plain_function
 
 FILES = ["simulate.csv", "simulate.html", "simulate.json", "simulate.png"]
-COMMITTED = Path(__file__).parents[3] / "bench" / "results"
 ON_CPU = tuple(name for name in METHODS if name != "lal-fused-loss")
 AUDIO, TEXT, ROWS, NEW, WIDTH = 96, 24, 3, 9, 48
-# The lengths that exponents are fitted to: the shortest and the three longest.
-FITTED = {varies: (counts[0], *counts[1:][-3:]) for varies, counts in LENGTHS.items()}
+# The lengths that exponents are fitted to: of audio the shortest and the three longest. What is fitted to the others is
+# in the committed results.
+FITTED = {
+    varies: (counts[0], *counts[1:][-3 if varies == "audio_tokens" else -1 :]) for varies, counts in LENGTHS.items()
+}
 
 
 def small_plan(layers: int = 3) -> LlmPlan:
@@ -95,7 +95,7 @@ def test_memory_of_a_tracked_run(name: str, mode: str, optimizer: str, on_cpu: V
 
 
 @pytest.mark.parametrize("name", ["plits", "lal-eager", "lal"])
-@pytest.mark.parametrize("new_tokens", [1, 2, 3, 12])
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 6])
 def test_decoding_steps_that_are_not_run(name: str, new_tokens: int) -> None:
     """Costs and peak of all steps are those of running every one."""
     model, method = ValuelessModel(small_plan(), torch.float16, WIDTH), METHODS[name]
@@ -160,46 +160,6 @@ def test_adamw_adds_its_states() -> None:
     assert with_it.costs["bytes"] > without.costs["bytes"]
 
 
-@functools.cache
-def llama() -> ValuelessModel:
-    return ValuelessModel(plan_llm("llama-3.2-1b", None), torch.bfloat16)
-
-
-@functools.cache
-def trained(name: str, audio_tokens: int) -> Simulation:
-    return llama().train(METHODS[name], audio_tokens, 128, 8)
-
-
-def test_training_memory_of_llama_1b() -> None:
-    """Batch 8, bfloat16, 128 text tokens, no optimizer: what LAL saves at least."""
-    plits, tuned, lal = (trained(name, 1500).peak_bytes for name in ("plits", "plits-tuned", "lal"))
-    assert lal <= 0.15 * plits
-    assert lal <= 0.30 * tuned
-    plits, lal = (trained(name, 512).peak_bytes for name in ("plits", "lal"))
-    assert lal <= 0.35 * plits
-
-
-@pytest.mark.parametrize("name", [*DEFAULT_METHODS, *LEVERS])
-def test_as_committed(name: str) -> None:
-    """A change in the model layer or the operators that costs memory or work shows here; where it is meant, the
-    results are simulated anew."""
-    document = json.loads((COMMITTED / "simulate-llama-3.2-1b.json").read_text())
-    for package in ("torch", "transformers", "liger-kernel"):
-        assert document["meta"]["versions"][package] == package_version(package), package
-    (row,) = (
-        row
-        for row in document["rows"]
-        if (row["method"], row["mode"], row["audio_tokens"]) == (name, "train", 512)
-        and row["device"] == GPUS["h200"].name
-    )
-    found = trained(name, 512)
-    assert found.peak_bytes == row["peak_memory_bytes"]
-    assert found.peak_above_static_bytes == row["peak_above_static_bytes"]
-    assert found.memory_breakdown == row["memory_breakdown"]
-    costs = [found.costs[cost] for cost in ("attention_flops", "other_flops", "bytes")]
-    assert costs == [row[cost] for cost in ("attention_flops", "other_flops", "traffic_bytes")]
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
@@ -210,7 +170,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def document(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("out") / "deep"
-    points = ["--audio-tokens", "16,64", "--text-tokens", "8,16", "--new-tokens", 4, "--layers", 1]
+    points = ["--audio-tokens", 16, "--text-tokens", 8, "--new-tokens", 4, "--layers", 1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulate, "LENGTHS", FITTED)
         assert run("simulate", "--model", tiny, *points, "--out", out) == 0
@@ -220,9 +180,9 @@ def document(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def test_rows(document: dict[str, Any]) -> None:
-    """A row for every method that has the mode, at every point, on both GPUs."""
+    """A row for every method that has the mode, on both GPUs."""
     rows = document["rows"]
-    assert len(rows) == 2 * 2 * 2 * (len(METHODS) + len(DEFAULT_METHODS))
+    assert len(rows) == 2 * (len(METHODS) + len(DEFAULT_METHODS))
     assert {row["device"] for row in rows} == {gpu.name for gpu in GPUS.values()}
     assert {row["method"] for row in rows if row["mode"] == "train"} == set(METHODS)
     for row in rows:
@@ -233,6 +193,21 @@ def test_rows(document: dict[str, Any]) -> None:
         assert (row["our_kernels"] > 0) == (row["impl"] == "triton")
         assert sum(row["memory_breakdown"].values()) == row["peak_memory_bytes"] > row["peak_above_static_bytes"] > 0
     assert {row["impl"] for row in rows if row["method"] == "lal"} == {"triton"}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_row_at_every_point(tiny: Path, tmp_path: Path) -> None:
+    points = ["--audio-tokens", "16,64", "--text-tokens", "8,16", "--new-tokens", 2, "--layers", 1]
+    options = ["--methods", "lal", "--no-lengths", "--no-serving", "--out", tmp_path]
+    assert run("simulate", "--model", tiny, *points, *options) == 0
+    rows = json.loads((tmp_path / "simulate.json").read_text())["rows"]
+    assert [(row["mode"], row["text_tokens"], row["audio_tokens"], row["device"]) for row in rows] == [
+        (mode, text, audio, gpu.name)
+        for mode in ("train", "infer")
+        for text in (8, 16)
+        for audio in (16, 64)
+        for gpu in GPUS.values()
+    ]
 
 
 def test_lengths_and_their_exponents(document: dict[str, Any]) -> None:
@@ -252,16 +227,6 @@ def test_lengths_and_their_exponents(document: dict[str, Any]) -> None:
         assert found["audio_tokens", mode, "plits", "attention_flops"] == pytest.approx(1.85, abs=0.05)
 
 
-@pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-3.2-3b", "qwen2.5-1.5b"])
-def test_lal_is_linear_in_audio(model: str) -> None:
-    """In memory and time, as committed."""
-    exponents = json.loads((COMMITTED / f"simulate-{model}.json").read_text())["exponents"]
-    found = [x for x in exponents if (x["varies"], x["mode"], x["method"]) == ("audio_tokens", "train", "lal")]
-    assert len(found) == 3 * len(GPUS)
-    for entry in found:
-        assert entry["exponent"] == pytest.approx(1.0, abs=0.1), entry
-
-
 def test_serving(document: dict[str, Any]) -> None:
     """Questions about one clip share its keys and values with LAL; with PLITS each has its own."""
     rows = {(x["method"], x["clips"], x["questions"]): x for x in document["serving"]}
@@ -276,6 +241,7 @@ def test_serving(document: dict[str, Any]) -> None:
         assert row["eager_tokens_per_second"] < row["tokens_per_second"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_figure1_simulate_is_the_same(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulate, "LENGTHS", {varies: counts[:1] for varies, counts in LENGTHS.items()})  # not compared
     common = ["--model", tiny, "--layers", 1, "--methods", "plits,lal", "--audio-tokens", "16", "--new-tokens", 2]
@@ -286,6 +252,7 @@ def test_figure1_simulate_is_the_same(tiny: Path, tmp_path: Path, monkeypatch: p
     assert one["serving"] == []
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_weights_in_the_directory_change_nothing(tiny: Path, tmp_path: Path) -> None:
     """A downloaded checkpoint is simulated by its config alone."""
     with_weights = tmp_path / "model"
