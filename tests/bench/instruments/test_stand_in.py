@@ -4,8 +4,6 @@ import json
 import subprocess
 import sys
 
-import pytest
-
 from palkernels.bench.instruments import stand_in
 
 
@@ -95,19 +93,37 @@ print(json.dumps([result, devices.kernel_device]))
 """
 
 
-@pytest.mark.parametrize(
-    ("before", "message"),
-    [
-        ("torch.cuda.is_available = lambda: True", "the stand-in must be entered without a GPU"),
-        ("torch.cuda._initialized = True", "the stand-in must be entered before torch.cuda is used"),
-        ("os.environ['TRITON_INTERPRET'] = '1'", "the stand-in must be entered without TRITON_INTERPRET=1"),
-        ("sys.modules['triton'] = None", "the stand-in must have triton, got: "),
-    ],
-)
-def test_refused(before, message):
-    result, kernel_device = child(ENTER.format(before=before))
-    assert result.startswith(message)
-    assert kernel_device == "cuda"
+REFUSED = {
+    "torch.cuda.is_available = lambda: True": "the stand-in must be entered without a GPU",
+    "torch.cuda._initialized = True": "the stand-in must be entered before torch.cuda is used",
+    "os.environ['TRITON_INTERPRET'] = '1'": "the stand-in must be entered without TRITON_INTERPRET=1",
+    "sys.modules['triton'] = None": "the stand-in must have triton, got: ",
+}
+# Each in a process of its own, which has what takes long to import.
+EACH = """
+import json, os, sys
+import torch
+from palkernels.bench.instruments import stand_in
+print("[", flush=True)
+for number, script in enumerate({scripts!r}):
+    if number:
+        print(",", flush=True)
+    if os.fork() == 0:
+        exec(script, {{}})
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+print("]")
+"""
+
+
+def test_refused():
+    scripts = [ENTER.format(before=before) for before in REFUSED]
+    results = child(EACH.format(scripts=scripts))
+    assert len(results) == len(REFUSED)
+    for (result, kernel_device), message in zip(results, REFUSED.values(), strict=True):
+        assert result.startswith(message)
+        assert kernel_device == "cuda"
 
 
 def test_another_driver_is_not_mistaken_for_it(tmp_path):

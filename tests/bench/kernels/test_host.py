@@ -1,7 +1,6 @@
 """`palkernels microbench --host` on the stand-in for a GPU: what it writes and refuses, and how it ends."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -85,23 +84,24 @@ def test_a_growing_cache_never_has_a_geometry_twice():
         assert all(call.args[1].is_contiguous() for call in calls)
 
 
-def run_without_compiler(tmp_path, **environment):
-    variables = {name: value for name, value in os.environ.items() if name != "CC"}
-    variables |= {"PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")} | environment
-    command = [*COMMAND, "--device", "cpu", "--json", str(tmp_path / "new" / "rows.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        (None, "the stand-in for a GPU must have a C compiler (CC, cc, gcc or clang), got none"),
+        ("/bin/false", "the stand-in's driver must compile with /bin/false, got: exit code 1"),
+    ],
+    ids=["none", "one that fails"],
+)
+def test_without_a_compiler(compiler, message, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    if compiler is None:
+        monkeypatch.delenv("CC", raising=False)
+    else:
+        monkeypatch.setenv("CC", compiler)
+    assert palkernels("microbench", "--host", "--device", "cpu", "--json", tmp_path / "new" / "rows.json") == 2
+    assert capfd.readouterr().err == f"error: {message}\n"
     assert not (tmp_path / "new").exists()
-    return done.returncode, done.stderr
-
-
-def test_without_a_compiler(tmp_path):
-    message = "error: the stand-in for a GPU must have a C compiler (CC, cc, gcc or clang), got none\n"
-    assert run_without_compiler(tmp_path) == (2, message)
-
-
-def test_a_compiler_that_fails(tmp_path):
-    code, error = run_without_compiler(tmp_path, CC="/bin/false")
-    assert (code, error) == (2, "error: the stand-in's driver must compile with /bin/false, got: exit code 1\n")
     assert not list((tmp_path / "cache").rglob("*.so*"))
 
 
