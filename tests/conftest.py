@@ -29,6 +29,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs on a GPU too, with --device cuda")
     config.addinivalue_line("markers", "cuda_only: cannot run in the interpreter")
+    gc.set_threshold(20_000)  # a twentieth of the time is garbage collection at Python's 700 new objects
     if config.getoption("--device") == "cpu":  # must be chosen before triton is imported
         os.environ["TRITON_INTERPRET"] = "1"
 
