@@ -27,6 +27,7 @@ class Options:
     encoders: tuple[str, ...] = ()
     integrations: tuple[str, ...] = ()
     connectors: tuple[str, ...] = ()
+    window_seconds: float | None = None
     layers: str | None = None
     dtype: str = "auto"
     seed: int = 0
@@ -42,6 +43,12 @@ def parse_encoders(options: Options) -> list[dict[str, Any]]:
     if options.llm is None:
         towers = [{"type": "whisper", "checkpoint": None, "config": SMALL_WHISPER}]
     types = [tower["type"] for tower in towers]
+    if options.window_seconds is not None:
+        if "whisper" not in types:
+            raise UserError(f"--window-seconds must be given with a Whisper encoder, got {', '.join(types)}")
+        for tower in towers:
+            if tower["type"] == "whisper":
+                tower["config"] = {**tower.get("config", {}), "window_seconds": options.window_seconds}
     integrations = _by_type("--integration", options.integrations, types)
     connectors = _by_type("--connector", options.connectors, types)
     entries: list[dict[str, Any]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,6 +39,10 @@ def init(
             "TYPE=qformer,num_queries=32; may be repeated.  [default: mlp]"
         ),
     ] = None,
+    window_seconds: Annotated[
+        float | None,
+        typer.Option(help="Whisper's window: short clips cost less in a short one.  [default: 30, as it was trained]"),
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Layers that LAL's audio enters: all, 4-, 4-15 or 0,2,4.  [default: all]")
     ] = None,
@@ -55,12 +59,9 @@ def init(
     from palkernels.bench.init import Options, run
 
     clean_up_when_ended()
+    settings: dict[str, Any] = {"layers": layers, "dtype": dtype, "seed": seed, "window_seconds": window_seconds}
     several = {"encoders": encoder, "integrations": integration, "connectors": connector}
-    run(
-        Options(
-            directory, llm, layers=layers, dtype=dtype, seed=seed, **{k: tuple(v or ()) for k, v in several.items()}
-        )
-    )
+    run(Options(directory, llm, **settings, **{key: tuple(value or ()) for key, value in several.items()}))
 
 
 def ask(

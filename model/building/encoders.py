@@ -22,8 +22,8 @@ def entries_and_towers(
     Args:
         encoders: {"type", "checkpoint", "config", "integration", "connector"} each. ``checkpoint`` is a directory, or
             None for random weights, of which ``config`` then gives the shape; beside a checkpoint it may hold Whisper's
-            ``window_seconds`` alone. An entry with several types, which its
-            connector fuses, has a list of each. A connector's settings stand beside its type.
+            ``window_seconds`` alone. An entry with several types, which its connector fuses, has a list of each. A
+            connector's settings stand beside its type.
         freeze: whether the towers keep their weights in training.
         seed: of random weights.
 

@@ -102,7 +102,7 @@ def _not_a_model(path: Path) -> str | None:
 
 def _encoder(tree: Located, path: str, faults: list[str]) -> dict[str, Any]:
     """Return an entry of ``build``'s ``encoders``."""
-    entry = Fields(tree, path, faults, ("type", "checkpoint", "integration", "connector"))
+    entry = Fields(tree, path, faults, ("type", "checkpoint", "config", "integration", "connector"))
     if not isinstance(tree.value, dict):
         return {}
     types = entry.read("type", take.texts) or ()
@@ -119,7 +119,9 @@ def _encoder(tree: Located, path: str, faults: list[str]) -> dict[str, Any]:
         except ValueError as error:
             entry.wrong("checkpoint", str(error))
     connector = _connector(entry, faults)
+    own = {"config": entry.items["config"].plain()} if entry.has("config") else {}
     return {
+        **own,
         "type": list(types) if several else types[0] if types else "",
         "checkpoint": checkpoint,
         "integration": entry.read("integration", take.choice(*INTEGRATIONS), "lal"),

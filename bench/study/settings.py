@@ -1,0 +1,83 @@
+"""What one study is: methods, tasks, seeds, and how long each run learns."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from palkernels.bench.errors import UserError
+from palkernels.bench.study.contestants import CONTESTANTS
+from palkernels.bench.study.sounds.registry import TASKS
+
+__all__ = ["STUDIED_TASKS", "Settings"]
+
+STUDIED_TASKS = ("words", "numbers", "languages", "direction", "count", "timbre", "order", "loudness")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a study's figures.
+
+    Attributes:
+        methods: Names of `CONTESTANTS`.
+        tasks: Names of the sounds' tasks; every run learns all of them at once.
+        seeds: Of connectors and of the order of samples; the sounds are the same for all.
+        train, test: Questions of each task, to learn from and to be asked.
+        align: Samples of the first stage, in which the connector learns alone.
+        joint: Samples of the second stage, in which the language model learns as well; 0: there is none.
+        batch: Samples of a step.
+        every: After how many samples a run is asked the test questions.
+        connector_lr, joint_lr, llm_lr: Learning rates: of the connector in either stage, and of the language model.
+        window_seconds: Of the encoder.
+    """
+
+    methods: tuple[str, ...] = tuple(CONTESTANTS)
+    tasks: tuple[str, ...] = STUDIED_TASKS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    train: int = 240
+    test: int = 40
+    align: int = 960
+    joint: int = 960
+    batch: int = 8
+    every: int = 480
+    connector_lr: float = 1e-3
+    joint_lr: float = 5e-4
+    llm_lr: float = 1e-4
+    window_seconds: float = 4.0
+
+    def check(self) -> None:
+        """Raise a UserError if no study can be made of the settings."""
+        for name, known in (("methods", CONTESTANTS), ("tasks", TASKS)):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values) or not set(values) <= set(known):
+                raise UserError(
+                    f"--{name} must be distinct names out of {', '.join(known)}, got {', '.join(values) or 'none'}"
+                )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"--seeds must be distinct, got {', '.join(map(str, self.seeds)) or 'none'}")
+        for name in ("align", "joint", "every"):
+            if getattr(self, name) % self.batch:
+                raise UserError(f"--{name} must be a multiple of the batch, {self.batch}, got {getattr(self, name)}")
+        if not self.align:
+            raise UserError("--align must be at least one batch, got 0")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON holds them."""
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a study's parts and files are.
+
+    Attributes:
+        out: The study's folder.
+        llm: The language model's file.
+        encoder: The encoder's folder.
+    """
+
+    out: Path
+    llm: Path
+    encoder: Path
