@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 END = "</s>"
 SIZES = {
     "hidden_size": 32,
-    "intermediate_size": 48,
+    "intermediate_size": 64,  # GGUF quantises blocks of 32
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
