@@ -78,6 +78,8 @@ def _small(encoders: list[dict[str, Any]], dtype: Any, settings: dict[str, Any])
     with seeded(settings["seed"]):
         language_model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     entries, towers = entries_and_towers(encoders, freeze=True, seed=settings["seed"])
+    if any(entry["integration"] == "flamingo" for entry in entries):
+        settings = {**settings, "flamingo": {"every": 2}}  # every fourth layer, as is usual, would be none
     return assemble(language_model, tokenizer, entries, towers, **settings)
 
 
