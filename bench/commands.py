@@ -9,7 +9,6 @@ import typer
 
 # torch, transformers and matplotlib take seconds to import, so each command imports what it needs.
 from palkernels.bench.errors import UserError
-from palkernels.bench.evaluate_command import evaluate
 from palkernels.bench.model_commands import MODEL_COMMANDS
 from palkernels.bench.numbers import parse_counts, parse_seconds
 from palkernels.bench.process import clean_up_when_ended
@@ -298,5 +297,5 @@ def compare(
     run(first, second, _console())
 
 
-for command in (*MODEL_COMMANDS, evaluate):
+for command in MODEL_COMMANDS:
     app.command()(command)

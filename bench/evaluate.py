@@ -54,11 +54,11 @@ def run(options: Options, console: Console) -> Scores:
     device = parse_device(options.device)
     with _writable(options):
         model, processor = load_saved(options.model, device)
-        samples, dropped = _samples(options, processor.max_seconds)
+        samples, dropped = _samples(options, processor.longest_clip)
         found = _evaluated(model, processor, samples, options)
         found = replace(found, dropped=(*dropped, *found.dropped), settings=_settings(options, found))
         if (warning := untrained_warning(options.model)) is not None:
-            console.print(warning, highlight=False)
+            console.print(warning, soft_wrap=True, highlight=False)
         print_table(table(found), console)
         for note in _notes(found):
             console.print(note, soft_wrap=True, highlight=False, markup=False)

@@ -199,7 +199,7 @@ def cache_after(cache: Any, outputs: Any) -> Any:
         return cache
     if isinstance(outputs, tuple):
         return next((output for output in outputs if isinstance(output, Cache)), None)
-    return next((outputs[keyword] for keyword in CACHE_KEYWORDS if keyword in outputs), None)
+    return outputs.get(CACHE_KEYWORDS[0])  # asked for the older name, too, transformers would warn
 
 
 def text_rows(batch: int, copies: int, device: torch.device) -> Tensor:

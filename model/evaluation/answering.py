@@ -29,12 +29,14 @@ class Asker:
     Attributes:
         max_new_tokens: where an answer is cut.
         choices: whether the probabilities of choices are asked for.
+        with_states: whether the processor gives encoders' states in place of features.
     """
 
     model: Any
     processor: Any
     max_new_tokens: int
     choices: bool
+    with_states: bool = False
 
     @torch.no_grad()
     def ask(self, questions: Sequence[Question]) -> tuple[dict[int, Answer], dict[int, Dropped]]:
@@ -93,6 +95,8 @@ class Asker:
         """Return the inputs with audio that is encoded once, for generation and choices both."""
         if "input_features" not in inputs:
             return inputs
+        if self.with_states:
+            inputs["encoder_states"] = inputs.pop("input_features")
         names = [name for name in inspect.signature(self.model.get_audio_features).parameters if name in inputs]
         features = self.model.get_audio_features(**{name: inputs.pop(name) for name in names})
         return inputs | {"audio_features": features}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -23,6 +24,7 @@ def evaluate(
     batch_size: int = 8,
     max_new_tokens: int = 64,
     metrics: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
+    states: Any = None,
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Ask a model every sample's question, and compare its answers with those of the samples.
@@ -42,10 +44,13 @@ def evaluate(
         metrics: names for all tasks, or by task, of "choice", "exact", "wer", "cer", "bleu" and "chrf"; others by the
             rule of :func:`palkernels.model.evaluation.metrics.chosen_metrics`. The last four need the packages of
             ``palkernels[evaluate]``.
+        states: the cache of frozen encoders' states, which are then not computed, as
+            :class:`palkernels.model.data.Collator` takes it.
         progress: is told after each batch how many samples have been dealt with.
 
     Raises:
-        ValueError: there is no sample, none that can be asked, an unknown metric, or a count below 1.
+        ValueError: there is no sample, none that can be asked, an unknown metric, a count below 1, or ``states`` are of
+            other encoders.
         ModuleNotFoundError: what a metric needs is not installed.
     """
     for name, count in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
@@ -57,7 +62,12 @@ def evaluate(
     questions = [question_of(i, samples[i]) for i, reason in enumerate(reasons) if reason is None]
     dropped = {i: Dropped(samples[i].source, *reason) for i, reason in enumerate(reasons) if reason is not None}
     names = chosen_metrics(questions, metrics) if questions else {}
-    asker = Asker(model, processor, max_new_tokens, choices=any("choice" in of_task for of_task in names.values()))
+    if states is not None:
+        states.check(processor)
+        processor = copy.copy(processor)
+        processor.audio_features = states.of_clips
+    with_choices = any("choice" in of_task for of_task in names.values())
+    asker = Asker(model, processor, max_new_tokens, with_choices, with_states=states is not None)
     answers: dict[int, Answer] = {}
     was_training = model.training
     model.eval()

@@ -1,6 +1,7 @@
 """A cache remembers what its texts have heard, so that a conversation can go on without giving its audio again."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -162,3 +163,15 @@ def test_a_crop_that_removes_nothing_forgets_nothing():
     got = model(ids[:, :2], past_key_values=cache).logits
     want = model(torch.cat([ids, ids[:, :2]], dim=1), audio=audio).logits[:, -2:]
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_no_forward_warns_of_the_names_of_caches(use_cache, monkeypatch):
+    """A user can do nothing about them. Training keeps no cache."""
+    said = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda logger, message, *rest: said.append(message))
+    model = build("llama", torch.float64)
+    attach(model)
+    audio = AudioState(torch.randn(1, 5, WIDTH, dtype=torch.float64))
+    model(texts()[0][None], audio=audio, use_cache=use_cache)
+    assert said == []

@@ -174,3 +174,35 @@ def test_each_clip_is_encoded_once(parts) -> None:
     evaluate(model, processor, samples, max_new_tokens=3)
     hook.remove()
     assert seen == [2]
+
+
+@pytest.mark.parametrize("name", ["plits+lal", "lfst"])
+def test_states_take_the_place_of_encoders(name: str) -> None:
+    """Of one encoder and two: the same answers, and no encoder runs."""
+    entries, settings = INTEGRATIONS[name]
+    model = build_pal(*entries, dtype=torch.float64, **settings)
+    processor = processor_with_ends(model)
+    whole = evaluate(model, processor, several(), batch_size=3, max_new_tokens=NEW, metrics=["exact"])
+
+    class States:
+        checked = None
+
+        def check(self, processor) -> None:
+            self.checked = processor
+
+        @torch.no_grad()
+        def of_clips(self, clips, sampling_rate=None):
+            features, lengths = processor.audio_features(clips, sampling_rate)
+            return [forward(of_tower) for forward, of_tower in zip(forwards, features, strict=True)], lengths
+
+    def refuse(*arguments) -> None:
+        raise AssertionError("no encoder must run")
+
+    states, forwards = States(), [tower.forward for tower in model.audio_tower]
+    for tower in model.audio_tower:
+        tower.forward = refuse
+    kept = evaluate(model, processor, several(), batch_size=2, max_new_tokens=NEW, metrics=["exact"], states=states)
+    assert states.checked is processor
+    assert [answer.answer for answer in kept.answers] == [answer.answer for answer in whole.answers]
+    with pytest.raises(AssertionError, match="no encoder must run"):
+        evaluate(model, processor, several(), max_new_tokens=NEW, metrics=["exact"])
