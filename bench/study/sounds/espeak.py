@@ -101,7 +101,13 @@ class Speaker:
             raise ValueError(f"voice must end with a variant that espeak-ng has, got {voice!r}")
         request = {"voice": voice, "text": text, "rate": int(rate), "pitch": int(pitch), "range": int(range)}
         with self._turn:
-            content = self._ask(json.dumps(request).encode() + b"\n")
+            try:
+                content = self._ask(json.dumps(request).encode() + b"\n")
+            except SpeechError:
+                raise
+            except BaseException:  # interrupted: the answer, still to come, must not pass for the next request's
+                self._process.kill()
+                raise
         return np.frombuffer(content, "=i2").astype(np.float64) / 32768
 
     def _ask(self, line: bytes) -> bytes:

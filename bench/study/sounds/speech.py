@@ -69,7 +69,7 @@ def words(draw: Draw) -> Item:
     accent = _accent(draw, (WORDS.index(draw.answer) % len(ACCENTS),))
     voice = f"{accent}+{voice_of(draw)}"
     clip = said(draw, draw.answer, voice, draw.rng.uniform(1.0, 1.5), rates=(110, 211))
-    return Item((finished(draw.rng, clip, (-4.0, 12.0), room=0.4),), draw.answer, {"voice": voice})
+    return Item((finished(draw.rng, clip, (10.0, 30.0), room=0.3),), draw.answer, {"voice": voice})
 
 
 def phrases(draw: Draw) -> Item:
@@ -100,27 +100,27 @@ def voices(draw: Draw) -> Item:
     """Whether a man speaks or a woman, who are nearer in pitch than they would be. Each has two accents kept."""
     accent = _accent(draw, {"man": (0, 3), "woman": (1, 4)}[draw.answer])
     voice, word = f"{accent}+{voice_of(draw, draw.answer)}", pick(draw.rng, WORDS)
-    pitches = {"man": (55, 100), "woman": (0, 45)}[draw.answer]
+    pitches = {"man": (45, 86), "woman": (15, 56)}[draw.answer]
     clip = said(draw, word, voice, draw.rng.uniform(1.0, 1.5), rates=(110, 211), pitches=pitches)
     return Item((finished(draw.rng, clip, (0.0, 20.0), room=0.4),), draw.answer, {"voice": voice, "word": word})
 
 
 def speakers(draw: Draw) -> Item:
-    """Whether two words, of one accent, are said by one voice. Two voices are of one sex half of the time."""
+    """Whether one voice says a word twice. Two voices share the accent, and half of the time the sex."""
     accent, sex, other = pick(draw.rng, ACCENTS), pick(draw.rng, SEXES), pick(draw.rng, SEXES)
     first = second = voice_of(draw, sex)
     while draw.answer == "no" and second == first:
         second = voice_of(draw, other)
-    said_words = [pick(draw.rng, WORDS) for _ in range(2)]
+    word = pick(draw.rng, WORDS)
     clips = tuple(
         finished(
             draw.rng,
-            said(draw, word, f"{accent}+{voice}", draw.rng.uniform(1.0, 1.5), rates=(110, 211), pitches=(45, 56)),
-            (10.0, 30.0),
+            said(draw, word, f"{accent}+{voice}", draw.rng.uniform(1.0, 1.5), rates=(130, 191), pitches=(45, 56)),
+            (15.0, 35.0),
         )
-        for word, voice in zip(said_words, (first, second), strict=True)
+        for voice in (first, second)
     )
-    facts = {"voice": f"{accent}+{first}", "second": f"{accent}+{second}", "words": " ".join(said_words)}
+    facts = {"voice": f"{accent}+{first}", "second": f"{accent}+{second}", "word": word}
     return Item(clips, draw.answer, facts)
 
 
@@ -195,8 +195,8 @@ SPEECH_TASKS = (
             "": (
                 "<audio><audio>Do both clips have the same speaker? Answer yes or no.",
                 "<audio><audio>Is it the same voice in both clips, yes or no?",
-                "<audio><audio>Does one person say both words? Answer no or yes.",
-                "<audio><audio>Are the two words said by the same voice, no or yes?",
+                "<audio><audio>Does one person say both? Answer no or yes.",
+                "<audio><audio>Are the two said by the same voice, no or yes?",
             )
         },
         choices=("yes", "no"),

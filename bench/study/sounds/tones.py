@@ -16,7 +16,7 @@ DIRECTIONS = ("rising", "falling", "flat")
 COUNTS = ("1", "2", "3", "4", "5")
 TIMBRES = ("bell", "noise", "organ", "pluck", "sawtooth", "sine", "square", "triangle")
 REGISTERS = ((130.0, 230.0), (230.0, 410.0), (410.0, 730.0), (730.0, 1300.0))  # Hz
-INTERVALS = ((0.7, 1.5), (1.5, 3.5), (3.5, 8.0))  # semitones
+INTERVALS = ((1.0, 2.5), (2.5, 5.0), (5.0, 12.0))  # semitones
 TEMPI = ((0.17, 0.23), (0.23, 0.32), (0.32, 0.44))  # seconds from beep to beep
 GLIDING = ("sine", "triangle", "square", "sawtooth")
 
@@ -38,7 +38,7 @@ def direction(draw: Draw) -> Item:
         "semitones": round(semitones, 3),
         "shape": shape,
     }
-    return Item((finished(rng, clip, (-5.0, 15.0)),), draw.answer, facts)
+    return Item((finished(rng, clip, (0.0, 20.0)),), draw.answer, facts)
 
 
 def count(draw: Draw) -> Item:
@@ -68,7 +68,7 @@ def timbre(draw: Draw) -> Item:
     signal = instrument(rng, draw.answer, rng.uniform(0.5, 1.0), rng.uniform(*REGISTERS[register]))
     samples = round(rng.uniform(1.2, 1.6) * RATE)
     clip = placed(signal, samples, int(rng.integers(samples - len(signal) + 1)))
-    return Item((finished(rng, clip, (-5.0, 15.0), room=0.3),), draw.answer, {"register": register})
+    return Item((finished(rng, clip, (0.0, 20.0), room=0.3),), draw.answer, {"register": register})
 
 
 TONE_TASKS = (

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 
@@ -12,7 +13,7 @@ import pytest
 from support.generated import contents, lines
 
 from palkernels.bench.errors import UserError
-from palkernels.bench.study.sounds import espeak_worker
+from palkernels.bench.study.sounds import espeak, espeak_worker
 from palkernels.bench.study.sounds.espeak import Speaker, SpeechError
 from palkernels.bench.study.sounds.folder import Settings, make
 from palkernels.bench.study.sounds.speech import ACCENTS, LANGUAGES, VOICES
@@ -107,6 +108,33 @@ def test_an_ended_process_and_a_closed_speaker_are_errors():
     with pytest.raises(SpeechError, match="the speaker must be open to speak, got a closed one"):
         speaker.speak("red", "en")
     speaker.close()
+
+
+@needs_espeak
+def test_the_process_ends_with_a_caller_that_was_killed():
+    program = (
+        "import signal, os\nfrom palkernels.bench.study.sounds.espeak import Speaker\n"
+        "print(Speaker()._process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)  # until both have ended
+    assert done.returncode == -signal.SIGKILL
+    assert int(done.stdout) > 0
+    assert done.stderr == ""
+
+
+@needs_espeak
+def test_an_interrupted_request_leaves_no_answer_for_the_next_one(monkeypatch):
+    def interrupt(pipe, count):
+        raise KeyboardInterrupt
+
+    with Speaker() as speaker:
+        with monkeypatch.context() as patch:
+            patch.setattr(espeak, "_exactly", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                speaker.speak("red", "en")
+        with pytest.raises(SpeechError, match="exit code -9"):
+            speaker.speak("seven", "en")
 
 
 def test_a_crash_of_the_library_ends_its_child_alone():
