@@ -18,8 +18,20 @@ if TYPE_CHECKING:
     from palkernels.model.data.sample import Sample
     from palkernels.model.data.samples import Dropped, Samples
     from palkernels.model.data.sources import Source
+    from palkernels.model.data.states import EncodedStates, Prepared
 
-__all__ = ["Collator", "Dropped", "LengthBuckets", "Mixture", "Sample", "Samples", "Source", "read"]
+__all__ = [
+    "Collator",
+    "Dropped",
+    "EncodedStates",
+    "LengthBuckets",
+    "Mixture",
+    "Prepared",
+    "Sample",
+    "Samples",
+    "Source",
+    "read",
+]
 
 _NAMES_BY_MODULE = {
     "buckets": ("LengthBuckets",),
@@ -29,6 +41,7 @@ _NAMES_BY_MODULE = {
     "sample": ("Sample",),
     "samples": ("Dropped", "Samples"),
     "sources": ("Source",),
+    "states": ("EncodedStates", "Prepared"),
 }
 if not TYPE_CHECKING:
     __getattr__, __dir__ = _lazy.exports(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from palkernels.errors import one_line
@@ -16,6 +15,8 @@ from palkernels.model.data.clips import LengthsOfClips
 from palkernels.model.data.reasons import MALFORMED, TOO_MANY_TOKENS, RejectedError
 from palkernels.model.data.sample import Sample
 from palkernels.model.data.samples import Dropped, Samples
+from palkernels.model.data.states import EncodedStates
+from palkernels.model.pal.parts import by_entry
 from palkernels.model.pal.processing_pal import PalProcessor
 
 __all__ = ["Collator"]
@@ -42,7 +43,7 @@ class Collator:
         self,
         processor: PalProcessor,
         *,
-        states: Any = None,
+        states: EncodedStates | None = None,
         packing: bool = False,
         max_tokens: int | None = None,
     ) -> None:
@@ -60,7 +61,8 @@ class Collator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return input_ids, attention_mask (B, T), padded on the right, labels and what describes clips; see
-        :class:`PalForConditionalGeneration`. A packed batch has input_ids, position_ids and labels (1, sum of T).
+        :class:`PalForConditionalGeneration`. A packed batch has input_ids, position_ids and labels (1, sum of T), and
+        use_cache False.
 
         Raises:
             AudioError: A clip is refused; the message names its sample.
@@ -76,8 +78,8 @@ class Collator:
     def fitting(self, samples: Sequence[Sample], *, progress: bool = False) -> Samples:
         """Return the samples that batches can be made of; the others are among ``dropped``.
 
-        Dropped are samples with a clip longer than ``processor.longest_clip`` or that cannot be read, those whose text
-        has more than ``max_tokens`` tokens, and those whose text the template refuses.
+        Dropped are samples with a clip that is longer than ``processor.longest_clip`` or cannot be read, with a text of
+        more than ``max_tokens`` tokens, and with one that the template refuses.
 
         Raises:
             ValueError: None fits.
@@ -153,18 +155,14 @@ class Collator:
         """Return a sample's tokens with placeholders, and its clips' states that enter without any."""
         text = self.processor.apply_chat_template(list(sample.messages))
         tokens = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-        valid = [self._states_of(clip, lengths) for clip in sample.clips()]
+        valid = [self.processor.state_lengths(lengths.of(clip).samples) for clip in sample.clips()]
         if not valid:
             return tokens, 0
         table = torch.stack(valid)
         placeholders = int(self.processor.num_placeholders(table).sum())
-        ways = [entry["integration"] for entry in self.processor.encoders]
-        heard = 0 if set(ways) == {"plits"} else int(table.sum())
+        entries = by_entry(self.processor.encoders, table.unbind(1))
+        heard = sum(int(of_towers[0].sum()) for entry, of_towers in entries if entry["integration"] != "plits")
         return tokens - len(valid) + placeholders, heard
-
-    def _states_of(self, clip: Any, lengths: LengthsOfClips) -> Tensor:
-        """Return how many states each encoder makes of a clip, (towers,)."""
-        return self.processor.state_lengths(lengths.of(clip).samples)
 
 
 def _lengths_of(samples: Sequence[Sample]) -> LengthsOfClips:
@@ -177,4 +175,5 @@ def _packed(batch: dict[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
     for name in ("input_ids", "labels"):
         batch[name] = batch[name][mask].unsqueeze(0)
     batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    batch["use_cache"] = False  # with a cache, transformers takes the row for one text
     return batch

@@ -25,11 +25,28 @@ class AudioInputs:
     insert_at: Tensor | None
     audio_features: AudioFeatures | None
     encoder_states: Tensor | Sequence[Tensor] | None = None
+    position_ids: Tensor | None = None  # which tell packed texts apart
 
     @property
     def has_clips(self) -> bool:
         """Whether there are clips, encoded or not."""
         return any(getattr(self, name) is not None for name in FORMS)
+
+    def texts_of(self, rows: int) -> int:
+        """Return how many texts there are in ``rows``: more than one where positions and index say that it is packed.
+
+        Raises:
+            ValueError: Positions do not count each text of ``audio_index`` from 0. Checked on the CPU only.
+        """
+        index, positions = self.audio_index, self.position_ids
+        if rows != 1 or positions is None or index is None or index.ndim not in (1, 2) or index.shape[0] == 1:
+            return rows
+        count = index.shape[0]
+        if devices.is_host(positions.device) and not torch.compiler.is_compiling():
+            begins = int((positions == 0).sum())
+            if begins != count:
+                raise ValueError(f"position_ids must count each of {count} texts of audio_index from 0, got {begins}")
+        return count
 
     def check(self) -> None:
         """Check that clips come once, and that nothing describes clips which are not there.

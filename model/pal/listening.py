@@ -137,10 +137,11 @@ class Listener:
         if "plits" in ways and places is not None:
             counts = places.sum(dim=1) if before is None else places.sum(dim=1) + before
         first = ways.get("plits") or next(iter(ways.values()))
-        index = clip_index(audio.audio_index, texts.shape[0], first, counts)
+        index = clip_index(audio.audio_index, audio.texts_of(texts.shape[0]), first, counts)
         tokens = state = None
         if "plits" in ways:
-            rows = audio_rows(ways["plits"], index)
+            # A packed row's placeholders are those of its texts, one after another.
+            rows = audio_rows(ways["plits"], index.reshape(texts.shape[0], -1))
             tokens = Clips(rows.audio.states[rows.index], rows.audio.lengths[rows.index].to(texts.device))
         inside = ways.get("lal") or ways.get("flamingo")
         if inside is not None and self.attached() is not None:

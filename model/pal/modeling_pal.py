@@ -57,7 +57,8 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
       is a clip, and all its states are valid.
     - audio_index (B, K): the clips of each text in their order, -1 where there is none; None: the clips are heard in
       their order, each text as many as fill its placeholders; without PLITS clip b belongs to text b, and C == B.
-      Texts may share a clip.
+      Texts may share a clip. Packed texts, one after another in a single row (1, T), are told by position_ids that
+      count each from 0: then B is their number here and in insert_at.
     - insert_at (B,) or (B, K): where the audio of each clip that enters by LAL or Flamingo stands in the text, in
       tokens without padding, not decreasing; None: before the text. Placeholders count as text: with an ``insert_at``
       in front of a clip's placeholders they see its other audio. The paper leaves this open.
@@ -254,7 +255,8 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         Raises:
             TypeError, ValueError: text, audio and labels do not fit each other, or a keyword is not known.
         """
-        audio = AudioInputs(input_features, audio_lengths, audio_index, insert_at, audio_features, encoder_states)
+        clips = input_features, audio_lengths, audio_index, insert_at, audio_features, encoder_states
+        audio = AudioInputs(*clips, position_ids)
         if LISTEN in kwargs:
             return self.listen(input_ids, inputs_embeds, audio, *kwargs[LISTEN])
         step = kwargs.pop(STEP, None)
@@ -270,13 +272,8 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
             arguments = step.trained_texts(*texts, parts, ways)
         else:
             arguments = step.texts(*texts)
-        optional = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            self._cache_keyword: cache,
-            "labels": labels,
-            "use_cache": use_cache,
-        }
+        optional: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
+        optional |= {self._cache_keyword: cache, "use_cache": use_cache}
         arguments |= {name: value for name, value in optional.items() if value is not None}
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             arguments["logits_to_keep"] = logits_to_keep

@@ -125,8 +125,8 @@ def test_a_text_that_is_refused_names_its_sample():
 
 
 def rows_of(folder, clips):
-    """One short; one with a long text; one with a clip longer than the encoder hears; one with the audio token."""
-    write_clip(folder / "long.wav", 30.5)
+    """One short; one with a long text; one with a clip that is too long; one with the audio token."""
+    write_clip(folder / "long.wav", 1.5)
     return write_lines(
         folder / "calls.jsonl",
         row(clips["a"]), row(clips["c"], "b" * 60), row("long.wav"), row(clips["b"], "<|AUDIO|>"), row("gone.wav"),
@@ -134,14 +134,14 @@ def rows_of(folder, clips):
 
 
 def test_samples_that_do_not_fit_are_dropped_before_training(clips, tmp_path):
-    collate = Collator(small_processor(entry("whisper", "plits")), max_tokens=50)
+    collate = Collator(small_processor(entry("whisper", "plits"), max_seconds=1.0), max_tokens=50)
     samples = read(rows_of(tmp_path, clips))
     fitting = collate.fitting(samples)
     assert [one.source for one in fitting] == ["calls.jsonl:1"]
     assert fitting.reasons() == {"audio missing": 1, "too many tokens": 1, "too long": 1, "malformed": 1}
     detail = {one.reason: one.detail for one in fitting.dropped}
     assert detail["too many tokens"].startswith("calls.jsonl:2: a text must have at most 50 tokens with its placehold")
-    assert "long.wav' must be at most 30 s long, got 30.50 s" in detail["too long"]
+    assert "long.wav' must be at most 1 s long, got 1.50 s" in detail["too long"]
     with pytest.raises(ValueError, match=r"calls\.jsonl:2: a text must have at most 50 tokens .*, got 9\d"):
         collate(samples[:2])
     with pytest.raises(ValueError, match="samples must hold at least one that fits, got 0 samples of"):
@@ -163,6 +163,16 @@ def test_the_limit_counts_what_batches_hold(way, clips, tmp_path):
     heard = [0] * 4 if way == "plits" else [5, 7, 0, 1]
     lengths = Collator(small_processor(*encoders, **settings)).lengths(samples)
     assert lengths == [count + states for count, states in zip(tokens, heard, strict=True)]
+
+
+def test_lengths_of_clips_with_several_windows(tmp_path):
+    """As many placeholders and states as a batch has, of an encoder that hears 10.24 s at once and one of 30 s."""
+    processor = small_processor(entry("sslam", "plits"), entry("whisper"))
+    collate = Collator(processor)
+    for seconds in (10.24, 10.25, 21.0, 31.3):
+        one = sample([write_clip(tmp_path / f"{seconds}.wav", seconds)])
+        batch = collate([one])
+        assert collate.lengths([one]) == [batch["input_ids"].shape[1] + int(batch["audio_lengths"][0, 1])]
 
 
 def test_nothing_is_cut_by_what_a_tokenizer_was_saved_with(clips):
