@@ -297,6 +297,9 @@ ENTRIES = (
     Entry("docs/results.md", "paper", paper, SIMULATED[:1]),
     Entry("docs/results.md", "levers", levers, SIMULATED[:1]),
     Entry("docs/results.md", "serving", serving, SIMULATED[:1]),
+    Entry(
+        "docs/audio_llm.md", "windows", lambda it: to_markdown(tables.whisper_windows(it["rows"])), ("whisper-windows",)
+    ),
     Entry("docs/kernels.md", "microbench-h200", microbench, ("microbench-h200",)),
     Entry("docs/kernels.md", "microbench-h200-again", timed_again, ("microbench-h200", "microbench-h200-again")),
     Entry("docs/kernels.md", "host", host_times, ("host-stand-in",)),

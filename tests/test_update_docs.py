@@ -111,3 +111,19 @@ def test_every_method_of_figure_1_is_explained():
     (entry,) = (entry for entry in update_docs.ENTRIES if entry.mark == "compared")
     lines = update_docs.content(entry, {}).splitlines()[2:]
     assert lines == [f"| {METHODS[name].label} | {METHODS[name].about} |" for name in DEFAULT_METHODS]
+
+
+def test_a_short_window_of_whisper_costs_a_tenth_and_says_what_it_changes():
+    document = result("whisper-windows")
+    seconds = {row["window_seconds"]: row["encoder_seconds"] for row in document["rows"]}
+    assert seconds[30] / seconds[3] > 9
+    of_clips = {}
+    for row in document["rows"]:  # in the order of the windows
+        of_clips.setdefault(row["clips"], []).append(row["mean_cosine"])
+    assert all(cosines == sorted(cosines) and cosines[-1] > 0.9999 for cosines in of_clips.values())
+    (entry,) = (entry for entry in update_docs.ENTRIES if entry.mark == "windows")
+    lines = update_docs.content(entry, {"whisper-windows": document}).splitlines()
+    assert lines[0] == f"| window, s | encoder, ms | {' | '.join(of_clips)} |"
+    assert len(lines) == 2 + len(seconds)
+    assert lines[2].endswith("| cut |")
+    assert f" {of_clips['words'][0]:.3f} (" in lines[2]
