@@ -56,7 +56,8 @@ def init(
     Without --llm and --encoder it is a small one with random weights, which needs no network: to see how one is saved,
     loaded and asked.
     """
-    from palkernels.bench.init import Options, run
+    from palkernels.bench.init import run
+    from palkernels.bench.init_options import Options
 
     clean_up_when_ended()
     settings: dict[str, Any] = {"layers": layers, "dtype": dtype, "seed": seed, "window_seconds": window_seconds}

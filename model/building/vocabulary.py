@@ -72,7 +72,8 @@ def _around_the_mean(rows: Tensor, count: int, generator: torch.Generator) -> Te
     Its covariance is theirs but for what is beside the diagonal, times ``SPREAD``: all of it, as transformers takes,
     is a matrix product of the size of the vocabulary times the square of the width.
     """
-    mean = sum(block.double().sum(dim=0) for block in rows.split(BLOCK)) / len(rows)
-    variance = sum((block.double() - mean).square().sum(dim=0) for block in rows.split(BLOCK)) / len(rows)
+    blocks = range(0, len(rows), BLOCK)
+    mean = torch.stack([rows[i : i + BLOCK].double().sum(dim=0) for i in blocks]).sum(dim=0) / len(rows)
+    squares = torch.stack([(rows[i : i + BLOCK].double() - mean).square().sum(dim=0) for i in blocks]).sum(dim=0)
     noise = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64)
-    return (mean + noise * (SPREAD * variance).sqrt()).to(rows.dtype)
+    return (mean + noise * (SPREAD * squares / len(rows)).sqrt()).to(rows.dtype)

@@ -98,7 +98,7 @@ class WhisperTower(Tower):
         Raises:
             ValueError: The directory does not hold an intact one, or there is no such window.
         """
-        own = {"freeze": freeze, "window_seconds": window_seconds}
+        own: dict[str, Any] = {"freeze": freeze, "window_seconds": window_seconds}
         cls.make_features(own)  # refuses a window before anything is read
         directory = Path(path)
         if is_ctranslate2(directory):
