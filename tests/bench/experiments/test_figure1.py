@@ -123,6 +123,7 @@ def test_the_defaults_fit_eighty_columns(tmp_path: Path, monkeypatch: pytest.Mon
         assert point in lines
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_methods_take_turns(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A B A B ..., so that a drift of the machine hits all methods; the tracked pass comes first and is not timed."""
     calls: list[str] = []
@@ -145,6 +146,7 @@ def test_methods_take_turns(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert calls == expected
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_equal_seeds_do_equal_work(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
     step, infer = measure._train_step, measure._infer

@@ -166,6 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_batch_that_does_not_fit(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs too large to be made are out of memory as well, and the other points are still measured."""

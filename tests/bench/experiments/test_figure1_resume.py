@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +16,41 @@ def command_of(arguments: list[str]) -> list[str]:
     return [sys.executable, "-c", f"from palkernels.bench.cli import main; main({arguments!r})"]
 
 
-def test_an_interruption_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
-    """Nor does SIGTERM: see test_started_in_the_background in test_process.py."""
-    out = tmp_path / "out"
-    arguments = [*map(str, small(tiny, out)), "--repeats", "100000"]
-    with child(command_of(arguments)) as process:
-        assert process.stdout is not None
-        while not (line := process.stdout.readline()).startswith("Estimated"):
-            assert line, process.communicate()
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (130, "error: interrupted\n")
-    assert list(tmp_path.iterdir()) == []
+def test_an_interrupted_run_is_valid_and_goes_on(tiny: Path, tmp_path: Path) -> None:
+    """What was measured before the signal is written, and `--resume` measures the rest alone, interrupted or not.
 
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_is_valid_and_goes_on(number: signal.Signals, code: int, tiny: Path, tmp_path: Path) -> None:
-    """What was measured before the signal is written, and `--resume` measures the rest alone."""
+    Before the first point nothing is left behind: see test_started_in_the_background in test_process.py.
+    """
     out = tmp_path / "out"
     arguments = [*map(str, small(tiny, out)), "--audio-tokens", "16,32,64,128", "--repeats", "1"]
-    with child(command_of(arguments)) as process:
-        assert process.stdout is not None
-        while not (line := process.stdout.readline()).startswith("train, 32 audio tokens"):
-            assert line, process.communicate()
-        process.send_signal(number)
-        process.communicate(timeout=60)
-    assert process.returncode == code
-    assert sorted(path.name for path in out.iterdir()) == FILES
-    first = json.loads((out / "figure1.json").read_text())
-    assert first["meta"]["complete"] is False
+
+    def interrupted(number: signal.Signals, code: int, point: str, *more: str) -> dict[str, Any]:
+        with child(command_of([*arguments, *more])) as process:
+            assert process.stdout is not None
+            while not (line := process.stdout.readline()).startswith(point):
+                assert line, process.communicate()
+            process.send_signal(number)
+            process.communicate(timeout=60)
+        assert process.returncode == code
+        assert sorted(path.name for path in out.iterdir()) == FILES
+        document: dict[str, Any] = json.loads((out / "figure1.json").read_text())
+        assert document["meta"]["complete"] is False
+        return document
+
+    first = interrupted(signal.SIGINT, 130, "train, 32 audio tokens")
     assert 4 <= len(first["rows"]) < 16
-
+    second = interrupted(signal.SIGTERM, 143, "train, 128 audio tokens", "--resume")
+    assert 8 <= len(second["rows"]) < 16
     assert run(*arguments, "--resume") == 0
-    second = json.loads((out / "figure1.json").read_text())
-    assert second["meta"]["complete"] is True
-    assert second["meta"]["date"] == first["meta"]["date"]
-    assert len(second["rows"]) == 16
-    assert second["rows"][: len(first["rows"])] == first["rows"]
+    last = json.loads((out / "figure1.json").read_text())
+    assert last["meta"]["complete"] is True
+    assert last["meta"]["date"] == second["meta"]["date"] == first["meta"]["date"]
+    assert len(last["rows"]) == 16
+    for rows in (first["rows"], second["rows"]):
+        assert last["rows"][: len(rows)] == rows
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_resume_needs_the_same_conditions(
     measured: tuple[dict[str, Any], Path, str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +64,7 @@ def test_resume_needs_the_same_conditions(
     assert json.loads((copy / "figure1.json").read_text()) == before
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_resume_sees_another_model_and_measures_points_that_lack_a_method(
     measured: tuple[dict[str, Any], Path, str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.oracles import build
+from support.processes import run_in_two
 from support.sharded import WAYS, run_with_connector, with_connector
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -278,7 +279,7 @@ def test_compiled_whole():
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(run_with_connector, (2, str(folder)), nprocs=2)
+    run_in_two(run_with_connector, 2, str(folder))
     return folder
 
 

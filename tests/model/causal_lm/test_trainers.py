@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.oracles import build
+from support.processes import run_in_two
 from support.training import gradients, inputs, same
 
 from palkernels.model import AudioState, attach
@@ -85,7 +86,7 @@ def two_processes(tmp_path_factory):
     from support.sharded import run
 
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(run, (2, str(folder)), nprocs=2)
+    run_in_two(run, 2, str(folder))
     return folder
 
 

@@ -1,6 +1,6 @@
 """DDP and FSDP2: processes that train together, of which some have batches without audio."""
 
-import torch
+from support.processes import run_in_two
 
 
 def test_one_process_hears_and_one_does_not(tmp_path):
@@ -8,5 +8,5 @@ def test_one_process_hears_and_one_does_not(tmp_path):
     that is sharded generates what the whole one does."""
     from support.parallel import run
 
-    torch.multiprocessing.spawn(run, args=(str(tmp_path),), nprocs=2)
+    run_in_two(run, str(tmp_path))
     assert (tmp_path / "done").exists()
