@@ -205,6 +205,19 @@ def _unsharded(layer: Any) -> Iterator[None]:
             layer.reshard()
 
 
+@contextmanager
+def _in_evaluation(layer: nn.Module) -> Iterator[None]:
+    """Let a layer drop nothing out, as adapters do in training: two runs would differ, and draw random numbers."""
+    training = [module for module in layer.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Rotary) -> LayerCheck | None:
     """Run a layer once on random states, and compare its K and V with those that we compute for audio.
 
@@ -232,7 +245,7 @@ def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Ro
         return None
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, CHECK_TOKENS, weight.shape[1], generator=generator).to(device, weight.dtype)
-    with _unsharded(layer), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with _unsharded(layer), _in_evaluation(layer), torch.no_grad(), torch.autocast(device.type, enabled=False):
         return _compare(model, layer, index, rotary, states)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import runs
 from support.runs import lines, run, same, weights
+from support.samples import TEMPLATE
 
 from palkernels.model import PalForConditionalGeneration, PalProcessor
 from palkernels.model.training.run import RunError, Stopped
@@ -53,7 +54,7 @@ def test_each_stage_is_a_whole_model(folder, whole):
     for stage in ("1-align", "2-adapt"):
         after = output / "stages" / stage
         model = PalForConditionalGeneration.from_pretrained(after)
-        assert PalProcessor.from_pretrained(after).max_seconds > 1
+        assert PalProcessor.from_pretrained(after).chat_template == TEMPLATE
         again = PalForConditionalGeneration.from_pretrained(before)
         want = dict(again.named_parameters())
         moved = {name for name, x in model.named_parameters() if not torch.equal(x, want[name])}
@@ -118,14 +119,6 @@ def test_refused(folder, whole, tmp_path):
     (tmp_path / "other").write_text("")
     with pytest.raises(RunError, match=r"output must be a new or empty folder, got .* with something in it"):
         run(folder, f"output={tmp_path}")
-    with pytest.raises(RunError, match=r"stages\.0\.batch must be a multiple of gradient_accumulation times processes"):
-        run(
-            folder,
-            f"output={tmp_path / 'new'}",
-            "stages.0.batch=5",
-            "stages.0.gradient_accumulation=5",
-            "stages.1.batch=3",
-        )
 
 
 def test_plans_come_first(folder, tmp_path):
