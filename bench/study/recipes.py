@@ -45,7 +45,8 @@ def recipe(settings: Settings, where: Where, method: str, seed: int) -> dict[str
 
 def recipe_text(settings: Settings, where: Where, method: str, seed: int) -> str:
     """Return the recipe of a run as a file has it."""
-    return yaml.safe_dump(recipe(settings, where, method, seed), sort_keys=False, width=120)
+    text: str = yaml.safe_dump(recipe(settings, where, method, seed), sort_keys=False, width=120)
+    return text
 
 
 def write_recipe(settings: Settings, where: Where, method: str, seed: int) -> Path:

@@ -1,4 +1,4 @@
-"""The runs of a study: each is `palkernels train` on a recipe, in a process of its own, and can be stopped at any time."""
+"""The runs of a study: each is `palkernels train` on a recipe, in a process of its own, which can be stopped."""
 
 from __future__ import annotations
 
