@@ -61,8 +61,8 @@ def init(
 
     clean_up_when_ended()
     settings: dict[str, Any] = {"layers": layers, "dtype": dtype, "seed": seed, "window_seconds": window_seconds}
-    several = {"encoders": encoder, "integrations": integration, "connectors": connector}
-    run(Options(directory, llm, **settings, **{key: tuple(value or ()) for key, value in several.items()}))
+    settings |= {"integrations": tuple(integration or ()), "connectors": tuple(connector or ())}
+    run(Options(directory, llm, tuple(encoder or ()), **settings))
 
 
 def ask(

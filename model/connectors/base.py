@@ -191,7 +191,7 @@ def stacked(states: Tensor, lengths: Tensor | None, stack: int) -> tuple[Tensor,
     if lengths is not None:
         states = states.masked_fill(~valid_mask(lengths, states).unsqueeze(-1), 0)
     states = nn.functional.pad(states, (0, 0, 0, -states.shape[1] % stack))
-    states = states.unflatten(1, (states.shape[1] // stack, stack)).flatten(2)
+    states = states.reshape(states.shape[0], states.shape[1] // stack, stack * states.shape[2])
     return states, None if lengths is None else stacked_lengths(lengths, stack)
 
 

@@ -65,9 +65,9 @@ def features_of(clips: Sequence[Tensor], features: Features, window: Window) -> 
         features: The tower's.
         window: The tower's.
     """
-    windows = [clip.split(window.samples) for clip in clips]
+    windows = [torch.split(clip, window.samples) for clip in clips]
     input_features, lengths = features([part for parts in windows for part in parts])
-    of_clips = lengths.split([len(parts) for parts in windows])
+    of_clips = torch.split(lengths, [len(parts) for parts in windows])
     return input_features, torch.stack([parts.sum() for parts in of_clips])
 
 
@@ -81,7 +81,7 @@ def encode(tower: Tower, input_features: Tensor, most: int) -> Tensor:
     """Return the states (W, N, width) of windows, which pass the tower ``most`` at a time."""
     if input_features.ndim == 0 or input_features.shape[0] <= most:
         return tower(input_features)  # type: ignore[no-any-return]
-    return torch.cat([tower(some) for some in input_features.split(most)])
+    return torch.cat([tower(some) for some in torch.split(input_features, most)])
 
 
 def window_lengths(lengths: Tensor, window: Window, count: int) -> tuple[Tensor, list[int] | None]:
@@ -120,9 +120,9 @@ def join_windows(windows: Clips, counts: list[int] | None) -> Clips:
     """
     if counts is None:
         return windows
-    lengths = [sum(parts.tolist()) for parts in windows.lengths.split(counts)]
-    tokens = windows.states[windows.valid()].split(lengths)
-    return Clips(pad_sequence(tokens, batch_first=True), windows.lengths.new_tensor(lengths))
+    lengths = [sum(parts.tolist()) for parts in torch.split(windows.lengths, counts)]
+    tokens = torch.split(windows.states[windows.valid()], lengths)
+    return Clips(pad_sequence(list(tokens), batch_first=True), windows.lengths.new_tensor(lengths))
 
 
 def output_lengths(connector: Connector, lengths: Tensor, window: Window) -> Tensor:

@@ -96,6 +96,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         stop: Asked after each step whether to stop.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self,
         model: PalForConditionalGeneration,
@@ -145,7 +148,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             groups = parameter_groups(self.model if model is None else model, self.chosen, self.stage)
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
-        return self.optimizer  # type: ignore[no-any-return]
+        made: torch.optim.Optimizer = self.optimizer
+        return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:

@@ -151,7 +151,7 @@ def _read(tree: Located, faults: list[str]) -> Recipe | None:
     checkpoint = _part(top, "checkpoint", ("steps", "keep"), faults)
     log = _part(top, "log", ("steps", "eval_steps", "report_to"), faults)
     seed = top.read("seed", take.count(0), 0)
-    settings = {
+    settings: dict[str, Any] = {
         "checkpoint_steps": checkpoint.read("steps", take.count(1), 100),
         "checkpoint_keep": checkpoint.read("keep", take.count(1), 2),
         "log_steps": log.read("steps", take.count(1), 1),
@@ -179,7 +179,7 @@ def _data(top: Fields, faults: list[str]) -> DataRecipe | None:
         data.wrong("train", "must hold at least one file, got none")
     elif not data.has("train"):
         data.wrong("train", "must be given, got nothing")
-    settings = {
+    settings: dict[str, Any] = {
         "max_seconds": data.read("max_seconds", take.number(0, above=True), None),
         "buckets": data.read("buckets", take.boolean, True),
         "packing": data.read("packing", take.boolean, False),

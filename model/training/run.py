@@ -24,10 +24,7 @@ from accelerate.utils import set_seed
 from transformers import TrainingArguments
 
 from palkernels.model.building import build
-<<<<<<< HEAD
 from palkernels.model.causal_lm.handle import LalHandle
-=======
->>>>>>> main
 from palkernels.model.pal import PalConfig, PalForConditionalGeneration, PalProcessor
 from palkernels.model.training.checkpoints import checkpoints_in, read_json, whole_folder, write_json
 from palkernels.model.training.loop import Log, StageTrainer
@@ -213,12 +210,9 @@ class _Run:
             start, dtype=self.dtype if bf16 else torch.float32, freeze_encoders=frozen, freeze_ffn=False
         )
         chosen = choose(model, stage.train, stage.lora)
-<<<<<<< HEAD
         handle = model.attached()
         if isinstance(handle, LalHandle):
             handle.check_layers()  # else the first forward of a process would compute gradients in another order
-=======
->>>>>>> main
         if stage.gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -242,12 +236,8 @@ class _Run:
         earlier = checkpoints_in(checkpoints)
         if earlier:
             self.say(f"stage {stage.name}: goes on after step {earlier[-1].name.partition('-')[2]}")
-<<<<<<< HEAD
         else:
             log.cut(0)
-=======
-        log.cut(0)
->>>>>>> main
         trainer.train(resume_from_checkpoint=str(earlier[-1]) if earlier else None)
         done = trainer.state.global_step
         if trainer.stopped and done < len(order):

@@ -20,12 +20,8 @@ SHARDED = {
 def join_and_train(rank, folder, settings, how, stop_after, port):
     from pathlib import Path
 
-<<<<<<< HEAD
     places = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2")
     os.environ |= places | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
-=======
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
->>>>>>> main
     torch.distributed.init_process_group("gloo", init_method=f"file://{port}", rank=rank, world_size=2)
     state.AcceleratorState._reset_state(reset_partial_state=True)
     if how == "fsdp2":
@@ -42,11 +38,8 @@ def join_and_train(rank, folder, settings, how, stop_after, port):
         run(Path(folder), *settings, resume=True, stop=stop)
     except Stopped:
         assert stop_after is not None
-<<<<<<< HEAD
     kind = state.AcceleratorState().distributed_type
     assert kind == (DistributedType.FSDP if how == "fsdp2" else DistributedType.MULTI_CPU), kind
-=======
->>>>>>> main
     torch.distributed.barrier()
     os._exit(0)  # an orderly end of Python aborts at times, while a thread of gloo's still runs
 

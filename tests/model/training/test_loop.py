@@ -1,20 +1,11 @@
 """The loop is what one would write by hand; two processes come to what one does."""
 
-<<<<<<< HEAD
-=======
-import os
-
->>>>>>> main
 import pytest
 import torch
 from support import runs
 from support.runs import lines, run
 
 from palkernels.model import PalForConditionalGeneration, PalProcessor
-<<<<<<< HEAD
-=======
-from palkernels.model.data.collator import Collator
->>>>>>> main
 from palkernels.model.training.loop import schedule
 from palkernels.model.training.material import read_material
 from palkernels.model.training.recipe import LoraRecipe, StageRecipe, load_recipe
@@ -74,14 +65,6 @@ def test_accumulation_changes_nothing(folder, losses, pieces, tmp_path):
     torch.testing.assert_close(got, losses, rtol=2e-4, atol=2e-5)
 
 
-<<<<<<< HEAD
-=======
-def test_packing_changes_nothing(folder, losses, tmp_path):
-    run(folder, f"output={tmp_path}", "data.packing=true")
-    torch.testing.assert_close([entry["loss"] for entry in lines(tmp_path)], losses, rtol=2e-4, atol=2e-5)
-
-
->>>>>>> main
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_two_processes_are_one(folder, losses, how, tmp_path):
     """Also over a checkpoint, where the last step of an epoch has too few samples to give each process one. Processes
@@ -100,14 +83,6 @@ def one_of_two(rank, *arguments):
     join_and_train(rank, *arguments)
 
 
-<<<<<<< HEAD
-=======
-def test_collator_of_a_stage_is_told_which_samples_count():
-    assert Collator is not None
-    assert os.environ.get("WORLD_SIZE") is None
-
-
->>>>>>> main
 def test_schedules():
     def factors(**settings):
         stage = StageRecipe("one", ("connector",), (), {"connector": 1.0}, **settings)
