@@ -70,7 +70,6 @@ def cut_short(path: Path) -> None:
         (configured(hidden_size=64), "must be a causal LM with its tokenizer, got "),
         (configured(auto_map={"AutoModelForCausalLM": "x.Y"}, model_type="new"), "must be a causal LM with its tok"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_a_damaged_language_model(llm: Path, tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
     copy = shutil.copytree(llm, tmp_path / "copy")
