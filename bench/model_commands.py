@@ -113,4 +113,25 @@ def evaluate(
     )
 
 
-MODEL_COMMANDS = (init, ask, evaluate)
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="As in stages.0.lr=1e-4 and output=DIR.", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in its output.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate/--no-estimate", help="Predict memory and time first.", show_default=True)
+    ] = True,
+) -> None:
+    """Train an audio LLM stage by stage, as a recipe says. docs/training.md has every key.
+
+    Ctrl-C stops after the step, with a checkpoint; --resume goes on to the same weights, also after a crash. Several
+    GPUs: accelerate launch -m palkernels.bench.cli train RECIPE.yaml.
+    """
+    from palkernels.bench.train import run
+
+    run(recipe, overrides or [], resume=resume, estimate=estimate)
+
+
+MODEL_COMMANDS = (init, train, ask, evaluate)

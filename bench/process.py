@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INTERRUPTED",
+    "TERMINATED",
     "clean_up_when_ended",
     "console",
     "exit_with",

@@ -26,7 +26,7 @@ from palkernels.bench.presets import LlmPlan
 from palkernels.model.connectors.mlp import MlpConnector
 from palkernels.op_costs import arguments_by_name, plain_function, scratch_bytes
 
-__all__ = ["ENCODER_WIDTH", "Simulation", "ValuelessModel"]
+__all__ = ["ENCODER_WIDTH", "LOGITS", "Simulation", "ValuelessModel", "default_dtype", "no_collection", "no_launches"]
 
 ENCODER_WIDTH = 1280  # Whisper large's, on which published audio LLMs build
 KV_CACHE, LOGITS = "K/V cache", "logits"
@@ -72,7 +72,7 @@ class ValuelessModel:
     def __init__(self, llm: LlmPlan, dtype: torch.dtype, width: int = ENCODER_WIDTH, impl: str = "triton") -> None:
         self.mode, self.dtype, self.width, self.impl = Shapes(), dtype, width, impl
         self.vocab_size: int = llm.config.vocab_size
-        with self.mode, _default_dtype(dtype):
+        with self.mode, default_dtype(dtype):
             self.model = replace(llm, directory=None).build(dtype, torch.device("cpu"), 0).model  # reads no weights
             self.connector = MlpConnector(width, llm.config.hidden_size)
         self.parameters: list[nn.Parameter] = [*self.model.parameters(), *self.connector.parameters()]
@@ -150,7 +150,7 @@ class ValuelessModel:
     @contextlib.contextmanager
     def ready(self, method: Method) -> Iterator[str]:
         """Make the model usable with a method; yields the name of the attention that runs."""
-        with self.mode, _no_launches(), _no_collection(), method.ready(self.model, self.impl) as impl:
+        with self.mode, no_launches(), no_collection(), method.ready(self.model, self.impl) as impl:
             yield impl
 
     def _tracker(self, static: Sequence[Tensor], *, caches: bool = False) -> AllocationTracker:
@@ -168,7 +168,7 @@ class ValuelessModel:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -178,7 +178,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_launches() -> Iterator[None]:
+def no_launches() -> Iterator[None]:
     """Let the Triton kernels that other packages launch from Python, without an operator around them, do nothing."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
@@ -197,7 +197,7 @@ def _no_launches() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Turn the garbage collector off, which would free cycles at moments that depend on what ran before."""
     was_enabled = gc.isenabled()
     gc.disable()

@@ -1,0 +1,56 @@
+"""Print the table of docs/training.md: what the stages of examples/recipes/llama-whisper-sslam.yaml cost on GPUs.
+
+    .venv/bin/python scripts/training_costs.py
+
+Nothing is downloaded: files and checkpoints that the recipe names are stood in for, and tensors have no values.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from palkernels.bench.experiments.training_cost import simulate_stage
+from palkernels.bench.presets import plan_llm
+from palkernels.model import AUDIO_TOKEN, PalConfig, PalProcessor, byte_tokenizer
+from palkernels.model.encoders.whisper import WHISPER_SIZES
+from palkernels.model.training.recipe import load_recipe
+
+RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "llama-whisper-sslam.yaml"
+NAMED = ("whisper-small", "SSLAM", "closed.jsonl", "openaqa_closed.json", "open.jsonl", "held_out.jsonl")
+SECONDS, TEXT, SAMPLES = 10, 128, 1_000_000
+COUNTS = (1, 2, 4, 8)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(RECIPE, folder)
+        for name in NAMED:
+            (Path(folder) / name).touch()
+        recipe = load_recipe(Path(folder) / RECIPE.name)
+    shapes = {"whisper": dict(WHISPER_SIZES["small"]), "sslam": {}}
+    entries = []
+    for encoder in recipe.model.encoders:
+        kind = encoder["connector"]["type"]
+        settings = {name: value for name, value in encoder["connector"].items() if name != "type"}
+        connector = {"type": kind, "config": settings}
+        entry = {"type": encoder["type"], "config": shapes[encoder["type"]], "connector": connector}
+        entries.append({**entry, "integration": encoder["integration"]})
+    config = PalConfig(text_config=plan_llm("llama-3.2-1b", None).config, encoders=entries)
+    processor = PalProcessor(byte_tokenizer(), config.encoders)
+    print("| stage | trains | GiB a GPU, DDP | FSDP2 on 2 | 4 | 8 | A100: hours on 1 | 8 | H200: hours on 1 | 8 |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for stage in recipe.stages:
+        piece = stage.batch // stage.gradient_accumulation
+        clips = [[torch.zeros(SECONDS * 16_000)] for _ in range(piece)]
+        texts = [AUDIO_TOKEN + "x" * (TEXT - 1)] * piece
+        batch = dict(processor(texts, audio=clips, sampling_rate=16_000, output_labels=True))
+        cost = simulate_stage(stage, config, batch, SAMPLES // stage.batch, torch.bfloat16, bf16=True)
+        memory = [f"{cost.memory(count) / 2**30:.1f}" for count in COUNTS]
+        hours = [f"{cost.seconds(gpu) / 3600 / count:.1f}" for gpu in ("a100-80gb", "h200") for count in (1, 8)]
+        print(f"| {stage.name} | {', '.join(stage.train)}: {cost.trained / 1e6:.0f} M | {' | '.join(memory + hours)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The command train: what it says of a recipe, what a stage will cost, and how it is interrupted."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import runs
+from support.audio_llm import batch_of_two, build_pal, entry, labelled
+
+from palkernels.bench import cli
+from palkernels.bench.experiments.training_cost import simulate_stage
+from palkernels.model.training.recipe import LoraRecipe, StageRecipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return runs.make(tmp_path_factory.mktemp("run"))
+
+
+def command(*words):
+    with pytest.raises(SystemExit) as end:
+        cli.main(list(map(str, words)))
+    return end.value.code
+
+
+def test_faults_are_all_listed(folder, capsys):
+    assert command("train", folder / "recipe.yaml", "stages.0.lr=fast", "stages.1.trian=llm") == 2
+    *faults, last = capsys.readouterr().err.splitlines()
+    assert faults == [
+        "stages.0.lr=fast: stages.0.lr must be a number above 0, got 'fast'",
+        "stages.1.trian=llm: stages.1.trian is not known: did you mean 'train'?",
+    ]
+    assert last == "error: the recipe must be without faults, got 2, all above"
+    assert command("train", folder / "none.yaml") == 2
+    assert "the recipe must be a file of text that can be read" in capsys.readouterr().err
+
+
+def test_train(folder, capsys):
+    assert command("train", folder / "recipe.yaml", "stages.1.epochs=0.4") == 0
+    said = capsys.readouterr().out
+    assert "rows.jsonl: 10 samples of 11; dropped: 1 audio missing" in said
+    assert "stage align: 3 steps of 4 samples, trains connector: 5,248 of 138,448 parameters" in said
+    assert "GiB a GPU" in said
+    assert f"Model: {folder}/out/stages/2-adapt" in said
+    assert command("train", folder / "recipe.yaml", "stages.1.epochs=0.4", "--resume") == 0
+    assert "finished already" in capsys.readouterr().out
+    assert command("train", folder / "recipe.yaml", "--resume") == 2
+    assert "stages.1.epochs was 0.4, is 1.5" in capsys.readouterr().err
+
+
+def test_interrupted(folder, tmp_path):
+    """Ctrl-C amid a stage: a checkpoint, one line, and 130; the run goes on from there."""
+    words = ["train", str(folder / "recipe.yaml"), f"output={tmp_path / 'out'}", "stages.0.steps=200"]
+    program = [sys.executable, "-c", "from palkernels.bench.cli import main; main()", *words, "--no-estimate"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        log = tmp_path / "out" / "log.jsonl"
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+            try:
+                process.wait(0.05)
+            except subprocess.TimeoutExpired:
+                continue
+        process.send_signal(signal.SIGINT)
+        said, complained = process.communicate()
+    assert process.returncode == 130, complained
+    assert "stopping after this step; once more to stop at once" in complained
+    assert "of 200 of stage align: --resume goes on" in said
+    done = int(said.split("after step ")[1].split()[0])
+    assert (tmp_path / "out" / "checkpoints" / "1-align" / f"step-{done}").is_dir()
+    assert 2 <= done < 200
+
+
+@pytest.mark.parametrize("train", [("connector",), ("connector", "llm"), ("connector", "lora")])
+def test_cost(train):
+    """What trains has AdamW's two states, in float32; the rest has none, and 16 bits where they compute."""
+    model = build_pal(entry("sslam"))
+    batch = labelled(batch_of_two(model))
+    stage = StageRecipe("one", train, (), dict.fromkeys(train, 1e-3), gradient_accumulation=2, lora=LoraRecipe(r=2))
+    whole, half = (
+        simulate_stage(stage, model.config, batch, 10, dtype, bf16)
+        for dtype, bf16 in ((torch.float32, False), (torch.bfloat16, True))
+    )
+    count, trained = whole.parameters, whole.trained
+    parts = whole.simulation.memory_breakdown
+    assert parts["parameters"] >= 4 * count
+    assert 8 * trained <= parts["optimizer"] <= 8 * trained + 4 * len(list(model.parameters())) * 4
+    frozen, in_half = count - trained, half.simulation.memory_breakdown
+    assert in_half["parameters"] == pytest.approx(4 * trained + 2 * frozen, rel=0.1)
+    assert in_half["optimizer"] == parts["optimizer"]
+    assert whole.pieces == 20
+    assert whole.memory(8) < whole.memory(2) < whole.memory()
+    assert 0 < whole.seconds("h200") < whole.seconds("a100-80gb") * 1.01
