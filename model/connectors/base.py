@@ -6,6 +6,7 @@ the arguments that make another of the same shape, ``CONNECTORS[name](**config)`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,6 +19,9 @@ from palkernels import devices
 __all__ = ["Connector", "States", "cut_padding", "cut_paddings"]
 
 States = Tensor | tuple[Tensor, ...]  # of one encoder, or of several
+# Of the point that start_at moves states to: its root mean square, about that of what an MlpConnector as drawn makes;
+# and by how much smaller than drawn the last layer's weights become, so that states scatter little around it.
+START_SIZE, START_SCATTER = 0.25, 0.15
 
 
 class Connector(nn.Module):
@@ -65,6 +69,26 @@ class Connector(nn.Module):
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Return how many states of each clip :meth:`connect` makes valid, given ``lengths`` (B,); needs no weights."""
         return lengths.long()
+
+    def start_at(self, direction: Tensor) -> None:
+        """Let the states that the weights as drawn would scatter around 0 scatter closely around a direction instead.
+
+        Args:
+            direction: (hidden_size,), of length 1.
+        """
+        raise NotImplementedError
+
+
+def start_linear_at(linear: nn.Linear, direction: Tensor) -> None:
+    """Let a last layer's outputs scatter as :meth:`Connector.start_at` says."""
+    with torch.no_grad():
+        linear.weight.mul_(START_SCATTER)
+        linear.bias.copy_(start_point(direction))
+
+
+def start_point(direction: Tensor) -> Tensor:
+    """Return the point (hidden_size,) that states scatter around, which lies in a direction of length 1."""
+    return direction * (START_SIZE * math.sqrt(direction.numel()))
 
 
 def check_positive(**sizes: object) -> None:

@@ -18,6 +18,7 @@ from palkernels.model.connectors.base import (
     check_positive,
     checked_lengths,
     describe,
+    start_point,
     valid_mask,
     values_are_checked,
 )
@@ -129,6 +130,12 @@ class LfstConnector(Connector):
         """Return ``lengths`` of the first encoder's states, and one newline more for every time step."""
         freq = self.grids[0].freq
         return lengths.long() // freq * (freq + 1)
+
+    def start_at(self, direction: Tensor) -> None:
+        """Start as :meth:`Connector.start_at` says, the newline too."""
+        self.projection.start_at(direction)
+        with torch.no_grad():
+            self.newline.add_(start_point(direction))
 
     def _checked(self, states: States, lengths: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         """Return each encoder's states, and the lengths, after checking that they fit."""

@@ -12,6 +12,7 @@ from palkernels.model.connectors.base import (
     checked_states,
     stacked,
     stacked_lengths,
+    start_linear_at,
 )
 
 __all__ = ["MlpConnector"]
@@ -57,6 +58,9 @@ class MlpConnector(Connector):
         states = checked_states(states, self.input_size)
         joined, lengths = stacked(states, checked_lengths(lengths, states), self.stack)
         return self(joined), lengths
+
+    def start_at(self, direction: Tensor) -> None:
+        start_linear_at(self.linear_2, direction)
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Return ceil(length / stack)."""

@@ -15,6 +15,7 @@ from palkernels.model.connectors.base import (
     checked_lengths,
     checked_states,
     stacked,
+    start_linear_at,
     valid_mask,
 )
 
@@ -136,3 +137,6 @@ class QFormerConnector(Connector):
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Return num_queries for every clip, and 0 for an empty one."""
         return (lengths > 0).long() * self.num_queries
+
+    def start_at(self, direction: Tensor) -> None:
+        start_linear_at(self.projection, direction)

@@ -23,11 +23,13 @@ from palkernels.model.pal.clips import AudioFeatures
 from palkernels.model.pal.configuration_pal import PalConfig
 from palkernels.model.pal.generation import LISTEN, STEP, current, generation_of
 from palkernels.model.pal.hearing import labels_of
+from palkernels.model.pal.initialization import check_initialization, start_at_sink
 from palkernels.model.pal.inputs import AudioInputs
 from palkernels.model.pal.listening import Listener
 from palkernels.model.pal.parts import (
     build_connectors,
     build_towers,
+    check_room,
     check_settings,
     choose_attention,
     entries_with_tower_configs,
@@ -129,28 +131,27 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         language_model: PreTrainedModel,
         encoders: Sequence[dict[str, Any]],
         towers: Sequence[nn.Module | None] | None = None,
+        *,
+        initialization: str = "sink",
         **settings: Any,
     ) -> Self:
-        """Return an audio LLM around a language model that is there already, which is used, not copied.
-
-        Connectors have random weights. All parts get the language model's dtype and device.
+        """Return an audio LLM around a language model that is there already, which is used, not copied; all parts get
+        its dtype and device.
 
         Args:
             language_model: any causal LM that ``attach`` takes.
             encoders: entries as in :class:`PalConfig`. A tower in ``towers`` brings its own ``config``.
             towers: one per encoder, and two for an entry with LFST, in their order; None: one with random weights.
                 ``TOWERS[...].from_checkpoint`` gives trained ones.
+            initialization: of connectors: "sink", as :func:`start_at_sink` says, which runs the language model once if
+                audio enters by LAL; or "random".
             settings: the other arguments of PalConfig.
 
         Raises:
             TypeError, ValueError: the parts do not fit each other, or PalConfig has no such argument.
         """
-        token, vocabulary = settings.get("audio_token_id"), language_model.config.get_text_config().vocab_size
-        if isinstance(token, int) and token >= vocabulary:
-            raise ValueError(
-                f"audio_token_id must be from 0 to {vocabulary - 1}, got {token}: "
-                "language_model.resize_token_embeddings(len(tokenizer)) makes room for a token that was added"
-            )
+        check_initialization(initialization)
+        check_room(settings.get("audio_token_id"), language_model)
         encoders = entries_with_tower_configs(encoders, towers)
         check_settings(settings)
         settings, attn_implementation = with_attention_of_encoders(settings)
@@ -160,6 +161,8 @@ class PalForConditionalGeneration(Listener, PreTrainedModel, GenerationMixin):  
         model.generation_config = copy.deepcopy(language_model.generation_config)
         for part in (model.audio_tower, model.multi_modal_projector, model.layer_projector):
             part.to(device=language_model.device, dtype=language_model.dtype)
+        if initialization == "sink":
+            start_at_sink(config, language_model, model.multi_modal_projector, model.layer_projector)
         return model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:

@@ -24,6 +24,7 @@ __all__ = [
     "build_connectors",
     "build_towers",
     "by_entry",
+    "check_room",
     "check_settings",
     "choose_attention",
     "connect",
@@ -137,6 +138,16 @@ def _build_connector(entry: dict[str, Any], input_sizes: list[int], hidden_size:
     widths: dict[str, Any] = {"input_sizes": input_sizes} if len(input_sizes) > 1 else {"input_size": input_sizes[0]}
     settings = entry["connector"]["config"]
     return CONNECTORS[entry["connector"]["type"]](**{**widths, "hidden_size": hidden_size, **settings})
+
+
+def check_room(token: Any, language_model: PreTrainedModel) -> None:
+    """Raise a ValueError if a language model has no embedding for the audio token."""
+    vocabulary = language_model.config.get_text_config().vocab_size
+    if isinstance(token, int) and token >= vocabulary:
+        raise ValueError(
+            f"audio_token_id must be from 0 to {vocabulary - 1}, got {token}: "
+            "language_model.resize_token_embeddings(len(tokenizer)) makes room for a token that was added"
+        )
 
 
 def check_settings(settings: dict[str, Any]) -> None:
