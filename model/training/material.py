@@ -15,6 +15,7 @@ from palkernels.model.data.sample import Sample
 from palkernels.model.data.samples import Samples
 from palkernels.model.data.seeds import permutation
 from palkernels.model.data.sources import Source
+from palkernels.model.data.states import EncodedStates
 from palkernels.model.pal import PalProcessor
 from palkernels.model.training.order import Order
 from palkernels.model.training.recipe import DataRecipe, Recipe, SourceRecipe, StageRecipe
@@ -59,6 +60,19 @@ class Material:
             return [samples[i] for i in buckets]
 
         return Order(len(mixture), epoch, stage.batch, epochs=stage.epochs, steps=stage.steps, samples=stage.samples)
+
+    def of_states(self, states: EncodedStates, stage: StageRecipe, say: Callable[[str], None]) -> Collator:
+        """Return a collator whose batches have kept states instead of clips, which it keeps first."""
+        parts = [x for source, x in zip(self.data.train, self.train, strict=True) if source.name in stage.data]
+        samples = list({id(x): x for part in (*parts, self.held_out) for x in part}.values())
+        prepared = states.prepare(samples, num_workers=self.data.workers, progress=True)
+        count = prepared.encoded + prepared.kept
+        say(f"stage {stage.name}: states of {count:,} clips, {prepared.encoded:,} of them new")
+        if prepared.samples.dropped:
+            raise ValueError(f"clips must be readable, got: {prepared.samples.dropped[0].detail}")
+        return Collator(
+            self.collator.processor, states=states, packing=self.data.packing, max_tokens=self.data.max_tokens
+        )
 
     def lengths(self, samples: Sequence[Sample]) -> list[int]:
         """Return how long samples are; each is measured once."""

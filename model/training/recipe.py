@@ -49,7 +49,7 @@ class DataRecipe:
     buckets: bool = True
     packing: bool = False
     max_tokens: int | None = None
-    cache: bool = False
+    cache: str | None = None
     workers: int = 0
 
 
@@ -184,10 +184,17 @@ def _data(top: Fields, faults: list[str]) -> DataRecipe | None:
         "buckets": data.read("buckets", take.boolean, True),
         "packing": data.read("packing", take.boolean, False),
         "max_tokens": data.read("max_tokens", take.count(1), None),
-        "cache": data.read("cache", take.boolean, False),
+        "cache": data.read("cache", _cache, None),
         "workers": data.read("workers", take.count(0), 0),
     }
     return DataRecipe(train, _sources(data, "eval", faults), **settings)
+
+
+def _cache(value: Located) -> str | None:
+    """Return the folder where encoders' states are kept; "": in the run's own; None: nowhere."""
+    if isinstance(value.value, bool):
+        return "" if value.value else None
+    return take.path(value, take.text(value))
 
 
 def _sources(data: Fields, name: str, faults: list[str]) -> tuple[SourceRecipe, ...]:

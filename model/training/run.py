@@ -25,6 +25,8 @@ from transformers import TrainingArguments
 
 from palkernels.model.building import build
 from palkernels.model.causal_lm.handle import LalHandle
+from palkernels.model.data.collator import Collator
+from palkernels.model.data.states import EncodedStates
 from palkernels.model.pal import PalConfig, PalForConditionalGeneration, PalProcessor
 from palkernels.model.training.checkpoints import checkpoints_in, read_json, whole_folder, write_json
 from palkernels.model.training.loop import Log, StageTrainer
@@ -225,7 +227,7 @@ class _Run:
             stage=stage,
             chosen=chosen,
             order=order,
-            collate=Collate(self.material.collator),
+            collate=Collate(self._collator(model, stage)),
             log=log,
             keep=self.recipe.checkpoint_keep,
             held_out=self.material.held_out,
@@ -258,6 +260,18 @@ class _Run:
             )
             shutil.rmtree(checkpoints, ignore_errors=True)
         self.state.wait_for_everyone()
+
+    def _collator(self, model: PalForConditionalGeneration, stage: StageRecipe) -> Collator:
+        """Return what makes a stage's batches: of kept states where the recipe asks for it and the encoders are frozen.
+        The first process encodes, and the others find everything kept."""
+        cache = self.recipe.data.cache
+        if cache is None or "encoders" in stage.train:
+            return self.material.collator
+        if torch.cuda.is_available():
+            model.audio_tower.to(self.state.device)
+        states = EncodedStates(cache or self.folder / "states", model.audio_tower, self.processor)
+        with self.state.main_process_first():
+            return self.material.of_states(states, stage, self.say)
 
     def _save(
         self, folder: Path, start: Path, stage: StageRecipe, tensors: dict[str, torch.Tensor], about: dict[str, Any]

@@ -65,6 +65,15 @@ def test_accumulation_changes_nothing(folder, losses, pieces, tmp_path):
     torch.testing.assert_close(got, losses, rtol=2e-4, atol=2e-5)
 
 
+def test_kept_states_change_nothing(folder, losses, tmp_path):
+    """Each clip passes the encoder once, in the first run that uses the folder."""
+    for output in ("first", "second"):
+        _, said = run(folder, f"output={tmp_path / output}", f"data.cache={tmp_path / 'states'}")
+        new = 10 if output == "first" else 0
+        assert f"stage both: states of 10 clips, {new} of them new" in said
+        torch.testing.assert_close([x["loss"] for x in lines(tmp_path / output)], losses, rtol=2e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_two_processes_are_one(folder, losses, how, tmp_path):
     """Also over a checkpoint, where the last step of an epoch has too few samples to give each process one. Processes
