@@ -23,6 +23,7 @@ from palkernels.model.building.layers import parse_layers
 from palkernels.model.building.vocabulary import add_audio_token
 from palkernels.model.encoders.weights import seeded
 from palkernels.model.pal import PalForConditionalGeneration, PalProcessor
+from palkernels.model.pal.parts import check_settings
 from palkernels.model.pal.tokenizer import AUDIO_TOKEN
 
 __all__ = ["assemble", "build"]
@@ -45,7 +46,8 @@ def build(
         encoders: one entry each: {"type": "whisper", "clap" or "sslam", "checkpoint": a directory, or None for random
             weights, "integration": "lal" (the default), "plits" or "flamingo", "connector": {"type": "mlp" (the
             default), "qformer" or "lfst", and the connector's settings}}. LFST's entry has lists: "type": ["sslam",
-            "clap"] and "checkpoint". An encoder with random weights may have the "config" that gives its shape.
+            "clap"] and "checkpoint". An encoder with random weights may have the "config" that gives its shape,
+            Whisper's one with {"window_seconds": ...} in any case.
         layers: the layers that LAL's audio enters: "all", their numbers, or text such as "4-15", "4-" or "0,2,4".
         audio_token: the token that stands in a text for a clip. The tokenizer gets it if it has none, the embeddings
             a row; and a tokenizer without a chat template gets ``PLAIN_TEMPLATE``, one without padding its end of text.
@@ -57,6 +59,7 @@ def build(
         TypeError, ValueError: a part is not there, is damaged, or does not fit the others.
         ImportError: a .gguf file needs packages that are not installed.
     """
+    check_settings(settings)
     freeze = settings.get("freeze_encoders", True)
     entries, towers = entries_and_towers(encoders, freeze, seed)  # before the language model, which takes longest
     with seeded(seed):
