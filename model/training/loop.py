@@ -119,8 +119,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         self.eval_steps = eval_steps if held_out else None
         self.stopped = False
         self.heard = torch.zeros((), dtype=torch.int64)  # audio tokens of this process since the last line
-        self.progress: dict[str, float] = {"audio_tokens": 0, "seconds": 0.0}
-        self.since = time.monotonic()
+        self.progress: dict[str, float] = {"audio_tokens": 0, "seconds": 0.0, "cpu_seconds": 0.0}
+        self.since, self.cpu_since = time.monotonic(), time.process_time()
         super().__init__(model, arguments, data_collator=collate, train_dataset=Given())
         self.remove_callback(PrinterCallback)
         self.add_callback(_AtStepEnd(self))
@@ -179,6 +179,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 lr=rates,
                 grad_norm=logs.get("grad_norm"),
                 seconds=round(self.progress["seconds"], 3),
+                cpu_seconds=round(self.progress["cpu_seconds"], 3),
                 audio_tokens=int(self.progress["audio_tokens"]),
             )
         super().log(logs, start_time)
@@ -189,7 +190,10 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             torch.distributed.all_reduce(heard)
         now = time.monotonic()
         self.progress["audio_tokens"] += int(heard)
+        cpu = time.process_time()
         self.progress["seconds"] += now - self.since
+        self.progress["cpu_seconds"] += cpu - self.cpu_since
+        self.cpu_since = cpu
         self.since, self.heard = now, torch.zeros((), dtype=torch.int64)
 
     def asked_to_stop(self) -> bool:
@@ -208,9 +212,11 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         batch = self.stage.batch
         steps = [list(self.held_out[i : i + batch]) for i in range(0, len(self.held_out), batch)]
         pieces = Pieces(steps, self.stage.gradient_accumulation, *self.place())
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         scores = score(self, self.model_wrapped, pieces)
-        self.since += time.monotonic() - began  # seconds of the log are those of training
+        # Seconds of the log are those of training.
+        self.since += time.monotonic() - began
+        self.cpu_since += time.process_time() - cpu_began
         step = self.state.global_step
         self.lines.add(step=step, samples=self.order.samples_after(step), **scores.as_dict())
         return scores

@@ -127,7 +127,8 @@ def test_a_wrong_encoder(llm: Path, tmp_path: Path) -> None:
         ([{**ENTRY, "connector": {"type": "mlp", "stac": 4}}], "config of the connector 'mlp' must have keys of"),
         ([{**ENTRY, "connector": {"type": "lfst"}}], "the type must be ['sslam', 'clap'] for the connector 'lfst'"),
         ([{"type": ["sslam", "clap"], "checkpoint": [None], "connector": {"type": "lfst"}}], "must be a list of one"),
-        ([{**ENTRY, "checkpoint": tmp_path}], "config must be None where a checkpoint says it"),
+        ([{"type": "clap", "config": {"depths": [1] * 4}, "checkpoint": tmp_path}], "config must be None where"),
+        ([{"type": "whisper", "config": {"d_model": 64}, "checkpoint": tmp_path}], "config must hold window_seconds"),
         ([{"type": "clap", "checkpoint": tmp_path}], "must hold a CLAP model, got model_type 'whisper'"),
         ([{"type": "whisper", "checkpoint": tmp_path / "x"}], "must be an existing directory, got none there"),
     ):  # fmt: skip

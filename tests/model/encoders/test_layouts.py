@@ -140,9 +140,9 @@ def test_a_fine_tuned_clap_with_a_head(tmp_path: Path) -> None:
 
 def test_files_that_are_there_instead(tmp_path: Path) -> None:
     """The directory's own files are named, and a file is not called nothing."""
-    (tmp_path / "model.bin").touch()
+    (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ValueError, match=r"must be an existing directory, got a file$"):
-        WhisperTower.from_checkpoint(tmp_path / "model.bin")
+        WhisperTower.from_checkpoint(tmp_path / "pytorch_model.bin")
     for name in ("adapter_config.json", "b", "c"):
         (tmp_path / name).touch()
     assert refusal("clap", tmp_path).endswith(
