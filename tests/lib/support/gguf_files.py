@@ -64,6 +64,7 @@ def write_gguf(path: Path, model: Any, kind: str = "F32", chat_template: str | N
     writer.add_token_list([END, *LETTERS, *MERGED])
     writer.add_token_types([3, *[1] * len(LETTERS), *[1] * len(MERGED)])
     writer.add_token_merges([" ".join(pair) for pair in MERGED])
+    writer.add_bos_token_id(0)  # without one transformers 5.17 reads no tokenizer
     writer.add_eos_token_id(0)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
