@@ -56,6 +56,9 @@ def load_language_model(llm: str | os.PathLike[str], dtype: torch.dtype | str | 
             f"{name} must hold every weight of a {type(model).__name__}, got {len(info['missing_keys'])} missing, "
             f"the first {first}"
         )
+    if "gguf_file" in settings and isinstance(model.config.eos_token_id, int):
+        # transformers 5.17 gives SmolLM2's tokenizer another one than the file names.
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     if settings.get("local_files_only"):
         model.config._name_or_path = Path(llm).name  # what is saved says nothing of this machine's folders
     return model, tokenizer
