@@ -134,4 +134,37 @@ def train(
     run(recipe, overrides or [], resume=resume, estimate=estimate)
 
 
-MODEL_COMMANDS = (init, train, ask, evaluate)
+def study(
+    out: Annotated[Path, typer.Option(help="Folder of sounds, runs, study.json and study.png.")] = Path("study-out"),
+    methods: Annotated[
+        str | None,
+        typer.Option(help="lal, lal-delayed, plits, plits-pooled, pal-unified and flamingo.  [default: all]"),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of the sounds, learnt together.  [default: eight]")] = None,
+    seeds: Annotated[str, typer.Option(help="Of connectors and of the order of samples.")] = "0,1,2",
+    train: Annotated[int | None, typer.Option(help="Questions of each task to learn from.  [default: 240]")] = None,
+    test: Annotated[int | None, typer.Option(help="Questions of each task to be asked.  [default: 40]")] = None,
+    align: Annotated[
+        int | None, typer.Option(help="Samples of the first stage, of the connector alone.  [default: 960]")
+    ] = None,
+    joint: Annotated[
+        int | None, typer.Option(help="Samples of the second stage, of the language model, too.  [default: 960]")
+    ] = None,
+    every: Annotated[int | None, typer.Option(help="Samples between two tests.  [default: 480]")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time, each on one thread.  [default: one a processor]", min=1)
+    ] = None,
+) -> None:
+    """Study how well and how fast each method learns, with real weights and generated sound. Takes hours; goes on where
+    it was.
+
+    SmolLM2-135M hears through Whisper tiny.en. Needs the packages of demo-packages.txt and palkernels[train,demo].
+    """
+    from palkernels.bench.study.settings import parse
+    from palkernels.bench.study.study import run
+
+    sizes = {"train": train, "test": test, "align": align, "joint": joint, "every": every}
+    print(f"Picture: {run(parse(methods, tasks, seeds, sizes), out, jobs, console())}")
+
+
+MODEL_COMMANDS = (init, train, ask, evaluate, study)

@@ -41,7 +41,7 @@ def run(path: Path, overrides: Sequence[str], *, resume: bool, estimate: bool) -
         train(recipe, resume=resume, say=_say, stop=ending.asked, before=_print_costs if estimate else None)
     except Stopped as stopped:
         _say(str(stopped))
-        raise typer.Exit(ending.code) from stopped
+        raise typer.Exit(ending.code or 0) from stopped
     except (ValueError, OSError, ImportError) as error:
         raise UserError(one_line(error)) from error
 

@@ -119,7 +119,7 @@ def _unmoved() -> Iterator[None]:
     """Let modules stay where they are: peft moves new adapters to where they are already, which tensors without values
     do not take."""
     move = torch.nn.Module.to
-    torch.nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign, assignment, misc]
+    torch.nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

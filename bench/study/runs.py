@@ -104,7 +104,7 @@ def _start(run: Run, settings: Settings, where: Where) -> subprocess.Popen[bytes
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-P", "-c", TRAIN, "train", str(recipe), "--resume"],
+            [sys.executable, "-P", "-c", TRAIN, "train", str(recipe), "--resume", "--no-estimate"],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -11,7 +11,7 @@ from palkernels.bench.errors import UserError
 from palkernels.bench.study.contestants import CONTESTANTS
 from palkernels.bench.study.sounds.registry import TASKS
 
-__all__ = ["STUDIED_TASKS", "Settings"]
+__all__ = ["STUDIED_TASKS", "Settings", "Where", "parse"]
 
 STUDIED_TASKS = ("words", "numbers", "languages", "direction", "count", "timbre", "order", "loudness")
 
@@ -66,6 +66,25 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON holds them."""
         return {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(self).items()}
+
+
+def parse(methods: str | None, tasks: str | None, seeds: str, sizes: dict[str, int | None]) -> Settings:
+    """Return the settings that the command's options give; None: the default.
+
+    Raises:
+        UserError: They are not usable.
+    """
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    for name, text in (("methods", methods), ("tasks", tasks)):
+        if text is not None and text != "all":
+            given[name] = tuple(part.strip() for part in text.split(",") if part.strip())
+    try:
+        given["seeds"] = tuple(int(part) for part in seeds.split(","))
+    except ValueError as error:
+        raise UserError(f"--seeds must be numbers, separated by commas, got {seeds!r}") from error
+    settings = Settings(**given)
+    settings.check()
+    return settings
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,7 @@ class _Run:
             return self.material.collator
         if torch.cuda.is_available():
             model.audio_tower.to(self.state.device)
-        states = EncodedStates(cache or self.folder / "states", model.audio_tower, self.processor)
+        states = EncodedStates(cache or self.folder / "states", list(model.audio_tower), self.processor)
         with self.state.main_process_first():
             return self.material.of_states(states, stage, self.say)
 
