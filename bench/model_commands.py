@@ -138,7 +138,7 @@ def study(
     out: Annotated[Path, typer.Option(help="Folder of sounds, runs, study.json and study.png.")] = Path("study-out"),
     methods: Annotated[
         str | None,
-        typer.Option(help="lal, lal-delayed, plits, plits-pooled, pal-unified and flamingo.  [default: all]"),
+        typer.Option(help="lal, lal-delayed, plits, plits-pooled, pal-unified, flamingo.  [default: all]"),
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of the sounds, learnt together.  [default: eight]")] = None,
     seeds: Annotated[str, typer.Option(help="Of connectors and of the order of samples.")] = "0,1,2",
