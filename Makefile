@@ -1,5 +1,7 @@
 # make figure1      measure Figure 1 on the bundled clip, into figure1-out/
 # make figure1-all  measure it with every method, into figure1-all-out/
+# make demo         ask a model that comes trained three questions about sounds
+# make study        how fast each method learns: hours on two cores, resumable, into study-out/
 # make simulate     predict Figure 1 at full size for two GPUs, without a GPU, into simulate-out/
 # make lint         format, types and the direction of imports, on the installed wheel
 # make test         lint, then every test, on the installed wheel, with the newest versions (constraints.txt); of what
@@ -26,13 +28,19 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: figure1 figure1-all simulate test test-oldest lint aot mutants clean
+.PHONY: figure1 figure1-all demo study simulate test test-oldest lint aot mutants clean
 
 figure1: .venv/installed
 	$(BIN)/palkernels figure1
 
 figure1-all: .venv/installed
 	$(BIN)/palkernels figure1 --methods all --out figure1-all-out
+
+demo: .venv/installed
+	$(BIN)/palkernels demo
+
+study: .venv/installed
+	$(BIN)/palkernels study
 
 simulate: .venv/installed
 	$(BIN)/palkernels simulate
@@ -71,4 +79,4 @@ mutants: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build dist figure1-out figure1-all-out simulate-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist figure1-out figure1-all-out simulate-out study-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -67,7 +67,9 @@ def init(
 
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
-    model: Annotated[Path, typer.Option(help="Directory of a saved model.", show_default=False)],
+    model: Annotated[
+        Path | None, typer.Option(help="Directory of a saved model.  [default: the demo's]", show_default=False)
+    ] = None,
     audio: Annotated[
         list[Path] | None,
         typer.Option(help="WAV, FLAC, OGG or MP3 file; may be repeated.  [default: the bundled clip]"),
@@ -134,6 +136,17 @@ def train(
     run(recipe, overrides or [], resume=resume, estimate=estimate)
 
 
+def demo() -> None:
+    """Ask a model that comes trained three questions about sounds, and print what it should have said beside what it
+    says.
+
+    SmolLM2-135M-Instruct and Whisper tiny.en are taken from the packages of demo-packages.txt.
+    """
+    from palkernels.bench.demo import run
+
+    run(console())
+
+
 def study(
     out: Annotated[Path, typer.Option(help="Folder of sounds, runs, study.json and study.png.")] = Path("study-out"),
     methods: Annotated[
@@ -167,4 +180,4 @@ def study(
     print(f"Picture: {run(parse(methods, tasks, seeds, sizes), out, jobs, console())}")
 
 
-MODEL_COMMANDS = (init, train, ask, evaluate, study)
+MODEL_COMMANDS = (init, train, ask, evaluate, demo, study)
