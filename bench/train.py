@@ -92,7 +92,11 @@ def _print_costs(plans: Sequence[Plan]) -> None:
     """Print each stage's memory and time on GPUs."""
     for plan in plans:
         batch = plan.collate(plan.longest)
-        cost = simulate_stage(plan.stage, plan.config, batch, plan.steps, plan.dtype, plan.bf16)
+        try:
+            cost = simulate_stage(plan.stage, plan.config, batch, plan.steps, plan.dtype, plan.bf16)
+        except Exception as error:  # a prediction is no reason not to train
+            _say(f"stage {plan.stage.name}: memory and time cannot be predicted: {one_line(error, with_type=True)}")
+            continue
         _say(described(plan, cost))
     if not torch.cuda.is_available():
         _say("  (simulated for a GPU, of the longest samples; this machine has none)")

@@ -97,7 +97,7 @@ def simulate_stage(
         tracker = AllocationTracker([*parameters, *states], name=name, scratch=scratch_bytes, inside=plain_function)
         with CostCounter() as counter, tracker:
             with _autocast(bf16):
-                loss = model(**inputs, use_cache=False).loss
+                loss = model(**{**inputs, "use_cache": False}).loss
             tracker.mark()
             loss.backward()
             del loss

@@ -10,6 +10,7 @@ are as many rows as clips each row is a clip. An entry that fuses several towers
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -120,9 +121,10 @@ def join_windows(windows: Clips, counts: list[int] | None) -> Clips:
     """
     if counts is None:
         return windows
-    lengths = [sum(parts.tolist()) for parts in torch.split(windows.lengths, counts)]
-    tokens = torch.split(windows.states[windows.valid()], lengths)
-    return Clips(pad_sequence(list(tokens), batch_first=True), windows.lengths.new_tensor(lengths))
+    valid = [states[:length] for states, length in zip(windows.states, windows.lengths.tolist(), strict=True)]
+    ends = list(accumulate(counts))
+    clips = [torch.cat(valid[end - count : end]) for count, end in zip(counts, ends, strict=True)]
+    return Clips(pad_sequence(clips, batch_first=True), windows.lengths.new_tensor([len(clip) for clip in clips]))
 
 
 def output_lengths(connector: Connector, lengths: Tensor, window: Window) -> Tensor:

@@ -129,7 +129,11 @@ def _scalar(text: str) -> Any:
     try:
         return int(text)
     except ValueError:
+        pass
+    try:
         return float(text)
+    except ValueError:  # "e1" has all that a number is made of
+        return text
 
 
 def override(tree: Located, words: Sequence[str], folder: Path) -> list[str]:

@@ -194,7 +194,10 @@ def _cache(value: Located) -> str | None:
     """Return the folder where encoders' states are kept; "": in the run's own; None: nowhere."""
     if isinstance(value.value, bool):
         return "" if value.value else None
-    return take.path(value, take.text(value))
+    folder = take.text(value)
+    if folder.lower() in ("yes", "no", "on", "off"):
+        raise ValueError(f"must be true, false or a folder, got {folder!r}")
+    return take.path(value, folder)
 
 
 def _sources(data: Fields, name: str, faults: list[str]) -> tuple[SourceRecipe, ...]:

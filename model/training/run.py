@@ -23,6 +23,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from transformers import TrainingArguments
 
+from palkernels.errors import one_line
 from palkernels.model.building import build
 from palkernels.model.causal_lm.handle import LalHandle
 from palkernels.model.data.collator import Collator
@@ -40,7 +41,7 @@ from palkernels.model.training.trained import gather, load_trained, save_trained
 __all__ = ["Plan", "RunError", "Stopped", "train"]
 
 SEEDS = 1000  # a stage's seed is the recipe's, times this, and its number
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECIPE, TRAINED, STAGE, LOG = "recipe.json", "trained.safetensors", "stage.json", "log.jsonl"
 
 
@@ -123,7 +124,10 @@ class _Run:
         start = self._start()
         self.config = PalConfig.from_pretrained(start)
         self.processor = PalProcessor.from_pretrained(start)
-        self.dtype = DTYPES[self.recipe.model.dtype or str(self.config.dtype or "float32").removeprefix("torch.")]
+        name = self.recipe.model.dtype or str(self.config.dtype or "float32").removeprefix("torch.")
+        if name not in DTYPES:
+            raise RunError(f"model must be of weights in {', '.join(DTYPES)}, got {name}: model.dtype says another one")
+        self.dtype = DTYPES[name]
         self.material = read_material(self.recipe, self.processor, self.say)
         if self.state.is_main_process:
             self.material.write_dropped(self.folder / "dropped.jsonl")
@@ -178,7 +182,12 @@ class _Run:
         if self.state.is_main_process and not folder.exists():
             self.say("building the model")
             settings = {"dtype": model.dtype, "seed": self.recipe.seed, **model.settings}
-            built, processor = build(model.llm or "", list(model.encoders), **settings)
+            try:
+                built, processor = build(model.llm or "", list(model.encoders), **settings)
+            except TypeError as error:  # of a setting
+                raise RunError(
+                    f"model must be of parts and settings that go together, got {one_line(error)}"
+                ) from error
             with whole_folder(folder) as written:
                 built.save_pretrained(written)
                 processor.save_pretrained(written)
@@ -196,12 +205,16 @@ class _Run:
             return stage.bf16
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
+    def _computed_in(self, bf16: bool) -> torch.dtype:
+        """Return the dtype of a stage's weights: what is kept in float16 trains in float32."""
+        return self.dtype if bf16 and self.dtype != torch.float16 else torch.float32
+
     def _plan(self, stage: StageRecipe, order: Order) -> Plan:
         world = self.state.num_processes
         piece = stage.batch // (stage.gradient_accumulation * world)
         bf16 = self._bf16(stage)
         longest = [self.material.longest(stage)] * piece
-        dtype = self.dtype if bf16 else torch.float32
+        dtype = self._computed_in(bf16)
         return Plan(stage, self.config, len(order), order.samples, longest, self.material.collator, world, bf16, dtype)
 
     def _run_stage(self, number: int, stage: StageRecipe, order: Order, start: Path) -> None:
@@ -209,7 +222,7 @@ class _Run:
         set_seed(seed)
         frozen = "encoders" not in stage.train
         model = PalForConditionalGeneration.from_pretrained(
-            start, dtype=self.dtype if bf16 else torch.float32, freeze_encoders=frozen, freeze_ffn=False
+            start, dtype=self._computed_in(bf16), freeze_encoders=frozen, freeze_ffn=False
         )
         chosen = choose(model, stage.train, stage.lora)
         handle = model.attached()

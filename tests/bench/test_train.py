@@ -8,9 +8,11 @@ import pytest
 import torch
 from support import runs
 from support.audio_llm import batch_of_two, build_pal, entry, labelled
+from support.samples import row, write_clip, write_lines
 
 from palkernels.bench import cli
 from palkernels.bench.experiments.training_cost import simulate_stage
+from palkernels.model import PalForConditionalGeneration
 from palkernels.model.training.recipe import LoraRecipe, StageRecipe
 
 
@@ -48,6 +50,37 @@ def test_train(folder, capsys):
     assert "finished already" in capsys.readouterr().out
     assert command("train", folder / "recipe.yaml", "--resume") == 2
     assert "stages.1.epochs was 0.4, is 1.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["packed", "a clip of two windows", "float16"])
+def test_what_is_predicted_and_trained(tmp_path, what, capsys):
+    """Packed rows, clips longer than the encoder's window, and weights that are kept in float16."""
+    folder = runs.make(tmp_path)
+    words = ["stages.0.steps=1", "stages.1.epochs=0.4"]
+    if what == "packed":
+        words.append("data.packing=true")
+    elif what == "float16":
+        PalForConditionalGeneration.from_pretrained(folder / "model").half().save_pretrained(folder / "model")
+    else:
+        long = row(str(write_clip(folder / "clips" / "long.wav", 12.0)), "b", "<audio>What?")
+        write_lines(folder / "rows.jsonl", *([long] * 4))
+    assert command("train", folder / "recipe.yaml", *words) == 0
+    said = capsys.readouterr().out
+    assert said.count("GiB a GPU") == 2
+    assert "cannot be predicted" not in said
+    saved = PalForConditionalGeneration.from_pretrained(folder / "out" / "stages" / "2-adapt")
+    assert saved.dtype == (torch.float16 if what == "float16" else torch.float32)
+
+
+def test_a_prediction_that_fails_stops_nothing(folder, tmp_path, monkeypatch, capsys):
+    def simulate(*_):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("palkernels.bench.train.simulate_stage", simulate)
+    assert command("train", folder / "recipe.yaml", f"output={tmp_path / 'out'}", "stages.1.epochs=0.4") == 0
+    said = capsys.readouterr().out
+    assert "stage align: memory and time cannot be predicted: RuntimeError: no such operator" in said
+    assert f"Model: {tmp_path}/out/stages/2-adapt" in said
 
 
 def test_interrupted(folder, tmp_path):

