@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from palkernels.errors import one_line
@@ -206,9 +207,12 @@ def _unsharded(layer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _in_evaluation(layer: nn.Module) -> Iterator[None]:
-    """Let a layer drop nothing out, as adapters do in training: two runs would differ, and draw random numbers."""
-    training = [module for module in layer.modules() if module.training]
+def _without_dropout(layer: nn.Module) -> Iterator[None]:
+    """Let a layer drop nothing out, as adapters do in training: two runs would differ, and draw random numbers.
+
+    All else stays in its mode: bitsandbytes packs 4-bit weights anew where it first finds them in evaluation.
+    """
+    training = [module for module in layer.modules() if module.training and isinstance(module, _DropoutNd)]
     for module in training:
         module.training = False
     try:
@@ -245,7 +249,7 @@ def check_layer(model: PreTrainedModel, layer: nn.Module, index: int, rotary: Ro
         return None
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, CHECK_TOKENS, weight.shape[1], generator=generator).to(device, weight.dtype)
-    with _unsharded(layer), _in_evaluation(layer), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with _unsharded(layer), _without_dropout(layer), torch.no_grad(), torch.autocast(device.type, enabled=False):
         return _compare(model, layer, index, rotary, states)
 
 

@@ -83,6 +83,8 @@ def test_no_language_model(llm: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "folder.gguf").mkdir()
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf" / "a.gguf").write_bytes(b"")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     where = "must be a directory, a .gguf file or a name on the hub, got "
     for path, message in (
         (tmp_path / "none", where + "none there"),
