@@ -300,7 +300,7 @@ class _Run:
 
     def _arguments(self, stage: StageRecipe, steps: int, folder: Path, seed: int, bf16: bool) -> TrainingArguments:
         world = self.state.num_processes
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
             per_device_train_batch_size=stage.batch // (stage.gradient_accumulation * world),
@@ -323,3 +323,12 @@ class _Run:
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
+        if arguments.device.type == "cpu":
+            # Of several processes each would be on "cpu:0", of which torch 2.11 loads no checkpoint.
+            arguments.__dict__["_setup_devices"] = torch.device("cpu")
+        elif arguments.n_gpu > 1:
+            self.say(
+                f"one of {arguments.n_gpu} GPUs trains: accelerate launch -m palkernels.bench.cli train ... takes all"
+            )
+            arguments._n_gpu = 1  # else Trainer splits batches, clips and texts apart, by DataParallel
+        return arguments
