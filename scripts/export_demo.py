@@ -27,8 +27,8 @@ It lets the states of Whisper tiny.en into SmolLM2-135M-Instruct by LAL: as keys
 no weight was changed. `palkernels demo` builds the three together.
 
 - **Data**: generated sound alone. Speech by espeak-ng through espeakng-loader, tones by arithmetic, amid noise; no
-  recording of anyone. {train} questions of each task ({tasks}), {samples:,} samples in all, on one thread of a CPU
-  ({cpu}): {seconds:,.0f} s.
+  recording of anyone. {train} questions of each task ({tasks}).
+- **Training**: {samples:,} samples in batches of {batch}, on one thread of a CPU ({cpu}): {seconds:,.0f} s.
 - **Made by** `palkernels study` and `scripts/export_demo.py`, whose first lines are the commands; `about.json` has all
   settings and versions.
 - **Accuracy** on {test} test questions of each task, whose voices training has not heard, half of them of combinations
@@ -91,6 +91,7 @@ def main(out: Path) -> None:
         size=(ASSETS / "connector.safetensors").stat().st_size / 1e6,
         digest=digest,
         train=settings["train"],
+        batch=settings["batch"],
         tasks=", ".join(settings["tasks"]),
         samples=end["samples"],
         cpu=study["meta"]["cpu"],
