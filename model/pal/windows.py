@@ -9,7 +9,6 @@ are as many rows as clips each row is a clip. An entry that fuses several towers
 """
 
 from collections.abc import Sequence
-from fractions import Fraction
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -51,9 +50,8 @@ def windows_of(encoders: Sequence[dict[str, Any]], features: Sequence[Features])
     """
     windows = []
     for _, of_towers in by_entry(encoders, features):
-        seconds = min(Fraction(one.max_samples, one.sampling_rate) for one in of_towers)
         for one in of_towers:
-            samples = int(seconds * one.sampling_rate)
+            samples = min(other.max_samples * one.sampling_rate // other.sampling_rate for other in of_towers)
             windows.append(Window(samples, one.state_length(samples)))
     return windows
 
