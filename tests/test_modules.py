@@ -67,7 +67,8 @@ def test_the_wheel_holds_the_modules_and_their_data_and_nothing_else():
     expected = {*tree("*.py")}
     for package, patterns in SETTINGS["package-data"].items():
         folder = Path(*package.split("."))
-        expected |= {path for path in tree("*") if any(path.match(str(folder / pattern)) for pattern in patterns)}
+        files = [path for path, source in tree("*").items() if source.is_file()]
+        expected |= {path for path in files if any(path.match(str(folder / pattern)) for pattern in patterns)}
     installed = Path(importlib.util.find_spec("palkernels").origin).parent
     files = [path for path in installed.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert {path.relative_to(installed.parent) for path in files} == expected
