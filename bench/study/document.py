@@ -58,16 +58,15 @@ def _run(run: Run, settings: Settings, where: Where) -> dict[str, Any]:
                 cpu_seconds += reached["cpu_seconds"]
                 tokens += reached["audio_tokens"]
             stage, reached = line["stage"], {}
-        if "loss" in line:
-            reached = line
-        elif "accuracy" in line:
+        reached = line
+        if "accuracy" in line:
             found.append(
                 {
                     "stage": stage,
                     "samples": samples + line["samples"],
-                    "seconds": round(seconds + reached.get("seconds", 0.0), 2),
-                    "cpu_seconds": round(cpu_seconds + reached.get("cpu_seconds", 0.0), 2),
-                    "audio_tokens": tokens + reached.get("audio_tokens", 0),
+                    "seconds": round(seconds + line["seconds"], 2),
+                    "cpu_seconds": round(cpu_seconds + line["cpu_seconds"], 2),
+                    "audio_tokens": tokens + line["audio_tokens"],
                     "loss": line["eval_loss"],
                     "accuracy": line["accuracy"],
                     "by_task": line["by_task"],

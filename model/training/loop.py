@@ -21,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from palkernels.model.pal import PalForConditionalGeneration
 from palkernels.model.pal.parts import by_entry
+from palkernels.model.pal.windows import output_lengths, windows_of
 from palkernels.model.training.accuracy import Scores, score
 from palkernels.model.training.checkpoints import PREFIX, checkpoints_in, finish, read_json, unfinished, write_json
 from palkernels.model.training.order import Collate, Given, Order, Pieces
@@ -178,13 +179,17 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 loss=logs["loss"],
                 lr=rates,
                 grad_norm=logs.get("grad_norm"),
-                seconds=round(self.progress["seconds"], 3),
-                cpu_seconds=round(self.progress["cpu_seconds"], 3),
-                audio_tokens=int(self.progress["audio_tokens"]),
+                **self._taken(),
             )
         super().log(logs, start_time)
 
+    def _taken(self) -> dict[str, float]:
+        """Return what a line says of the cost so far: seconds, those of the first process's CPUs, audio tokens."""
+        seconds = {name: round(self.progress[name], 3) for name in ("seconds", "cpu_seconds")}
+        return {**seconds, "audio_tokens": int(self.progress["audio_tokens"])}
+
     def _tick(self) -> None:
+        """Bring ``progress`` up to now; all processes do it together."""
         heard = self.heard.to(self.args.device)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(heard)
@@ -212,17 +217,19 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         batch = self.stage.batch
         steps = [list(self.held_out[i : i + batch]) for i in range(0, len(self.held_out), batch)]
         pieces = Pieces(steps, self.stage.gradient_accumulation, *self.place())
+        self._tick()
         began, cpu_began = time.monotonic(), time.process_time()
         scores = score(self, self.model_wrapped, pieces)
         # Seconds of the log are those of training.
         self.since += time.monotonic() - began
         self.cpu_since += time.process_time() - cpu_began
         step = self.state.global_step
-        self.lines.add(step=step, samples=self.order.samples_after(step), **scores.as_dict())
+        self.lines.add(step=step, samples=self.order.samples_after(step), **scores.as_dict(), **self._taken())
         return scores
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint that is there whole or not at all, and remove those that are old."""
+        self._tick()
         folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
         written = unfinished(folder)
         first = self.args.process_index == 0
@@ -274,6 +281,7 @@ def audio_tokens(model: Any, batch: dict[str, Any]) -> int:
     lengths = batch.get("audio_lengths")
     if lengths is None:
         return 0
-    entries = by_entry(model.config.encoders, list(lengths.unbind(1)))
+    windows = windows_of(model.config.encoders, [tower.features for tower in model.audio_tower])
+    entries = by_entry(model.config.encoders, list(zip(lengths.unbind(1), windows, strict=True)))
     pairs = zip(model.multi_modal_projector, entries, strict=True)
-    return sum(int(connector.output_lengths(of_towers[0]).sum()) for connector, (_, of_towers) in pairs)
+    return sum(int(output_lengths(connector, *of_towers[0]).sum()) for connector, (_, of_towers) in pairs)

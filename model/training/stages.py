@@ -88,15 +88,28 @@ def choose(model: PreTrainedModel, train: Sequence[str], lora: LoraRecipe) -> di
 def _add_adapters(model: PreTrainedModel, lora: LoraRecipe) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
+    _check_targets(model.language_model, lora.targets)
     config = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets), bias="none"
     )
-    try:
-        inject_adapter_in_model(config, model.language_model)
-    except ValueError as error:
-        raise ValueError(
-            f"lora.targets must name modules of the language model, got {lora.targets}: {error}"
-        ) from error
+    inject_adapter_in_model(config, model.language_model)
+
+
+def _check_targets(language_model: nn.Module, targets: Sequence[str]) -> None:
+    """Raise a ValueError for a target that names nothing, or what an adapter cannot be merged into."""
+    embedding: Any = language_model.get_input_embeddings()  # type: ignore[operator]
+    linear = {name: x for name, x in language_model.named_modules() if isinstance(x, nn.Linear)}
+    for target in targets:
+        found = [x for name, x in language_model.named_modules() if name == target or name.endswith(f".{target}")]
+        if not found:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise ValueError(f"lora.targets must name modules of the language model, {known}, got {target!r}")
+        for module in found:
+            if not isinstance(module, nn.Linear) or module.weight is embedding.weight:
+                kind = "tied to the embedding" if isinstance(module, nn.Linear) else f"a {type(module).__name__}"
+                raise ValueError(
+                    f"lora.targets must name linear layers with weights of their own, got {target!r}, {kind}"
+                )
 
 
 def parameter_groups(model: nn.Module, chosen: dict[str, list[str]], stage: StageRecipe) -> list[dict[str, Any]]:

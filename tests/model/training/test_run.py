@@ -4,15 +4,18 @@ import json
 import os
 import random
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from support import runs
+from support.audio_llm import build_pal, entry
 from support.runs import lines, run, same, weights
 from support.samples import TEMPLATE
 
 from palkernels.model import PalForConditionalGeneration, PalProcessor
+from palkernels.model.training.loop import audio_tokens
 from palkernels.model.training.run import RunError, Stopped
 from palkernels.model.training.trained import load_trained
 
@@ -45,6 +48,24 @@ def test_what_a_run_leaves(folder, whole):
     assert scores[0].keys() >= {"eval_loss", "accuracy", "by_task"}
     assert scores[0]["by_task"].keys() == {"even", "odd"}
     assert not list(output.glob("checkpoints/*/*"))
+
+
+def test_scores_say_what_was_spent_until_then(folder, tmp_path):
+    """Also between two lines of the loss, and behind the last; a clip has the tokens of each of its windows."""
+    output = tmp_path / "out"
+    words = [f"output={output}", "stages.0.steps=5", "stages.1.epochs=0.4", "log.steps=2", "log.eval_steps=1"]
+    run(folder, *words)
+    entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    align = [entry for entry in entries if entry["stage"] == "align"]
+    scores = {entry["step"]: entry for entry in align if "accuracy" in entry}
+    losses = {entry["step"]: entry for entry in align if "loss" in entry}
+    assert (list(scores), list(losses)) == ([1, 2, 3, 4, 5], [2, 4])
+    tokens = [scores[step]["audio_tokens"] for step in scores]
+    assert tokens == sorted(set(tokens))
+    assert all(scores[step]["audio_tokens"] == losses[step]["audio_tokens"] for step in losses)
+    assert all(a["cpu_seconds"] < b["cpu_seconds"] for a, b in pairwise(scores.values()))
+    model = build_pal(entry("sslam", "lal", "qformer"))  # of 5 tokens a window
+    assert audio_tokens(model, {"audio_lengths": torch.tensor([[512 * 2 + 8], [8]])}) == 5 * (3 + 1)
 
 
 def test_each_stage_is_a_whole_model(folder, whole):

@@ -121,7 +121,9 @@ def test_refused(tmp_path):
     model = model_of("lal")
     with pytest.raises(ValueError, match="train must name parts that the model has, got 'projectors'"):
         choose(model, ("projectors",), LORA)
-    with pytest.raises(ValueError, match=r"lora\.targets must name modules of the language model, got \('query',\)"):
+    with pytest.raises(
+        ValueError, match=r"lora\.targets must name modules of the language model, down_proj, .*, got 'query'"
+    ):
         choose(model, ("lora",), LoraRecipe(targets=("query",)))
     choose(model, ("connector",), LORA)
     held = gather(model)
@@ -137,3 +139,22 @@ def test_refused(tmp_path):
     (tmp_path / "other").write_bytes(b"no")
     with pytest.raises(ValueError, match="path must be what a stage trained, got"):
         load_trained(model, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("w_proj", r"must name modules of the language model, down_proj, gate_proj, .*, got 'w_proj'"),
+        ("embed_tokens", "must name linear layers with weights of their own, got 'embed_tokens', a Embedding"),
+        ("lm_head", "got 'lm_head', tied to the embedding"),
+    ],
+)
+def test_adapters_that_would_be_lost_are_refused(target, message):
+    """What matches nothing, and what no file could keep: before anything has changed."""
+    model = model_of("lal")
+    model.language_model.config.tie_word_embeddings = True
+    model.language_model.lm_head.weight = model.language_model.get_input_embeddings().weight
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match=message):
+        choose(model, ("lora",), LoraRecipe(r=2, targets=("q_proj", target)))
+    assert [name for name, _ in model.named_parameters()] == names
