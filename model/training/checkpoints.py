@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PREFIX", "checkpoints_in", "finish", "read_json", "unfinished", "whole_folder", "write_json"]
+__all__ = ["PREFIX", "WRITING", "checkpoints_in", "finish", "read_json", "unfinished", "whole_folder", "write_json"]
 
 PREFIX = "step-"
 WRITING = ".writing-"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,15 @@ class Material:
         lengths = self.lengths(chosen)
         return chosen[lengths.index(max(lengths))]
 
+    def digest(self) -> str:
+        """Return what changes where other samples are learnt: their rows, texts, tasks and the paths of their clips."""
+        digest = hashlib.sha256()
+        for part in self.train:
+            for sample in part:
+                row = (sample.source, sample.task, sample.messages)
+                digest.update(json.dumps(row, default=_named, sort_keys=True).encode() + b"\n")
+        return digest.hexdigest()
+
     def write_dropped(self, path: Path) -> None:
         """Write the rows that give no sample, a JSON object a line."""
         lines = [json.dumps({"source": row.source, "reason": row.reason, "detail": row.detail}) for row in self.dropped]
@@ -117,6 +128,11 @@ def read_material(recipe: Recipe, processor: PalProcessor, say: Callable[[str], 
     train, held_out = [samples(source) for source in data.train], [samples(source) for source in data.eval]
     dropped = [row for part in read_already.values() for row in part.dropped]
     return Material(data, collator, train, [sample for part in held_out for sample in part], dropped)
+
+
+def _named(clip: Any) -> str:
+    """Return a clip that JSON does not take by its path, or else by its kind."""
+    return os.fspath(clip) if isinstance(clip, os.PathLike) else type(clip).__name__
 
 
 def _source(source: SourceRecipe) -> Source:

@@ -29,7 +29,7 @@ from palkernels.model.causal_lm.handle import LalHandle
 from palkernels.model.data.collator import Collator
 from palkernels.model.data.states import EncodedStates
 from palkernels.model.pal import PalConfig, PalForConditionalGeneration, PalProcessor
-from palkernels.model.training.checkpoints import checkpoints_in, read_json, whole_folder, write_json
+from palkernels.model.training.checkpoints import WRITING, checkpoints_in, read_json, whole_folder, write_json
 from palkernels.model.training.loop import Log, StageTrainer
 from palkernels.model.training.material import read_material
 from palkernels.model.training.order import Collate, Order
@@ -43,6 +43,9 @@ __all__ = ["Plan", "RunError", "Stopped", "train"]
 SEEDS = 1000  # a stage's seed is the recipe's, times this, and its number
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECIPE, TRAINED, STAGE, LOG = "recipe.json", "trained.safetensors", "stage.json", "log.jsonl"
+START, DROPPED = "start", "dropped.jsonl"
+BEFORE = (START, DROPPED)  # what is written before a run has begun
+SAMPLES = "samples"  # in RECIPE: a digest of what there is to learn
 
 
 class RunError(ValueError):
@@ -130,10 +133,11 @@ class _Run:
         self.dtype = DTYPES[name]
         self.material = read_material(self.recipe, self.processor, self.say)
         if self.state.is_main_process:
-            self.material.write_dropped(self.folder / "dropped.jsonl")
+            self.material.write_dropped(self.folder / DROPPED)
         orders = [self.material.order(stage, self._seed(i)) for i, stage in enumerate(self.recipe.stages)]
         if self.before is not None and self.state.is_main_process:
             self.before([self._plan(stage, order) for stage, order in zip(self.recipe.stages, orders, strict=True)])
+        self._claim()
         for i, stage in enumerate(self.recipe.stages):
             after = self._folder_of(i)
             if after.exists():
@@ -153,16 +157,18 @@ class _Run:
                     f"stages.{i}.batch must be a multiple of gradient_accumulation times processes, "
                     f"{stage.gradient_accumulation} times {world}, got {stage.batch}"
                 )
-        meaning = json.loads(json.dumps(self.recipe.meaning()))
         file = self.folder / RECIPE
         if file.exists() and not resume:
             raise RunError(
                 f"output must be a new folder, got {str(self.folder)!r}, which holds a run: --resume goes on"
             )
-        if not file.exists() and self.folder.exists() and any(self.folder.iterdir()):
+        left = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        if not file.exists() and any(name not in BEFORE and not name.startswith(WRITING) for name in left):
             raise RunError(f"output must be a new or empty folder, got {str(self.folder)!r} with something in it")
         if file.exists():
             before = read_json(file)
+            before.pop(SAMPLES, None)
+            meaning = self._meaning()
             names = [name for name in {**before, **meaning} if before.get(name) != meaning.get(name)]
             if names:
                 changes = [f"{name} was {before.get(name)!r}, is {meaning.get(name)!r}" for name in names]
@@ -170,15 +176,31 @@ class _Run:
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, meaning)
+            if not file.exists():  # of a start that came to nothing, perhaps with another recipe
+                shutil.rmtree(self.folder / START, ignore_errors=True)
         self.state.wait_for_everyone()
+
+    def _claim(self) -> None:
+        """Note what decides the weights, samples included, or make sure that the run began with the same samples."""
+        file, samples = self.folder / RECIPE, self.material.digest()
+        if file.exists() and read_json(file).get(SAMPLES) != samples:
+            raise RunError(f"a run must go on with the samples that it began with, got others in {self.folder}'s data")
+        self.state.wait_for_everyone()
+        if self.state.is_main_process and not file.exists():
+            write_json(file, {**self._meaning(), SAMPLES: samples})
+        self.state.wait_for_everyone()
+
+    def _meaning(self) -> dict[str, Any]:
+        """Return what decides the weights, but for the samples, in JSON's types."""
+        meaning: dict[str, Any] = json.loads(json.dumps(self.recipe.meaning()))
+        return meaning
 
     def _start(self) -> Path:
         """Return the folder of the model to start with, after building it if it is one of parts."""
         model = self.recipe.model
         if model.path is not None:
             return Path(model.path)
-        folder = self.folder / "start"
+        folder = self.folder / START
         if self.state.is_main_process and not folder.exists():
             self.say("building the model")
             settings = {"dtype": model.dtype, "seed": self.recipe.seed, **model.settings}

@@ -53,6 +53,10 @@ def choose(model: PreTrainedModel, train: Sequence[str], lora: LoraRecipe) -> di
     Raises:
         ValueError: The model has no such part, or no module that the adapters are meant for.
     """
+    # What an encoder keeps as it is, such as Whisper's positions, unless all of it is frozen.
+    fixed = {name for name, x in model.named_parameters() if part_of(name) == "encoders" and not x.requires_grad}
+    if model.config.freeze_encoders:
+        fixed.clear()
     if "lora" in train:
         _add_adapters(model, lora)
     model.requires_grad_(False)
@@ -74,7 +78,7 @@ def choose(model: PreTrainedModel, train: Sequence[str], lora: LoraRecipe) -> di
             wanted = "all"
         else:
             continue
-        if not parameter.is_floating_point():
+        if not parameter.is_floating_point() or name in fixed:
             continue
         parameter.requires_grad_(True)
         if parameter.dtype in (torch.bfloat16, torch.float16):

@@ -118,6 +118,30 @@ def test_stopped_when_asked(folder, whole, tmp_path):
     same(tmp_path / "out", output)
 
 
+def test_other_samples_are_not_gone_on_with(folder, tmp_path):
+    """A row less would give every step other samples."""
+    own = shutil.copytree(folder, tmp_path / "own", ignore=shutil.ignore_patterns("out"))
+    asked = iter([False, True])
+    with pytest.raises(Stopped):
+        run(own, stop=lambda: next(asked))
+    rows = (own / "rows.jsonl").read_text()
+    (own / "rows.jsonl").write_text(rows[rows.index("\n") + 1 :])
+    with pytest.raises(RunError, match="a run must go on with the samples that it began with, got others"):
+        run(own, resume=True)
+    (own / "rows.jsonl").write_text(rows)
+    run(own, resume=True)
+
+
+def test_a_start_that_came_to_nothing_claims_nothing(folder, whole, tmp_path):
+    """Neither what was wrong in the recipe, nor an end amid its first file."""
+    output, _ = whole
+    with pytest.raises(ValueError, match="must hold at least one"):
+        run(folder, f"output={tmp_path / 'out'}", "data.max_tokens=1")
+    (tmp_path / "out" / ".writing-recipe.json").write_text("{")
+    run(folder, f"output={tmp_path / 'out'}")
+    same(tmp_path / "out", output)
+
+
 def test_half_a_checkpoint_is_none(folder, whole, tmp_path):
     output, _ = whole
     asked = iter([False, True])
