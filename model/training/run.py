@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from transformers import TrainingArguments
 
 from palkernels.errors import one_line
 from palkernels.model.building import build
@@ -29,6 +28,7 @@ from palkernels.model.causal_lm.handle import LalHandle
 from palkernels.model.data.collator import Collator
 from palkernels.model.data.states import EncodedStates
 from palkernels.model.pal import PalConfig, PalForConditionalGeneration, PalProcessor
+from palkernels.model.training.arguments import training_arguments
 from palkernels.model.training.checkpoints import WRITING, checkpoints_in, read_json, whole_folder, write_json
 from palkernels.model.training.loop import Log, StageTrainer
 from palkernels.model.training.material import read_material
@@ -258,7 +258,16 @@ class _Run:
         log = Log(self.folder / LOG, stage.name, self.state.is_main_process)
         trainer = StageTrainer(
             model,
-            self._arguments(stage, len(order), checkpoints, seed, bf16),
+            training_arguments(
+                self.recipe,
+                stage,
+                len(order),
+                checkpoints,
+                seed=seed,
+                bf16=bf16,
+                world=self.state.num_processes,
+                say=self.say,
+            ),
             stage=stage,
             chosen=chosen,
             order=order,
@@ -319,38 +328,3 @@ class _Run:
             whole.save_pretrained(written)
             self.processor.save_pretrained(written)
             write_json(written / STAGE, about)
-
-    def _arguments(self, stage: StageRecipe, steps: int, folder: Path, seed: int, bf16: bool) -> TrainingArguments:
-        world = self.state.num_processes
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=stage.batch // (stage.gradient_accumulation * world),
-            gradient_accumulation_steps=stage.gradient_accumulation,
-            learning_rate=next(iter(stage.lr.values())),
-            max_grad_norm=stage.clip,
-            weight_decay=stage.weight_decay,
-            bf16=bf16,
-            seed=seed,
-            logging_steps=self.recipe.log_steps,
-            logging_nan_inf_filter=False,
-            save_strategy="steps",
-            save_steps=self.recipe.checkpoint_steps,
-            report_to=list(self.recipe.report_to),
-            run_name=f"{self.folder.name}-{stage.name}",
-            remove_unused_columns=False,
-            dataloader_num_workers=self.recipe.data.workers,
-            ddp_find_unused_parameters=False,
-            average_tokens_across_devices=True,
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-        )
-        if arguments.device.type == "cpu":
-            # Of several processes each would be on "cpu:0", of which torch 2.11 loads no checkpoint.
-            arguments.__dict__["_setup_devices"] = torch.device("cpu")
-        elif arguments.n_gpu > 1:
-            self.say(
-                f"one of {arguments.n_gpu} GPUs trains: accelerate launch -m palkernels.bench.cli train ... takes all"
-            )
-            arguments._n_gpu = 1  # else Trainer splits batches, clips and texts apart, by DataParallel
-        return arguments

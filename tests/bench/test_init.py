@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import llm_checkpoint
+from support.checkpoints import three_checkpoints
 from support.figure1 import run
-from support.towers import clap_checkpoint, equal, whisper_checkpoint
+from support.towers import equal
 
 from palkernels.bench import init
 from palkernels.bench.init_options import Options, parse_encoders
@@ -21,11 +21,7 @@ from palkernels.model import PalForConditionalGeneration, build
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parts")
-    llm_checkpoint(folder / "llm")
-    whisper_checkpoint(folder / "whisper")
-    clap_checkpoint(folder / "clap")
-    return folder
+    return three_checkpoints(tmp_path_factory.mktemp("parts"))
 
 
 def options(parts: Path, *words: str) -> list[object]:

@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from support.towers import clap_checkpoint, whisper_checkpoint
+
 END = "</s>"
 SIZES = {
     "hidden_size": 32,
@@ -50,3 +52,11 @@ def llm_checkpoint(path: Path, tokenizer: Any = None, **settings: Any) -> Any:
     model.save_pretrained(path)
     (tokenizer or text_tokenizer()).save_pretrained(path)
     return model
+
+
+def three_checkpoints(folder: Path) -> Path:
+    """Write a checkpoint of each part into a folder, which is returned: llm, whisper, clap."""
+    llm_checkpoint(folder / "llm")
+    whisper_checkpoint(folder / "whisper")
+    clap_checkpoint(folder / "clap")
+    return folder

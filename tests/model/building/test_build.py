@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from support.audio_llm import tone
-from support.checkpoints import llm_checkpoint
-from support.towers import clap_checkpoint, equal, whisper_checkpoint
+from support.checkpoints import llm_checkpoint, three_checkpoints
+from support.towers import equal, whisper_checkpoint
 
 from palkernels.model import AUDIO_TOKEN, PalForConditionalGeneration, PalProcessor, SslamTower, build
 
@@ -17,11 +17,7 @@ SSLAM = {"hidden_size": 32, "num_layers": 1, "num_heads": 2}
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint of each part: llm, whisper, clap."""
-    folder = tmp_path_factory.mktemp("parts")
-    llm_checkpoint(folder / "llm")
-    whisper_checkpoint(folder / "whisper")
-    clap_checkpoint(folder / "clap")
-    return folder
+    return three_checkpoints(tmp_path_factory.mktemp("parts"))
 
 
 def whisper_entry(parts: Path, **changes: Any) -> dict[str, Any]:

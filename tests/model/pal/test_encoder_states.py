@@ -10,6 +10,7 @@ from support.audio_llm import (
     batch_of_two,
     build_pal,
     entry,
+    forbid_towers,
     labelled,
     logits,
     open_gates,
@@ -31,14 +32,6 @@ def with_states(model, batch):
     }
 
 
-def forbid(model):
-    def run(*args):
-        raise AssertionError("a tower runs")
-
-    for tower in model.audio_tower:
-        tower.register_forward_pre_hook(run)
-
-
 @pytest.mark.parametrize("kind", INTEGRATIONS)
 def test_they_give_what_the_features_give_bitwise(kind):
     """In forward, in training, and in generate with beams; no tower runs."""
@@ -58,7 +51,7 @@ def test_they_give_what_the_features_give_bitwise(kind):
 
     want = results(batch)
     stated = with_states(model, batch)
-    forbid(model)
+    forbid_towers(model)
     for got, expected in zip(results(stated), want, strict=True):
         assert torch.equal(got, expected)
 
@@ -83,7 +76,7 @@ def test_a_cache_that_heard_them_goes_on():
     model = build_pal(entry("whisper", "plits"), entry("sslam"))
     batch = batch_of_two(model)
     stated = with_states(model, batch)
-    forbid(model)
+    forbid_towers(model)
     cache = DynamicCache()
     whole = logits(model, stated)
     start = batch["input_ids"].shape[1] - 2
@@ -98,7 +91,7 @@ def test_the_trainer_keeps_the_column(tmp_path):
     model = build_pal(entry("sslam"))
     stated = labelled(with_states(model, batch_of_two(model)))
     assert "encoder_states" in inspect.signature(PalForConditionalGeneration.forward).parameters
-    forbid(model)
+    forbid_towers(model)
     options = TrainingArguments(
         str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True
     )

@@ -158,3 +158,12 @@ def test_adapters_that_would_be_lost_are_refused(target, message):
     with pytest.raises(ValueError, match=message):
         choose(model, ("lora",), LoraRecipe(r=2, targets=("q_proj", target)))
     assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_encoders_keep_what_they_never_train():
+    model = build_pal(entry("whisper"), freeze_encoders=False)
+    names = choose(model, ("encoders",), LORA)["encoders"]
+    own = [name for name, _ in model.named_parameters() if part_of(name) == "encoders"]
+    assert names == [name for name in own if "embed_positions" not in name]
+    assert len(names) == len(own) - 1
+    assert not model.audio_tower[0].encoder.embed_positions.weight.requires_grad
