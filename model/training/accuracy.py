@@ -1,7 +1,8 @@
 """Loss and accuracy on samples that are held out.
 
-An answer is right where each of its tokens is the most probable one after those before it: then and only then greedy
-decoding gives it whole. One forward tells it, without generating.
+An answer is right where each of its tokens is the most probable one after those before it, up to the one that ends it:
+then and only then greedy decoding gives it whole. One forward tells it, without generating. Of a conversation with
+several answers all must be right.
 """
 
 from __future__ import annotations
@@ -45,12 +46,13 @@ def score(trainer: Any, model: nn.Module, pieces: Pieces) -> Scores:
     sums = torch.zeros(2 + 2 * len(tasks), dtype=torch.float64)  # loss, tokens; right and answers of each task
     training = model.training
     model.eval()
+    ends = _ends(trainer.accelerator.unwrap_model(model), trainer.args.device)
     for batch, own in zip(trainer.loader(pieces), pieces, strict=True):
         inputs = trainer._prepare_inputs(batch)
         labels = inputs["labels"]
         with trainer.compute_loss_context_manager():
             logits = model(**{name: x for name, x in inputs.items() if name != "labels"}).logits
-        counts, loss, right = _answers(logits, labels)
+        counts, loss, right = _answers(logits, labels, torch.isin(inputs["input_ids"], ends))
         sums[0] += float(loss)
         sums[1] += float(counts.sum())
         rows = _by_text(inputs, right, counts)
@@ -69,14 +71,28 @@ def score(trainer: Any, model: nn.Module, pieces: Pieces) -> Scores:
     return Scores(float(sums[0] / sums[1]), float(right_of.sum() / all_of.sum()), by_task)
 
 
-def _answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which tokens (B, T) are of an answer, the sum of their losses, and which are foretold."""
+def _ends(model: Any, device: torch.device) -> Tensor:
+    """Return the tokens that end an answer."""
+    ends = model.generation_config.eos_token_id
+    return torch.tensor([] if ends is None else ends, dtype=torch.long, device=device).reshape(-1)
+
+
+def _answers(logits: Tensor, labels: Tensor, is_end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which tokens (B, T) are of an answer, the sum of their losses, and which are foretold.
+
+    What stands behind an answer's end, as a template's line break, counts as foretold: generating does not come to it.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T).
+        is_end: (B, T) which tokens end an answer.
+    """
     wanted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     counts = wanted != IGNORED
     loss = torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
     )
-    return counts, loss, (logits.argmax(dim=-1) == wanted) | ~counts
+    return counts, loss, (logits.argmax(dim=-1) == wanted) | ~counts | (is_end & counts)
 
 
 def _by_text(inputs: dict[str, Any], right: Tensor, counts: Tensor) -> list[tuple[bool, bool]]:
