@@ -14,7 +14,7 @@ from palkernels.model.audio.limits import AudioError
 from palkernels.model.data.clips import LengthsOfClips
 from palkernels.model.data.reasons import MALFORMED, TOO_MANY_TOKENS, RejectedError
 from palkernels.model.data.sample import Sample
-from palkernels.model.data.samples import Dropped, Samples
+from palkernels.model.data.samples import Samples
 from palkernels.model.data.states import EncodedStates
 from palkernels.model.pal.parts import by_entry
 from palkernels.model.pal.processing_pal import PalProcessor
@@ -84,19 +84,17 @@ class Collator:
         Raises:
             ValueError: None fits.
         """
-        dropped = list(samples.dropped) if isinstance(samples, Samples) else []
         lengths = _lengths_of(samples)
         lengths.look_at((clip for sample in samples for clip in sample.clips()), progress=progress)
-        fitting: list[Sample] = []
-        for sample in tqdm(samples, "samples", disable=None if progress else True):
-            reason = lengths.unfit(sample.clips(), self.processor.longest_clip) or self._refusal(sample, lengths)
-            if reason is None:
-                fitting.append(sample)
-            else:
-                dropped.append(Dropped(sample.source, reason.reason, f"{sample.source}: {reason}"))
-        result = Samples(fitting, dropped, lengths)
-        if not fitting:
-            first = dropped[-1].detail if dropped else "there are none"
+
+        def why_not(sample: Sample) -> RejectedError | None:
+            return lengths.unfit(sample.clips(), self.processor.longest_clip) or self._refusal(sample, lengths)
+
+        before = samples.dropped if isinstance(samples, Samples) else ()
+        shown = tqdm(samples, "samples", disable=None if progress else True)
+        result = Samples.sifted(shown, why_not, before, lengths)
+        if not len(result):
+            first = result.dropped[-1].detail if result.dropped else "there are none"
             raise ValueError(f"samples must hold at least one that fits, got {result.summary()}: {first}")
         return result
 

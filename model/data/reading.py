@@ -55,16 +55,9 @@ def read(
             dropped.append(Dropped(place, row.reason, f"{place}: {row}"))
     lengths = LengthsOfClips()
     lengths.look_at([clip for sample in samples for clip in sample.clips()], progress=progress)
-    usable = []
-    for sample in samples:
-        unfit = lengths.unfit(sample.clips(), max_seconds)
-        if unfit is None:
-            usable.append(sample)
-        else:
-            dropped.append(Dropped(sample.source, unfit.reason, f"{sample.source}: {unfit}"))
-    result = Samples(usable, dropped, lengths)
-    if not usable:
-        got = f"{result.summary()}: {dropped[0].detail}" if dropped else "an empty file"
+    result = Samples.sifted(samples, lambda sample: lengths.unfit(sample.clips(), max_seconds), dropped, lengths)
+    if not len(result):
+        got = f"{result.summary()}: {result.dropped[0].detail}" if result.dropped else "an empty file"
         raise ValueError(f"{source.name} must hold at least one row that gives a sample, got {got}")
     return result
 

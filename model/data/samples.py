@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
 from palkernels.model.data.clips import LengthsOfClips
+from palkernels.model.data.reasons import RejectedError
 from palkernels.model.data.sample import Sample
 
 __all__ = ["Dropped", "Samples"]
@@ -43,6 +44,24 @@ class Samples(Sequence[Sample]):
         self.samples = tuple(samples)
         self.dropped = tuple(dropped)
         self.lengths = LengthsOfClips() if lengths is None else lengths
+
+    @classmethod
+    def sifted(
+        cls,
+        samples: Iterable[Sample],
+        why_not: Callable[[Sample], RejectedError | None],
+        dropped: Sequence[Dropped],
+        lengths: LengthsOfClips,
+    ) -> Samples:
+        """Return the samples that nothing is wrong with; the others join ``dropped``, each with its reason."""
+        kept, more = [], list(dropped)
+        for sample in samples:
+            reason = why_not(sample)
+            if reason is None:
+                kept.append(sample)
+            else:
+                more.append(Dropped(sample.source, reason.reason, f"{sample.source}: {reason}"))
+        return cls(kept, more, lengths)
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
