@@ -17,6 +17,7 @@ from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.experiments.training_cost import StageCost, simulate_stage
 from palkernels.bench.instruments.rates import GPUS
 from palkernels.bench.process import INTERRUPTED, TERMINATED
+from palkernels.model.training.order import only_foretold
 from palkernels.model.training.recipe import Recipe, RecipeError, load_recipe
 from palkernels.model.training.run import Plan, Stopped, train
 
@@ -91,7 +92,7 @@ def _say(line: str) -> None:
 def _print_costs(plans: Sequence[Plan]) -> None:
     """Print each stage's memory and time on GPUs."""
     for plan in plans:
-        batch = plan.collate(plan.longest)
+        batch = only_foretold(plan.collate(plan.longest))
         try:
             cost = simulate_stage(plan.stage, plan.config, batch, plan.steps, plan.dtype, plan.bf16)
         except Exception as error:  # a prediction is no reason not to train

@@ -235,7 +235,8 @@ def step_of(
 
 
 def labels_of(labels: Tensor | None, shifted: Tensor | None) -> Tensor | None:
-    """Return the labels (B, T) that the loss counts: where some come already shifted, those, by their own tokens."""
-    if shifted is None:
+    """Return the labels (B, T) that the loss counts: where some come already shifted, those, by their own tokens.
+    Those of a part of the positions (``logits_to_keep``) are not told by their own tokens: then the others are it."""
+    if shifted is None or (labels is not None and labels.shape != shifted.shape):
         return labels
     return torch.nn.functional.pad(shifted[:, :-1], (1, 0), value=IGNORED)

@@ -17,6 +17,8 @@ from palkernels.model.training.order import IGNORED, Pieces
 
 __all__ = ["Scores", "score"]
 
+LABELS = ("labels", "shift_labels")
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -49,10 +51,10 @@ def score(trainer: Any, model: nn.Module, pieces: Pieces) -> Scores:
     ends = _ends(trainer.accelerator.unwrap_model(model), trainer.args.device)
     for batch, own in zip(trainer.loader(pieces), pieces, strict=True):
         inputs = trainer._prepare_inputs(batch)
-        labels = inputs["labels"]
+        wanted, columns = inputs["shift_labels"], inputs["logits_to_keep"]
         with trainer.compute_loss_context_manager():
-            logits = model(**{name: x for name, x in inputs.items() if name != "labels"}).logits
-        counts, loss, right = _answers(logits, labels, torch.isin(inputs["input_ids"], ends))
+            logits = model(**{name: x for name, x in inputs.items() if name not in LABELS}).logits
+        counts, loss, right = _answers(logits, wanted, torch.isin(inputs["input_ids"][:, columns], ends))
         sums[0] += float(loss)
         sums[1] += float(counts.sum())
         rows = _by_text(inputs, right, counts)
@@ -77,17 +79,16 @@ def _ends(model: Any, device: torch.device) -> Tensor:
     return torch.tensor([] if ends is None else ends, dtype=torch.long, device=device).reshape(-1)
 
 
-def _answers(logits: Tensor, labels: Tensor, is_end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which tokens (B, T) are of an answer, the sum of their losses, and which are foretold.
+def _answers(logits: Tensor, wanted: Tensor, is_end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return at which positions (B, N) an answer's token is wanted, the sum of their losses, and where it is foretold.
 
     What stands behind an answer's end, as a template's line break, counts as foretold: generating does not come to it.
 
     Args:
-        logits: (B, T, V).
-        labels: (B, T).
-        is_end: (B, T) which tokens end an answer.
+        logits: (B, N, V).
+        wanted: (B, N) the tokens that come next; -100 where they are not of an answer.
+        is_end: (B, N) which positions have a token that ends an answer.
     """
-    wanted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     counts = wanted != IGNORED
     loss = torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -99,9 +100,10 @@ def _by_text(inputs: dict[str, Any], right: Tensor, counts: Tensor) -> list[tupl
     """Return of each text of a batch whether its answer is right, and whether it has one."""
     if "attention_mask" in inputs or right.shape[0] > 1:
         return list(zip(right.all(dim=1).tolist(), counts.any(dim=1).tolist(), strict=True))
-    text = (inputs["position_ids"][0] == 0).cumsum(dim=0) - 1
-    number = int(text.max()) + 1
+    all_texts = (inputs["position_ids"][0] == 0).cumsum(dim=0) - 1
+    number = int(all_texts.max()) + 1
     wrong, answers = torch.zeros(number), torch.zeros(number)
-    wrong.index_add_(0, text.cpu(), (~right[0]).float().cpu())
-    answers.index_add_(0, text.cpu(), counts[0].float().cpu())
+    text = all_texts[inputs["logits_to_keep"]].cpu()
+    wrong.index_add_(0, text, (~right[0]).float().cpu())
+    answers.index_add_(0, text, counts[0].float().cpu())
     return [(not bad, has > 0) for bad, has in zip(wrong.tolist(), answers.tolist(), strict=True)]

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Sampler
 
 from palkernels.model.data.sample import Sample
 
-__all__ = ["Collate", "Given", "Order", "Piece", "Pieces"]
+__all__ = ["Collate", "Given", "Order", "Piece", "Pieces", "only_foretold"]
 
 IGNORED = -100
 
@@ -112,7 +112,8 @@ class Given(Dataset[Piece]):
 
 
 class Collate:
-    """Makes batches of pieces: a collator's of their samples, without the labels of those that do not count."""
+    """Makes batches of pieces: a collator's of their samples, without the labels of those that do not count, and with
+    logits only where a label is foretold."""
 
     def __init__(self, collator: Callable[[Sequence[Sample]], dict[str, Any]]) -> None:
         self.collator = collator
@@ -122,7 +123,26 @@ class Collate:
         silent = torch.tensor([not piece.heard for piece in pieces])
         if silent.any():
             batch["labels"] = batch["labels"].masked_fill(_rows(batch, silent), IGNORED)
-        return batch | {"use_cache": False}
+        return only_foretold(batch) | {"use_cache": False}
+
+
+def only_foretold(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch whose forward computes logits only where a label of one of its texts is foretold.
+
+    The loss is the same: the other logits have no part in it. But they are most of what there is to compute behind the
+    layers, and of the memory of a large vocabulary.
+
+    Args:
+        batch: With ``labels`` (B, T).
+
+    Returns:
+        The same, with the N positions as ``logits_to_keep`` (N,), and as ``shift_labels`` (B, N) what they foretell.
+    """
+    foretold = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    columns = (foretold != IGNORED).any(dim=0).nonzero().squeeze(1)
+    if not len(columns):
+        columns = columns.new_zeros(1)  # transformers' loss needs some
+    return batch | {"logits_to_keep": columns, "shift_labels": foretold[:, columns].contiguous()}
 
 
 def _rows(batch: dict[str, Any], chosen: Tensor) -> Tensor:

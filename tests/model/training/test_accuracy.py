@@ -14,8 +14,8 @@ def logits_of(tokens):
 def foretold(said, asked=(1, 2), answer=(5, 6, END, BREAK)):
     """Whether the whole text is, of a model that says `said` where the answer's tokens are."""
     ids = torch.tensor([[*asked, *answer]])
-    labels = torch.tensor([[-100] * len(asked) + list(answer)])
-    counts, _, right = _answers(logits_of([0, *said, 0]), labels, ids == END)
+    wanted = torch.tensor([[-100] * (len(asked) - 1) + list(answer) + [-100]])
+    counts, _, right = _answers(logits_of([0, *said, 0]), wanted, ids == END)
     assert counts.sum() == len(answer)
     return bool(right.all())
 

@@ -8,6 +8,7 @@ from support.runs import lines, run
 from palkernels.model import PalForConditionalGeneration, PalProcessor
 from palkernels.model.training.loop import schedule
 from palkernels.model.training.material import read_material
+from palkernels.model.training.order import only_foretold
 from palkernels.model.training.recipe import LoraRecipe, StageRecipe, load_recipe
 from palkernels.model.training.stages import choose, parameter_groups
 
@@ -102,3 +103,40 @@ def test_schedules():
     assert factors(warmup=0, schedule="cosine") == [1, 0.854, 0.5, 0.146, 0]
     assert factors(warmup=0.5, schedule="linear") == [0.333, 0.667, 1, 0.5, 0]
     assert factors(warmup=1, schedule="constant") == [0.5, 1, 1, 1, 1]
+
+
+def test_logits_only_where_something_is_foretold(folder):
+    """The head sees the positions before the answers' tokens alone; the loss and its gradients stay."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    material = read_material(recipe, PalProcessor.from_pretrained(folder / "model"), print)
+    batch = material.collator([material.train[0][i] for i in (0, 3, 4)])
+    model = PalForConditionalGeneration.from_pretrained(folder / "model").train()
+    seen = []
+    model.language_model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+
+    def gradients(given):
+        model.zero_grad()
+        loss = model(**given).loss
+        loss.backward()
+        return {"loss": loss.detach()} | {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+
+    want, got = gradients(batch), gradients(only_foretold(batch))
+    labelled = int((batch["labels"][:, 1:] != -100).any(dim=0).sum())
+    assert seen == [batch["labels"].shape, (3, labelled)]
+    assert labelled < batch["labels"].shape[1] / 2
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_batch_without_labels_has_a_loss_of_nothing(folder):
+    """As a process has one that must only do its part."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    material = read_material(recipe, PalProcessor.from_pretrained(folder / "model"), print)
+    batch = material.collator([material.train[0][0]])
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    model = PalForConditionalGeneration.from_pretrained(folder / "model").train()
+    model(**only_foretold(batch), num_items_in_batch=torch.tensor(3)).loss.backward()
+    for name, x in model.named_parameters():
+        assert x.grad is None or not x.grad.any(), name
+    assert any(x.grad is not None for x in model.multi_modal_projector.parameters())
