@@ -21,9 +21,11 @@ from palkernels.bench.report.terminal import print_table
 from palkernels.bench.saved import load_saved
 from palkernels.bench.untrained import untrained_warning
 from palkernels.model import Scores, evaluate
-from palkernels.model.data import Dropped, Sample, read
+from palkernels.model.data import Dropped, Sample, Source, read
 from palkernels.model.evaluation.metrics import METRICS
 from palkernels.model.evaluation.scores import Score, TaskScores
+from palkernels.model.training.recipe import RecipeError
+from palkernels.model.training.source_recipe import sources_of_words
 
 __all__ = ["Options", "run", "table"]
 
@@ -35,7 +37,7 @@ class Options:
     """What is asked of which model, and where the outcome goes."""
 
     model: Path
-    data: tuple[Path, ...]
+    data: tuple[str, ...]  # each a path, or a mapping of what a Source has
     metrics: tuple[str, ...] = ()  # each "wer", "TASK=wer" or "TASK=wer,cer"
     json: Path | None = None
     answers: Path | None = None
@@ -52,9 +54,10 @@ def run(options: Options, console: Console) -> Scores:
         UserError: model, data, a metric or a file is not as it must be, or memory does not suffice.
     """
     device = parse_device(options.device)
+    sources = _sources(options)
     with _writable(options):
         model, processor = load_saved(options.model, device)
-        samples, dropped = _samples(options, processor.longest_clip)
+        samples, dropped = _samples(sources, options.limit, processor.longest_clip)
         found = _evaluated(model, processor, samples, options)
         found = replace(found, dropped=(*dropped, *found.dropped), settings=_settings(options, found))
         if (warning := untrained_warning(options.model)) is not None:
@@ -119,16 +122,24 @@ def _notes(found: Scores) -> Iterator[str]:
         yield f"  ... and {len(found.dropped) - LISTED:,} more, which --json lists"
 
 
-def _samples(options: Options, max_seconds: float) -> tuple[list[Sample], list[Dropped]]:
+def _sources(options: Options) -> list[Source]:
+    """Return what --data names, in the order in which it is given."""
+    try:
+        return sources_of_words(options.data, Path())
+    except RecipeError as error:
+        raise UserError(f"--data must be files of samples, got {'; '.join(error.faults)}") from error
+
+
+def _samples(sources: Sequence[Source], limit: int | None, max_seconds: float) -> tuple[list[Sample], list[Dropped]]:
     """Return the samples of all files, at most `limit` of each, evenly from its beginning to its end."""
     samples: list[Sample] = []
     dropped: list[Dropped] = []
-    for path in options.data:
+    for source in sources:
         try:
-            of_file = read(path, max_seconds=max_seconds, progress=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--data must be a file of samples, got {str(path)!r}: {one_line(error)}") from error
-        count = len(of_file) if options.limit is None else min(options.limit, len(of_file))
+            of_file = read(source, max_seconds=max_seconds, progress=True)
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"--data must be a file of samples, got {source.path!r}: {one_line(error)}") from error
+        count = len(of_file) if limit is None else min(limit, len(of_file))
         samples += [of_file[i * len(of_file) // count] for i in range(count)]
         dropped += of_file.dropped
     return samples, dropped
@@ -171,7 +182,7 @@ def _metrics(given: Sequence[str], samples: Sequence[Sample]) -> dict[str, list[
 
 
 def _settings(options: Options, found: Scores) -> dict[str, Any]:
-    chosen = {"model": str(options.model), "data": list(map(str, options.data)), "limit": options.limit}
+    chosen = {"model": str(options.model), "data": list(options.data), "limit": options.limit}
     return {**chosen, **found.settings}
 
 

@@ -87,7 +87,12 @@ def ask(
 def evaluate(
     model: Annotated[Path, typer.Option(help="Directory of a saved model.", show_default=False)],
     data: Annotated[
-        list[Path], typer.Option(help="File of samples, such as a JSONL; may be repeated.", show_default=False)
+        list[str],
+        typer.Option(
+            help="File of samples, such as a JSONL, a saved dataset, or a mapping such as '{path: fleurs, split: test, "
+            "question: What is said?}'; may be repeated.",
+            show_default=False,
+        ),
     ],
     metric: Annotated[
         list[str] | None,

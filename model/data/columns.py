@@ -1,6 +1,6 @@
 """Datasets with an Audio column, as the package ``datasets`` holds, saves and publishes them.
 
-A column is the clip's by its feature, ``Audio``, or by its name; the others by their names:
+A column is the clip's by its feature, ``Audio``, or by its name; the others by their names (schemas.py):
 
     audio       an Audio column, or "audio", "audios"
     question    "question", "instruction", "prompt", "query"; without one, ``Source.question`` is asked of every clip
@@ -23,20 +23,10 @@ from palkernels.errors import one_line
 from palkernels.model.data.conversations import conversation, located, text_of
 from palkernels.model.data.reasons import NO_ANSWER, RejectedError
 from palkernels.model.data.sample import Message, Sample
+from palkernels.model.data.schemas import Schema, check, parts_of, split_fault
 from palkernels.model.data.sources import Source
 
 __all__ = ["StoredClip", "rows"]
-
-NAMES = {
-    "audio": ("audio", "audios"),
-    "question": ("question", "instruction", "prompt", "query"),
-    "answer": (
-        "answer", "output", "response", "transcription", "transcript", "sentence", "text", "caption", "label",
-    ),
-    "task": ("task",),
-    "choices": ("choices",),
-    "messages": ("messages", "conversations"),
-}  # fmt: skip
 
 
 class StoredClip(Mapping[str, Any]):
@@ -77,7 +67,9 @@ def rows(source: Source) -> Iterator[tuple[str, Sample | RejectedError]]:
     """
     datasets = _import_datasets()
     dataset = _opened(datasets, source)
-    columns = _columns_of(datasets, dataset, source)
+    clips_in = [name for name, feature in dataset.features.items() if _audio_feature(datasets, feature)]
+    columns, faults = parts_of(Schema(dataset.column_names, clips_in), source)
+    check(source, faults)
     dataset, listed = _undecoded(datasets, dataset, columns["audio"])
     labels = getattr(dataset.features.get(columns.get("answer", "")), "names", None)  # a ClassLabel's
     folder = Path(source.folder) if source.folder is not None else _folder_of(source.path)
@@ -157,39 +149,14 @@ def _opened(datasets: Any, source: Source) -> Any:
         except Exception as error:  # of pyarrow's many
             got = one_line(error, with_type=True)
             raise ValueError(f"{path.name} must be a saved dataset or parquet files, got {got}: {path}") from error
-    if isinstance(dataset, datasets.DatasetDict):
-        splits = sorted(dataset)
-        name = splits[0] if source.split is None and len(splits) == 1 else source.split
-        if name not in dataset:
-            raise ValueError(f"split must be one of {', '.join(splits)}, got {source.split!r}")
-        dataset = dataset[name]
+    splits = list(dataset) if isinstance(dataset, datasets.DatasetDict) else None
+    fault = split_fault(splits, source)
+    check(source, [fault] if fault is not None else [])
+    if splits is not None:
+        dataset = dataset[source.split or splits[0]]
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(f"path must be a file, a directory or a datasets.Dataset, got {type(dataset).__name__}")
     return dataset.with_format(None)
-
-
-def _columns_of(datasets: Any, dataset: Any, source: Source) -> dict[str, str]:
-    """Return the column of each part of a sample that the dataset has."""
-    if unknown := sorted(set(source.columns) - set(NAMES)):
-        raise ValueError(f"columns must be of {', '.join(NAMES)}, got {', '.join(unknown)}")
-    columns = dict(source.columns)
-    if missing := sorted(set(columns.values()) - set(dataset.column_names)):
-        raise ValueError(f"columns must be among {', '.join(dataset.column_names)}, got {', '.join(missing)}")
-    by_feature = [name for name, feature in dataset.features.items() if _audio_feature(datasets, feature)]
-    if "audio" not in columns and len(by_feature) == 1:
-        columns["audio"] = by_feature[0]
-    for part, names in NAMES.items():
-        candidates = [name for name in names if name in dataset.column_names and name not in columns.values()]
-        if part not in columns and candidates:
-            columns[part] = candidates[0]
-    needed = {"audio": "audio" in columns, "answer": "answer" in columns or "messages" in columns}
-    needed["question"] = "question" in columns or "messages" in columns or bool(source.question)
-    if absent := [part for part, there in needed.items() if not there]:
-        raise ValueError(
-            f"{source.name} must have a column for {', '.join(absent)}, which columns={{...}} names"
-            f"{', or question be given' if 'question' in absent else ''}, got {', '.join(dataset.column_names)}"
-        )
-    return columns
 
 
 def _audio_feature(datasets: Any, feature: Any) -> bool:

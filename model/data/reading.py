@@ -21,11 +21,10 @@ from palkernels.model.data.reasons import RejectedError
 from palkernels.model.data.records import records_of
 from palkernels.model.data.sample import Sample
 from palkernels.model.data.samples import Dropped, Samples
+from palkernels.model.data.schemas import check, is_dataset, unfit
 from palkernels.model.data.sources import Source
 
 __all__ = ["read"]
-
-JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 
 def read(
@@ -84,20 +83,16 @@ def _rows(source: Source) -> Iterator[tuple[str, Sample | RejectedError]]:
 
 def _format_of(source: Source) -> str:
     """Return the format of a source, told by its path and rows where the source does not say."""
+    if isinstance(source.path, str | os.PathLike) and not Path(source.path).exists():
+        raise ValueError(f"path must exist, got no such file: {source.path}")
+    if not isinstance(source.path, str | os.PathLike) and not is_dataset(source):
+        raise ValueError(f"path must be a file for format {source.format!r}, got {type(source.path).__name__}")
+    check(source, unfit(source))
+    if is_dataset(source):
+        return "columns"
     if source.format != "auto":
-        if source.format != "columns" and not isinstance(source.path, str | os.PathLike):
-            raise ValueError(f"path must be a file for format {source.format!r}, got {type(source.path).__name__}")
         return source.format
-    if not isinstance(source.path, str | os.PathLike):
-        return "columns"
     path = Path(source.path)
-    if not path.exists():
-        raise ValueError(f"path must exist, got no such file: {path}")
-    if path.is_dir() or path.suffix == ".parquet":
-        return "columns"
-    if path.suffix not in JSON_SUFFIXES:
-        endings = ", ".join((*JSON_SUFFIXES, ".parquet"))
-        raise ValueError(f"path must end with {endings} or be a saved dataset where format is auto, got {path.name}")
     first: dict[str, Any] | None = None
     for _, record in records_of(path):
         if isinstance(record, RejectedError):

@@ -16,7 +16,7 @@ import yaml
 
 from palkernels.errors import one_line
 
-__all__ = ["Located", "RecipeError", "compose", "did_you_mean", "override"]
+__all__ = ["Located", "RecipeError", "compose", "did_you_mean", "override", "placed"]
 
 NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d*([eE][-+]?\d+)?")
 WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
@@ -159,17 +159,18 @@ def override(tree: Located, words: Sequence[str], folder: Path) -> list[str]:
         except RecipeError:
             faults.append(f"{word}: the value must be YAML, got {text!r}")
             continue
-        fault = _put(tree, keys, _placed(value, word))
+        fault = _put(tree, keys, placed(value, word))
         if fault:
             faults.append(f"{word}: {fault}")
     return faults
 
 
-def _placed(tree: Located, place: str) -> Located:
+def placed(tree: Located, place: str) -> Located:
+    """Give a value, and all that it holds, one place, and return it."""
     tree.place = place
     value = tree.value
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _placed(item, place)
+        placed(item, place)
     return tree
 
 

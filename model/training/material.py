@@ -16,7 +16,6 @@ from palkernels.model.data.reading import read
 from palkernels.model.data.sample import Sample
 from palkernels.model.data.samples import Samples
 from palkernels.model.data.seeds import permutation
-from palkernels.model.data.sources import Source
 from palkernels.model.data.states import EncodedStates
 from palkernels.model.pal import PalProcessor
 from palkernels.model.training.order import Order
@@ -120,7 +119,7 @@ def read_material(recipe: Recipe, processor: PalProcessor, say: Callable[[str], 
 
     def samples(source: SourceRecipe) -> Samples:
         if source not in read_already:
-            rows = read(_source(source), max_seconds=data.max_seconds)
+            rows = read(source.source(), max_seconds=data.max_seconds)
             read_already[source] = collator.fitting(rows)
             say(f"{source.path}: {read_already[source].summary()}")
         return read_already[source]
@@ -133,7 +132,3 @@ def read_material(recipe: Recipe, processor: PalProcessor, say: Callable[[str], 
 def _named(clip: Any) -> str:
     """Return a clip that JSON does not take by its path, or else by its kind."""
     return os.fspath(clip) if isinstance(clip, os.PathLike) else type(clip).__name__
-
-
-def _source(source: SourceRecipe) -> Source:
-    return Source(source.path, source.format, source.weight, source.task)

@@ -18,25 +18,14 @@ from palkernels.model.training import fields as take
 from palkernels.model.training.fields import Fields
 from palkernels.model.training.located import Located, RecipeError, compose, did_you_mean, override
 from palkernels.model.training.model_recipe import ModelRecipe, read_model
+from palkernels.model.training.source_recipe import SourceRecipe, read_sources
 
 __all__ = ["PARTS", "DataRecipe", "LoraRecipe", "Recipe", "RecipeError", "SourceRecipe", "StageRecipe", "load_recipe"]
 
 PARTS = ("connector", "projectors", "flamingo", "llm", "attention", "lora", "encoders", "all")
 OF_THE_LLM = ("llm", "attention", "lora", "all")  # of which a stage has one at most
-FORMATS = ("auto", "messages", "openaqa", "columns")  # as palkernels.model.data.Source has them
 SCHEDULES = ("constant", "linear", "cosine")
 LENGTHS = ("epochs", "steps", "samples")
-
-
-@dataclass(frozen=True)
-class SourceRecipe:
-    """Rows of one file or folder. ``name`` is what stages call it, of which there may be several of one name."""
-
-    path: str
-    name: str
-    format: str = "auto"
-    weight: float = 1.0
-    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,7 +163,7 @@ def _data(top: Fields, faults: list[str]) -> DataRecipe | None:
         return None
     known = tuple(DataRecipe.__dataclass_fields__)
     data = Fields(top.items["data"], "data", faults, known)
-    train = _sources(data, "train", faults)
+    train = read_sources(data, "train", faults)
     if data.has("train") and not train:
         data.wrong("train", "must hold at least one file, got none")
     elif not data.has("train"):
@@ -187,7 +176,7 @@ def _data(top: Fields, faults: list[str]) -> DataRecipe | None:
         "cache": data.read("cache", _cache, None),
         "workers": data.read("workers", take.count(0), 0),
     }
-    return DataRecipe(train, _sources(data, "eval", faults), **settings)
+    return DataRecipe(train, read_sources(data, "eval", faults), **settings)
 
 
 def _cache(value: Located) -> str | None:
@@ -198,45 +187,6 @@ def _cache(value: Located) -> str | None:
     if folder.lower() in ("yes", "no", "on", "off"):
         raise ValueError(f"must be true, false or a folder, got {folder!r}")
     return take.path(value, folder)
-
-
-def _sources(data: Fields, name: str, faults: list[str]) -> tuple[SourceRecipe, ...]:
-    """Return a list of files, or of all lists of a mapping, whose keys are then their names."""
-    if not data.has(name):
-        return ()
-    tree = data.items[name]
-    if isinstance(tree.value, dict) and "path" not in tree.value:
-        groups = [(f"{data.path}.{name}.{key}", key, value) for key, value in tree.value.items()]
-    else:
-        groups = [(f"{data.path}.{name}", "", tree)]
-    found = []
-    for path, group, value in groups:
-        listed = isinstance(value.value, list)
-        for i, item in enumerate(take.items(value)):
-            source = _source(item, f"{path}.{i}" if listed else path, group, faults)
-            if source is not None:
-                found.append(source)
-    return tuple(found)
-
-
-def _source(item: Located, path: str, group: str, faults: list[str]) -> SourceRecipe | None:
-    if not isinstance(item.value, dict):
-        item = Located({"path": item}, item.place, item.folder)
-    entry = Fields(item, path, faults, tuple(SourceRecipe.__dataclass_fields__))
-    count = len(faults)
-    where = entry.read("path", take.text)
-    if len(faults) > count:
-        return None
-    written = take.path(item.value["path"], where)
-    if not os.path.exists(written):
-        entry.wrong("path", f"must be a file or a folder that is there, got {where!r}, which is not at {written!r}")
-    return SourceRecipe(
-        written,
-        entry.read("name", take.text, group or Path(written).name.split(".")[0]),
-        entry.read("format", take.choice(*FORMATS), "auto"),
-        entry.read("weight", take.number(0, above=True), 1.0),
-        entry.read("task", take.text, ""),
-    )
 
 
 def _stages(

@@ -100,6 +100,16 @@ def test_limit_and_metrics(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert sources == ["words.jsonl:1", "words.jsonl:3", "names.jsonl:1", "names.jsonl:2"]
 
 
+def test_data_that_says_what_is_what(folder: Path, tmp_path: Path) -> None:
+    """A row of another form, whose clips lie elsewhere, and a task that it does not name itself."""
+    (tmp_path / "qa.json").write_text(json.dumps([{"instruction": "What?", "audio_id": "low.wav", "output": "low"}]))
+    data = f"{{path: {tmp_path}/qa.json, format: openaqa, folder: {folder}, task: pitch}}"
+    asked = ["--model", folder / "model", "--max-new-tokens", 1, "--answers", tmp_path / "answers.jsonl"]
+    assert run("evaluate", *asked, "--data", data) == 0
+    (answer,) = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
+    assert (answer["source"], answer["task"]) == ("qa.json:item 1", "pitch")
+
+
 def test_every_mistake_is_one_line(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "taken").mkdir()
     one = ["--model", folder / "model", "--data", folder / "names.jsonl"]
@@ -107,6 +117,13 @@ def test_every_mistake_is_one_line(folder: Path, tmp_path: Path, capfd: pytest.C
         (["--model", tmp_path, "--data", folder / "names.jsonl"], "--model must be a directory with a saved model"),
         (["--model", folder / "model", "--data", tmp_path / "none.jsonl"], "none.jsonl"),
         (["--model", folder / "model", "--data", folder / "empty.jsonl"], "--data must be a file of samples, got"),
+        (
+            ["--model", folder / "model", "--data", f"{{path: {folder}, split: a}}"],
+            "--data must be files of samples, got",
+        ),
+        ([*one, "--data", f"{{path: {folder}/names.jsonl, split: a}}"], "split must be given for a dataset alone"),
+        ([*one, "--data", "{path"], "{path: must be YAML, got"),
+        ([*one, "--data", f"{{path: {folder}/names.jsonl, tasks: a}}"], "tasks is not known: did you mean 'task'?"),
         ([*one, "--metric", "rouge"], "metrics must be some of choice, exact, wer, cer, bleu, chrf, got ['rouge']"),
         ([*one, "--metric", "other=wer"], "metrics must be given for a task of the samples, 'names', got 'other'"),
         ([*one, "--metric", "names=choice"], "the metric choice must be of samples with choices, got names.jsonl:1"),

@@ -12,6 +12,7 @@ from support.samples import said, small_processor, write_clip
 from palkernels.model.data.collator import Collator
 from palkernels.model.data.columns import StoredClip
 from palkernels.model.data.reading import read
+from palkernels.model.data.schemas import check, faults
 from palkernels.model.data.sources import Source
 
 needs_datasets = pytest.mark.skipif(
@@ -80,7 +81,7 @@ def test_every_form(form, clips, tmp_path):
 @needs_datasets
 def test_speech_without_a_question(clips):
     dataset = dataset_of({"speech": clips, "transcription": ["red", "", "green"], "id": [1, 2, 3]}, speech="audio")
-    with pytest.raises(ValueError, match=r"must have a column for question, which columns=.* names, or question be"):
+    with pytest.raises(ValueError, match="must have a column for question, which columns names, or question asks"):
         read(Source(dataset))
     samples = read(Source(dataset, question="What is said?", task="speech"))
     assert said(samples) == ["red", "green"]
@@ -160,6 +161,45 @@ def test_what_is_no_dataset(clips, tmp_path):
     both = datasets.DatasetDict({name: dataset_of(questions(clips), audio="audio") for name in ("a", "b")})
     with pytest.raises(ValueError, match="split must be one of a, b, got None"):
         read(Source(both))
+    with pytest.raises(ValueError, match="split must not be given for a dataset without splits, got 'a'"):
+        read(Source(both["a"], split="a"))
+
+
+@needs_datasets
+@pytest.mark.parametrize("form", ["saved", "saved dict", "parquet"])
+def test_faults_are_told_by_files_as_by_reading(form, clips, tmp_path, monkeypatch):
+    """Before any row is loaded: which columns there are, of what feature, and which splits."""
+    import datasets
+
+    dataset = dataset_of({"speech": clips, "said": ["red", "blue", "green"]}, speech="audio")
+    path, split = tmp_path / "made", None
+    if form == "saved dict":
+        datasets.DatasetDict({"a": dataset, "b": dataset}).save_to_disk(path)
+        split = "b"
+    elif form == "saved":
+        dataset.save_to_disk(path)
+    else:
+        path.mkdir()
+        dataset.to_parquet(path / "0.parquet")
+    whole = {"columns": {"answer": "said"}, "question": "What is said?", "split": split}
+    wrong = (
+        {"columns": {}},
+        {"question": ""},
+        {"columns": {"answer": "gone", "reply": "said"}},
+        {"split": "c"},
+    )
+    for settings in wrong:
+        source = Source(path, **(whole | settings))
+        with pytest.raises(ValueError, match=" must ") as caught:
+            read(source)
+        with monkeypatch.context() as patched:
+            patched.setattr(datasets, "load_from_disk", None)
+            patched.setattr(datasets.Dataset, "from_parquet", None)
+            with pytest.raises(ValueError, match=" must ") as told:
+                check(source, faults(source))
+        assert str(told.value) == str(caught.value)
+    assert faults(Source(path, **whole)) == []
+    assert said(read(Source(path, **whole))) == ["red", "blue", "green"]
 
 
 def test_without_the_package(monkeypatch, tmp_path):

@@ -202,7 +202,7 @@ FOREIGN = {
     "h.json": (b'{\n"messages": []\n}', r"h\.json must hold at least one row .* 3 not a JSON object"),
     "i.jsonl": (b'{"messages": []}\n{}', r"got 0 samples of 2; dropped: 2 malformed: i\.jsonl:1: messages must be"),
     "j.jsonl": (b'{"question": "a"}', r"j\.jsonl must hold messages .* got 'question'"),
-    "k.csv": (b"a,b", r"path must end with \.jsonl, .* got k\.csv"),
+    "k.csv": (b"a,b", r"^k\.csv must end with \.jsonl, .* got 'k\.csv'"),
 }
 
 
@@ -218,8 +218,10 @@ def test_files_that_are_refused(name, tmp_path):
 def test_what_is_no_file(tmp_path):
     with pytest.raises(ValueError, match="path must exist, got no such file"):
         read(tmp_path / "gone.jsonl")
-    with pytest.raises(ValueError, match=r"gone\.txt must be a file that can be read"):
+    with pytest.raises(ValueError, match=r"path must exist, got no such file: .*gone\.txt"):
         read(Source(tmp_path / "gone.txt", "messages"))
+    with pytest.raises(ValueError, match="format must be auto or columns for a folder, got 'openaqa'"):
+        read(Source(tmp_path, "openaqa"))
     with pytest.raises(ValueError, match="format must be one of auto, "):
         Source("a.jsonl", "csv")
     for weight in (0, -1.0, float("nan"), float("inf"), True, "1"):

@@ -1,5 +1,8 @@
 """Recipes: every fault at once, each with its line and what to do; numbers, names, paths and overrides."""
 
+import importlib.util
+import json
+
 import pytest
 
 from palkernels.model.training import located
@@ -160,3 +163,64 @@ def test_what_decides_the_weights(folder):
 def test_a_text_that_looks_like_a_number(tmp_path, name):
     tree = located.compose(f"name: {name}", "recipe.yaml", tmp_path)
     assert tree.value["name"].value == name
+
+
+SPEECH = """\
+    - path: speech
+      split: test
+      folder: clips
+      columns: {answer: said}
+      question: What is said?
+"""
+
+
+@pytest.fixture
+def speech(folder):
+    """A saved dataset of two splits without a question, as its files say of themselves."""
+    (folder / "clips").mkdir()
+    for split in ("train", "test"):
+        (folder / "speech" / split).mkdir(parents=True)
+        (folder / "speech" / split / "state.json").write_text("{}")
+        features = {"sound": {"_type": "Audio"}, "said": {"dtype": "string", "_type": "Value"}}
+        (folder / "speech" / split / "dataset_info.json").write_text(json.dumps({"features": features}))
+    (folder / "speech" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    return GOOD.replace("eval: [calls.jsonl]", f"eval:\n{SPEECH.rstrip()}")
+
+
+needs_datasets = pytest.mark.skipif(
+    importlib.util.find_spec("datasets") is None,
+    reason="a dataset's columns are refused without it: pip install datasets",
+)
+
+
+@needs_datasets
+def test_columns_of_a_dataset(folder, speech):
+    (source,) = [one.source() for one in recipe(folder, speech).data.eval]
+    assert (source.path, source.folder) == (str(folder / "speech"), str(folder / "clips"))
+    assert (source.columns, source.question, source.split) == ({"answer": "said"}, "What is said?", "test")
+    assert hash(recipe(folder, speech).data.eval[0])  # each is read once
+    assert recipe(folder, speech).meaning()["data.eval.0.columns.answer"] == "said"
+
+
+@needs_datasets
+def test_every_fault_of_a_dataset(folder, speech):
+    """Told by what lies there, before anything loads."""
+    text = speech.replace("train: [{path: calls.jsonl,", "train: [{path: calls.jsonl, split: train,")
+    found = faults(folder, text.replace("      question:", "      weight: 2\n      question:"))
+    for fault in (
+        "recipe.yaml:6: data.train.0.split must be given for a dataset alone, as rows of JSON name their parts",
+        "recipe.yaml:12: data.eval.0.weight is not known",
+    ):
+        assert sum(line.startswith(fault) for line in found) == 1, (fault, found)
+    for wrong, fault in (
+        (("split: test", "split: dev"), "9: data.eval.0.split must be one of test, train, got 'dev'"),
+        (("      split: test\n", ""), "8: data.eval.0.split must be one of test, train, got None"),
+        (("folder: clips", "folder: none"), "10: data.eval.0.folder must be a folder that is there, got"),
+        (("answer: said", "answr: said"), "11: data.eval.0.columns.answr is not known: did you mean 'answer'?"),
+        (("answer: said", "answer: text"), "11: data.eval.0.columns must be among sound, said, got text"),
+        (("      question: What is said?\n", ""), "8: data.eval.0.path must have a column for question, which columns"),
+        (("question: What is said?", "question: ''"), "12: data.eval.0.question must say something"),
+        (("path: speech", "path: speech\n      format: messages"), "9: data.eval.0.format must be auto or columns for"),
+    ):
+        (found, *_) = faults(folder, speech.replace(*wrong))
+        assert found.startswith(f"recipe.yaml:{fault}"), found
