@@ -13,6 +13,7 @@ from palkernels import lazy as _lazy
 if TYPE_CHECKING:
     from palkernels.model.data.buckets import LengthBuckets
     from palkernels.model.data.collator import Collator
+    from palkernels.model.data.decoding import decodable
     from palkernels.model.data.mixture import Mixture
     from palkernels.model.data.reading import read
     from palkernels.model.data.sample import Sample
@@ -30,12 +31,14 @@ __all__ = [
     "Sample",
     "Samples",
     "Source",
+    "decodable",
     "read",
 ]
 
 _NAMES_BY_MODULE = {
     "buckets": ("LengthBuckets",),
     "collator": ("Collator",),
+    "decoding": ("decodable",),
     "mixture": ("Mixture",),
     "reading": ("read",),
     "sample": ("Sample",),

@@ -52,7 +52,8 @@ class Source:
     @property
     def name(self) -> str:
         """What its rows are called after."""
-        return Path(self.path).name if isinstance(self.path, str | os.PathLike) else "dataset"
+        name = Path(self.path).name if isinstance(self.path, str | os.PathLike) else "dataset"
+        return name if self.split is None else f"{name}/{self.split}"
 
 
 def check_weight(weight: object) -> None:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from palkernels.model.audio.limits import AudioError
 from palkernels.model.data.buckets import LengthBuckets
 from palkernels.model.data.collator import Collator
+from palkernels.model.data.decoding import decodable
 from palkernels.model.data.mixture import Mixture
 from palkernels.model.data.reading import read
+from palkernels.model.data.reasons import UNREADABLE, RejectedError
 from palkernels.model.data.sample import Sample
-from palkernels.model.data.samples import Samples
+from palkernels.model.data.samples import Dropped, Samples
 from palkernels.model.data.seeds import permutation
 from palkernels.model.data.states import EncodedStates
 from palkernels.model.pal import PalProcessor
 from palkernels.model.training.order import Order
 from palkernels.model.training.recipe import DataRecipe, Recipe, SourceRecipe, StageRecipe
 
-__all__ = ["Material", "read_material"]
+__all__ = ["Material", "damage_explained", "damaged_rows", "read_material"]
 
 
 class Material:
@@ -32,7 +37,7 @@ class Material:
         collator: Makes batches.
         train: The samples of each source of ``data.train``.
         held_out: Those to evaluate on.
-        dropped: Rows that give no sample.
+        dropped: Rows that give no sample, each with the path of its source.
     """
 
     def __init__(
@@ -41,7 +46,7 @@ class Material:
         collator: Collator,
         train: Sequence[Samples],
         held_out: Sequence[Sample],
-        dropped: Sequence[Any],
+        dropped: Sequence[tuple[str, Dropped]],
     ) -> None:
         self.data, self.collator, self.train, self.held_out, self.dropped = data, collator, train, held_out, dropped
         self._lengths: dict[int, int] = {}
@@ -70,7 +75,7 @@ class Material:
         count = prepared.encoded + prepared.kept
         say(f"stage {stage.name}: states of {count:,} clips, {prepared.encoded:,} of them new")
         if prepared.samples.dropped:
-            raise ValueError(f"clips must be readable, got: {prepared.samples.dropped[0].detail}")
+            raise AudioError(prepared.samples.dropped[-1].detail)
         return Collator(
             self.collator.processor, states=states, packing=self.data.packing, max_tokens=self.data.max_tokens
         )
@@ -103,12 +108,45 @@ class Material:
 
     def write_dropped(self, path: Path) -> None:
         """Write the rows that give no sample, a JSON object a line."""
-        lines = [json.dumps({"source": row.source, "reason": row.reason, "detail": row.detail}) for row in self.dropped]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        lines = [json.dumps({**asdict(row), "path": of}) + "\n" for of, row in self.dropped]
+        path.write_text("".join(lines), encoding="utf-8")
 
 
-def read_material(recipe: Recipe, processor: PalProcessor, say: Callable[[str], None]) -> Material:
+@contextmanager
+def damage_explained() -> Iterator[None]:
+    """Say of a clip that cannot be decoded, here or in a worker, which row's it is and how to go on."""
+    try:
+        yield
+    except AudioError as error:
+        said = str(error).strip().splitlines()[-1]  # a worker's error has its traceback first
+        said = said.removeprefix(f"{AudioError.__module__}.{AudioError.__name__}: ")
+        raise AudioError(
+            f"{said}: with a whole clip in its place --resume goes on; a new run drops such rows unless data.check is "
+            "false"
+        ) from error
+
+
+def damaged_rows(path: Path) -> set[tuple[str, str]]:
+    """Return the rows with a clip that could not be read, of a file that ``write_dropped`` wrote, as (path of the
+    source, place of the row)."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(row["path"], row["source"]) for row in rows if row["reason"] == UNREADABLE}
+
+
+def read_material(
+    recipe: Recipe,
+    processor: PalProcessor,
+    say: Callable[[str], None],
+    damaged: Collection[tuple[str, str]] | None = None,
+) -> Material:
     """Return the samples of a recipe, after telling how many rows of each source were dropped, by reason.
+
+    Args:
+        recipe: The recipe.
+        processor: The model's.
+        say: Takes lines for the user.
+        damaged: As :func:`damaged_rows` returns it: these rows are dropped. None: clips are decoded to find them, where
+            the recipe wants it.
 
     Raises:
         ValueError: A source cannot be read, or gives no sample.
@@ -119,13 +157,21 @@ def read_material(recipe: Recipe, processor: PalProcessor, say: Callable[[str], 
 
     def samples(source: SourceRecipe) -> Samples:
         if source not in read_already:
-            rows = read(source.source(), max_seconds=data.max_seconds)
-            read_already[source] = collator.fitting(rows)
-            say(f"{source.path}: {read_already[source].summary()}")
+            rows = collator.fitting(read(source.source(), max_seconds=data.max_seconds))
+            read_already[source] = whole = whole_ones(rows, source.path)
+            say(f"{source.path}: {whole.summary()}")
         return read_already[source]
 
+    def whole_ones(rows: Samples, path: str) -> Samples:
+        if damaged is not None:
+            fault = RejectedError(UNREADABLE, "a clip could not be read when the run began")
+            return Samples.sifted(
+                rows, lambda row: fault if (path, row.source) in damaged else None, rows.dropped, rows.lengths
+            )
+        return decodable(rows, processor, num_workers=data.workers, progress=True) if data.check else rows
+
     train, held_out = [samples(source) for source in data.train], [samples(source) for source in data.eval]
-    dropped = [row for part in read_already.values() for row in part.dropped]
+    dropped = [(source.path, row) for source, part in read_already.items() for row in part.dropped]
     return Material(data, collator, train, [sample for part in held_out for sample in part], dropped)
 
 

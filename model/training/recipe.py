@@ -30,7 +30,8 @@ LENGTHS = ("epochs", "steps", "samples")
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """What there is to learn from, and how it is read."""
+    """What there is to learn from, and how it is read. ``check``: whether every clip is decoded once before a run
+    begins, and rows with a damaged one are dropped."""
 
     train: tuple[SourceRecipe, ...]
     eval: tuple[SourceRecipe, ...] = ()
@@ -40,6 +41,7 @@ class DataRecipe:
     max_tokens: int | None = None
     cache: str | None = None
     workers: int = 0
+    check: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,12 @@ class Recipe:
     report_to: tuple[str, ...] = ()
 
     def meaning(self) -> dict[str, Any]:
-        """Return what decides what is learnt, by dotted path: a run that is resumed must have the same."""
+        """Return what decides what is learnt, by dotted path: a run that is resumed must have the same. What ``check``
+        decides, the samples do."""
         whole = asdict(self)
         for name in ("output", "checkpoint_steps", "checkpoint_keep", "log_steps", "eval_steps", "report_to"):
             del whole[name]
-        del whole["data"]["workers"]
+        del whole["data"]["workers"], whole["data"]["check"]
         return _flat(whole, "")
 
 
@@ -175,6 +178,7 @@ def _data(top: Fields, faults: list[str]) -> DataRecipe | None:
         "max_tokens": data.read("max_tokens", take.count(1), None),
         "cache": data.read("cache", _cache, None),
         "workers": data.read("workers", take.count(0), 0),
+        "check": data.read("check", take.boolean, True),
     }
     return DataRecipe(train, read_sources(data, "eval", faults), **settings)
 

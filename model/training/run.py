@@ -31,7 +31,7 @@ from palkernels.model.pal import PalConfig, PalForConditionalGeneration, PalProc
 from palkernels.model.training.arguments import training_arguments
 from palkernels.model.training.checkpoints import WRITING, checkpoints_in, read_json, whole_folder, write_json
 from palkernels.model.training.loop import Log, StageTrainer
-from palkernels.model.training.material import read_material
+from palkernels.model.training.material import damage_explained, damaged_rows, read_material
 from palkernels.model.training.order import Collate, Order
 from palkernels.model.training.progress import Progress
 from palkernels.model.training.recipe import Recipe, StageRecipe
@@ -131,9 +131,7 @@ class _Run:
         if name not in DTYPES:
             raise RunError(f"model must be of weights in {', '.join(DTYPES)}, got {name}: model.dtype says another one")
         self.dtype = DTYPES[name]
-        self.material = read_material(self.recipe, self.processor, self.say)
-        if self.state.is_main_process:
-            self.material.write_dropped(self.folder / DROPPED)
+        self._read_material()
         orders = [self.material.order(stage, self._seed(i)) for i, stage in enumerate(self.recipe.stages)]
         if self.before is not None and self.state.is_main_process:
             self.before([self._plan(stage, order) for stage, order in zip(self.recipe.stages, orders, strict=True)])
@@ -179,6 +177,16 @@ class _Run:
             if not file.exists():  # of a start that came to nothing, perhaps with another recipe
                 shutil.rmtree(self.folder / START, ignore_errors=True)
         self.state.wait_for_everyone()
+
+    def _read_material(self) -> None:
+        """Read the samples. The first process finds damaged clips when the run begins; the others, and a run that goes
+        on, drop the same rows."""
+        begun, first = (self.folder / RECIPE).exists(), self.state.is_main_process
+        with self.state.main_process_first():
+            damaged = damaged_rows(self.folder / DROPPED) if begun or not first else None
+            self.material = read_material(self.recipe, self.processor, self.say, damaged)
+            if first and not begun:
+                self.material.write_dropped(self.folder / DROPPED)
 
     def _claim(self) -> None:
         """Note what decides the weights, samples included, or make sure that the run began with the same samples."""
@@ -284,11 +292,13 @@ class _Run:
             self.say(f"stage {stage.name}: goes on after step {earlier[-1].name.partition('-')[2]}")
         else:
             log.cut(0)
-        trainer.train(resume_from_checkpoint=str(earlier[-1]) if earlier else None)
+        with damage_explained():
+            trainer.train(resume_from_checkpoint=str(earlier[-1]) if earlier else None)
         done = trainer.state.global_step
         if trainer.stopped and done < len(order):
             raise Stopped(f"stopped after step {done} of {len(order)} of stage {stage.name}: --resume goes on")
-        scores = trainer.evaluate_now() if self.material.held_out else None
+        with damage_explained():
+            scores = trainer.evaluate_now() if self.material.held_out else None
         if scores is not None:
             self.say(
                 f"stage {stage.name}: loss {scores.eval_loss:.3f}, accuracy {scores.accuracy:.1%} of held-out answers"
@@ -314,7 +324,7 @@ class _Run:
         if torch.cuda.is_available():
             model.audio_tower.to(self.state.device)
         states = EncodedStates(cache or self.folder / "states", list(model.audio_tower), self.processor)
-        with self.state.main_process_first():
+        with self.state.main_process_first(), damage_explained():
             return self.material.of_states(states, stage, self.say)
 
     def _save(

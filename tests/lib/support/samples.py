@@ -25,6 +25,17 @@ def write_clip(path, seconds=0.1, hertz=440.0, rate=16_000):
     return path
 
 
+def write_damaged(path, seconds=0.1):
+    """A FLAC file of a tone that is damaged within, which its header does not tell."""
+    whole = write_clip(path.with_suffix(".wav"), seconds)
+    soundfile.write(path, *soundfile.read(whole))
+    whole.unlink()
+    content = bytearray(path.read_bytes())
+    content[-600:-500] = bytes(100)
+    path.write_bytes(content)
+    return path
+
+
 def write_lines(path, *rows):
     """A file of JSON lines; rows that are bytes or text are written as they are."""
     lines = [

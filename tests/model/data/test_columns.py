@@ -66,6 +66,7 @@ def test_every_form(form, clips, tmp_path):
         Path(clip).unlink()
     samples = read(Source(path, split="train" if form == "saved dict" else None))
     assert said(samples) == (["red"] if form == "parquet" else ["red", "blue", "green"])
+    name += "/train" if form == "saved dict" else ""
     assert [one.source for one in samples] == [f"{name}:row {i}" for i in range(len(samples))]
     asked = samples[0].messages[0]["content"]
     assert [part["type"] for part in asked] == ["audio", "text"]

@@ -12,9 +12,9 @@ import torch
 from support import runs
 from support.audio_llm import build_pal, entry
 from support.runs import lines, run, same, weights
-from support.samples import TEMPLATE
+from support.samples import TEMPLATE, write_clip, write_damaged
 
-from palkernels.model import PalForConditionalGeneration, PalProcessor
+from palkernels.model import AudioError, PalForConditionalGeneration, PalProcessor
 from palkernels.model.training.loop import audio_tokens
 from palkernels.model.training.run import RunError, Stopped
 from palkernels.model.training.trained import load_trained
@@ -140,6 +140,47 @@ def test_a_start_that_came_to_nothing_claims_nothing(folder, whole, tmp_path):
     (tmp_path / "out" / ".writing-recipe.json").write_text("{")
     run(folder, f"output={tmp_path / 'out'}")
     same(tmp_path / "out", output)
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+    """A clip that is damaged within, which its header does not tell, in rows and held-out rows."""
+    own = shutil.copytree(folder, tmp_path / "own", ignore=shutil.ignore_patterns("out"))
+    write_damaged(own / "clips" / "0.flac")
+    for name in ("rows", "held_out"):
+        file = own / f"{name}.jsonl"
+        file.write_text(file.read_text().replace("clips/0.wav", "clips/0.flac"))
+    return own
+
+
+@pytest.mark.parametrize("cache", ["false", "true"])
+def test_damaged_clips_are_dropped_before_the_first_step(damaged, cache):
+    """And stay dropped when the run goes on, also where the clip has become whole meanwhile."""
+    asked = iter([False, True])
+    with pytest.raises(Stopped):
+        run(damaged, f"data.cache={cache}", stop=lambda: next(asked))
+    shutil.copy(damaged / "clips" / "1.wav", damaged / "clips" / "0.flac")
+    last, said = run(damaged, f"data.cache={cache}", resume=True)
+    assert f"{damaged}/rows.jsonl: 9 samples of 11; dropped: 1 audio missing, 1 audio unreadable" in said
+    rows = [json.loads(line) for line in (last.parents[1] / "dropped.jsonl").read_text().splitlines()]
+    lost = [(row["source"], row["path"]) for row in rows if row["reason"] == "audio unreadable"]
+    assert lost == [(f"{name}.jsonl:1", f"{damaged}/{name}.jsonl") for name in ("rows", "held_out")]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_that_was_not_looked_for(damaged, workers):
+    """Ends the run at the step that hears it, in one line; with a whole clip in its place it goes on."""
+    words = ["data.check=false", f"data.workers={workers}", "data.eval=[]"]
+    with pytest.raises(AudioError) as caught:
+        run(damaged, *words)
+    message = str(caught.value)
+    assert message.startswith("rows.jsonl:1: audio file ")
+    assert message.endswith("--resume goes on; a new run drops such rows unless data.check is false")
+    assert len(message.splitlines()) == 1
+    write_clip(damaged / "clips" / "whole.wav", 0.1)
+    (damaged / "clips" / "whole.wav").replace(damaged / "clips" / "0.flac")
+    last, _ = run(damaged, *words, resume=True)
+    assert last.name == "2-adapt"
 
 
 def test_half_a_checkpoint_is_none(folder, whole, tmp_path):
