@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from palkernels.errors import one_line
 from palkernels.model.audio.limits import AudioError
 from palkernels.model.data.clips import LengthsOfClips
-from palkernels.model.data.reasons import MALFORMED, TOO_MANY_TOKENS, RejectedError
+from palkernels.model.data.reasons import MALFORMED, NO_ANSWER, TOO_MANY_TOKENS, RejectedError
 from palkernels.model.data.sample import Sample
 from palkernels.model.data.samples import Samples
 from palkernels.model.data.states import EncodedStates
 from palkernels.model.pal.parts import by_entry
 from palkernels.model.pal.processing_pal import PalProcessor
+from palkernels.model.pal.rows import IGNORED
 
 __all__ = ["Collator"]
 
@@ -79,7 +81,8 @@ class Collator:
         """Return the samples that batches can be made of; the others are among ``dropped``.
 
         Dropped are samples with a clip that is longer than ``processor.longest_clip`` or cannot be read, with a text of
-        more than ``max_tokens`` tokens, and with one that the template refuses.
+        more than ``max_tokens`` tokens, with one that the template refuses or hides the answer of, and with no token to
+        learn.
 
         Raises:
             ValueError: None fits.
@@ -107,7 +110,8 @@ class Collator:
         """
         lengths = _lengths_of(samples)
         lengths.look_at(clip for sample in samples for clip in sample.clips())
-        return [sum(self._sizes(sample, lengths)) for sample in samples]
+        sizes = [self._sizes(sample, lengths) for sample in samples]
+        return [tokens + heard for tokens, _, heard in sizes]
 
     def _batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return the padded batch of samples, and where one cannot be read say which."""
@@ -123,25 +127,19 @@ class Collator:
             raise
 
     def _padded(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        conversations = [list(sample.messages) for sample in samples]
-        options: dict[str, Any] = {
-            "tokenize": True,
-            "output_labels": True,
-            "padding_side": "right",
-            "padding": True,
-            "truncation": False,
-        }
-        batch = dict(self._batching.apply_chat_template(conversations, **options))
+        batch = _rendered(self._batching, samples)
         if self.states is not None and "input_features" in batch:
             batch["encoder_states"] = batch.pop("input_features")
         return batch
 
     def _refusal(self, sample: Sample, lengths: LengthsOfClips) -> RejectedError | None:
-        """Return why a sample's text cannot be part of a batch; None if it can."""
+        """Return why a sample cannot be part of a batch; None if it can."""
         try:
-            tokens, _ = self._sizes(sample, lengths)
-        except (TypeError, ValueError) as error:
-            return RejectedError(MALFORMED, one_line(error))
+            tokens, learned, _ = self._sizes(sample, lengths)
+        except Exception as error:  # a template raises what it likes
+            return RejectedError(MALFORMED, one_line(error, with_type=not isinstance(error, ValueError)))
+        if not learned:
+            return RejectedError(NO_ANSWER, "a text must have a token to learn, got none that the template marks")
         if self.max_tokens is not None and tokens > self.max_tokens:
             return RejectedError(TOO_MANY_TOKENS, self._too_many(tokens))
         return None
@@ -149,18 +147,35 @@ class Collator:
     def _too_many(self, tokens: int) -> str:
         return f"a text must have at most {self.max_tokens} tokens with its placeholders, got {tokens}"
 
-    def _sizes(self, sample: Sample, lengths: LengthsOfClips) -> tuple[int, int]:
-        """Return a sample's tokens with placeholders, and its clips' states that enter without any."""
-        text = self.processor.apply_chat_template(list(sample.messages))
-        tokens = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-        valid = [self.processor.state_lengths(lengths.of(clip).samples) for clip in sample.clips()]
-        if not valid:
-            return tokens, 0
-        table = torch.stack(valid)
-        placeholders = int(self.processor.num_placeholders(table).sum())
-        entries = by_entry(self.processor.encoders, table.unbind(1))
+    def _sizes(self, sample: Sample, lengths: LengthsOfClips) -> tuple[int, int, int]:
+        """Return a sample's tokens with placeholders, how many of them are learned, and its clips' states that enter
+        without any: those of its batch, whose clips' headers stand for them."""
+
+        def states_of(clips: Sequence[Any], sampling_rate: int | None = None) -> tuple[list[Tensor], Tensor]:
+            counts = [self.processor.state_lengths(lengths.of(clip).samples) for clip in clips]
+            return [torch.empty(0)], torch.stack(counts)
+
+        measuring = copy.copy(self.processor)
+        measuring.audio_features = states_of  # type: ignore[method-assign]
+        batch = _rendered(measuring, [sample])
+        tokens, learned = batch["input_ids"].shape[1], int((batch["labels"] != IGNORED).sum())
+        if "audio_lengths" not in batch:
+            return tokens, learned, 0
+        entries = by_entry(self.processor.encoders, batch["audio_lengths"][batch["audio_index"][0]].unbind(1))
         heard = sum(int(of_towers[0].sum()) for entry, of_towers in entries if entry["integration"] != "plits")
-        return tokens - len(valid) + placeholders, heard
+        return tokens, learned, heard
+
+
+def _rendered(processor: PalProcessor, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return the padded batch of samples, with labels."""
+    options: dict[str, Any] = {
+        "tokenize": True,
+        "output_labels": True,
+        "padding_side": "right",
+        "padding": True,
+        "truncation": False,
+    }
+    return dict(processor.apply_chat_template([list(sample.messages) for sample in samples], **options))
 
 
 def _lengths_of(samples: Sequence[Sample]) -> LengthsOfClips:

@@ -5,12 +5,13 @@ import pickle
 import pytest
 import torch
 from support.audio_llm import AUDIO_ID, INTEGRATIONS, TOKENIZER, entry
-from support.samples import model_and_processor, row, sample, small_processor, write_clip, write_lines
+from support.samples import model_and_processor, row, sample, small_processor, write_clip, write_damaged, write_lines
 from torch.utils.data import DataLoader
 
 from palkernels.model import AudioError
 from palkernels.model.data.collator import Collator
 from palkernels.model.data.reading import read
+from palkernels.model.data.sample import Sample
 
 
 @pytest.fixture
@@ -104,13 +105,7 @@ def test_workers_make_the_same_batches(method, clips):
 
 def test_a_clip_that_cannot_be_decoded_names_its_sample(clips, tmp_path):
     """Its header is whole, so that reading cannot tell."""
-    broken = tmp_path / "broken.flac"
-    import soundfile
-
-    soundfile.write(broken, *soundfile.read(clips["a"]))
-    content = bytearray(broken.read_bytes())
-    content[-600:-500] = bytes(100)
-    broken.write_bytes(content)
+    broken = write_damaged(tmp_path / "broken.flac")
     path = write_lines(tmp_path / "calls.jsonl", row(clips["a"]), row(broken))
     samples = read(path)
     assert len(samples) == 2
@@ -146,6 +141,41 @@ def test_samples_that_do_not_fit_are_dropped_before_training(clips, tmp_path):
         collate(samples[:2])
     with pytest.raises(ValueError, match="samples must hold at least one that fits, got 0 samples of"):
         Collator(small_processor(), max_tokens=3).fitting(samples)
+
+
+# A template without marks that shows the last turns of a conversation alone, so that its beginning is another text.
+FORGETFUL = (
+    "{% for m in messages[-2:] %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+# One that refuses a conversation which does not begin with the user, and leaves an answer of "none" out.
+STRICT = (
+    "{% if messages[0].role != 'user' %}{{ raise_exception('must begin with the user') }}{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}"
+    "{% if m.content != 'none' %}{{ m.content }}{% endif %}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(("template", "reason"), [(FORGETFUL, "malformed"), (STRICT, "no answer")])
+def test_samples_whose_labels_the_template_cannot_give_are_dropped(template, reason, clips):
+    good, odd = sample([clips["a"]]), sample([clips["a"]], answer="none", source="a.jsonl:2")
+    if template is FORGETFUL:
+        earlier = ({"role": "user", "content": "And?"}, {"role": "assistant", "content": "so"})
+        odd = Sample((*earlier, *sample([clips["a"]]).messages), "a.jsonl:2")
+    answer_first = Sample((good.messages[1], *good.messages), "a.jsonl:3")
+    collate = Collator(small_processor())
+    collate.processor.chat_template = template
+    fitting = collate.fitting([good, odd, answer_first])
+    assert [one.source for one in fitting] == ["a.jsonl:1"]
+    reasons = {one.source: (one.reason, one.detail) for one in fitting.dropped}
+    assert reasons["a.jsonl:2"][0] == reason
+    if template is STRICT:
+        assert reasons["a.jsonl:3"] == ("malformed", "a.jsonl:3: TemplateError: must begin with the user")
+        assert bool((collate([odd])["labels"] == -100).all())  # whose loss would be no number
+    else:
+        with pytest.raises(ValueError, match="chat_template must mark what the assistant says"):
+            collate([odd])
 
 
 @pytest.mark.parametrize("way", WAYS)
