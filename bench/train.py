@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import typer
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from palkernels.bench.errors import UserError, one_line
@@ -43,7 +44,7 @@ def run(path: Path, overrides: Sequence[str], *, resume: bool, estimate: bool) -
     except Stopped as stopped:
         _say(str(stopped))
         raise typer.Exit(ending.code or 0) from stopped
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         raise UserError(one_line(error)) from error
 
 

@@ -4,12 +4,14 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from palkernels.model.encoders.base import Tower
 from palkernels.model.encoders.registry import TOWERS
 from palkernels.model.pal.configuration_pal import complete_entry
 from palkernels.model.pal.parts import outline_connectors
 
-__all__ = ["entries_and_towers"]
+__all__ = ["check_tower", "entries_and_towers"]
 
 KEYS = ("type", "checkpoint", "config", "integration", "connector")
 
@@ -33,13 +35,15 @@ def entries_and_towers(
     if not isinstance(encoders, list | tuple) or not encoders:
         raise ValueError(f"encoders must be a list of at least one entry, got {encoders!r}")
     entries = [_checked(encoder) for encoder in encoders]
-    towers: list[Tower] = []
+    described: list[tuple[str, Any, Any]] = []
     for entry in entries:
         several = not isinstance(entry["type"], str)
         types = list(entry["type"]) if several else [entry["type"]]
         checkpoints, configs = (_one_each(entry, name, len(types), several) for name in ("checkpoint", "config"))
-        for tower_type, checkpoint, config in zip(types, checkpoints, configs, strict=True):
-            towers.append(_tower(tower_type, checkpoint, config, freeze, seed))
+        described += zip(types, checkpoints, configs, strict=True)
+    for tower_type, checkpoint, config in described:  # all of them before any weights are read
+        check_tower(tower_type, checkpoint is not None, config or {})
+    towers = [_tower(*of_tower, freeze, seed) for of_tower in described]
     return [{key: entry[key] for key in ("type", "integration", "connector")} for entry in entries], towers
 
 
@@ -71,15 +75,32 @@ def _one_each(entry: dict[str, Any], name: str, count: int, several: bool) -> li
     return values
 
 
+def check_tower(tower_type: str, has_checkpoint: bool, config: dict[str, Any]) -> None:
+    """Check an encoder's config without its weights.
+
+    Args:
+        tower_type: Its type.
+        has_checkpoint: whether a checkpoint gives its shape.
+        config: as an entry has it.
+
+    Raises:
+        TypeError, ValueError: a setting is unknown, or none that such an encoder can have.
+    """
+    if has_checkpoint:
+        beside = set(inspect.signature(TOWERS[tower_type].from_checkpoint).parameters) - {"path", "freeze"}
+        if not set(config) <= beside:
+            held = f"hold {' and '.join(sorted(beside))} alone" if beside else "be None"
+            raise ValueError(f"config must {held} where a checkpoint says it, got {config!r}")
+    if "freeze" in config:
+        raise ValueError(f"config must not say freeze, as freeze_encoders does, got {config!r}")
+    with torch.device("meta"):
+        TOWERS[tower_type](**config)
+
+
 def _tower(tower_type: str, checkpoint: Any, config: Any, freeze: bool, seed: int) -> Tower:
     if checkpoint is None:
         return TOWERS[tower_type](**{"seed": seed, **(config or {}), "freeze": freeze})
-    read = TOWERS[tower_type].from_checkpoint
-    beside = set(inspect.signature(read).parameters) - {"path", "freeze"}
-    if not set(config or {}) <= beside:
-        held = f"hold {' and '.join(beside)} alone" if beside else "be None"
-        raise ValueError(f"config must {held} where a checkpoint says it, got {config!r} beside {str(checkpoint)!r}")
-    return read(checkpoint, freeze=freeze, **(config or {}))
+    return TOWERS[tower_type].from_checkpoint(checkpoint, freeze=freeze, **(config or {}))
 
 
 def _connector(connector: Any) -> dict[str, Any]:

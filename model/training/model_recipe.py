@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from palkernels.model.pal.configuration_pal import PalConfig
 from palkernels.model.training import fields as take
 from palkernels.model.training.fields import Fields
 from palkernels.model.training.located import Located, did_you_mean
+from palkernels.model.training.model_checks import check_connector, check_encoder, check_settings, damaged_weights
 
 __all__ = ["ModelRecipe", "read_model"]
 
@@ -76,17 +77,29 @@ def read_model(top: Fields, faults: list[str]) -> ModelRecipe | None:
         path = model.read("path", take.path_or_name)
         if path is not None and Path(path).exists() and (reason := _not_a_model(Path(path))):
             model.wrong("path", f"must be a saved audio LLM's directory, got {path!r}, {reason}")
+        _whole(model, "path", path)
         return ModelRecipe(path=path, dtype=dtype)
     llm = model.read("llm", take.path_or_name)
+    _whole(model, "llm", llm)
     if not model.has("encoders"):
         model.wrong("encoders", "must be given, got nothing: [{type: whisper, checkpoint: DIRECTORY}], say")
         return ModelRecipe(llm=llm, dtype=dtype)
     entries = take.items(model.items["encoders"])
     if not entries:
         model.wrong("encoders", "must hold at least one encoder, got none")
+    before = len(faults)
     encoders = [_encoder(entry, f"model.encoders.{i}", faults) for i, entry in enumerate(entries)]
     chosen = {name: model.items[name].plain() for name in settings if model.has(name)}
+    if len(faults) == before:
+        check_settings(model, chosen, encoders, llm)
     return ModelRecipe(None, llm, tuple(encoders), chosen, dtype)
+
+
+def _whole(entry: Fields, name: str, path: str | None) -> None:
+    """Find fault with a directory, or file, of weights that is damaged."""
+    damage = None if path is None else damaged_weights(Path(path))
+    if damage is not None:
+        entry.wrong(name, f"must hold whole files of weights, got {path!r} with {damage}")
 
 
 def _not_a_model(path: Path) -> str | None:
@@ -116,20 +129,41 @@ def _encoder(tree: Located, path: str, faults: list[str]) -> dict[str, Any]:
         try:
             paths = [None if item.value is None else take.path_or_name(item) for item in take.items(written)]
             checkpoint = paths if isinstance(written.value, list) else paths[0]
+            for path_of_one in paths:
+                _whole(entry, "checkpoint", path_of_one)
         except ValueError as error:
             entry.wrong("checkpoint", str(error))
-    connector = _connector(entry, faults)
+    of_type = list(types) if several else types[0] if types else ""
+    is_known = bool(types) and all(name in TOWERS for name in types)
+    connector = _connector(entry, of_type if is_known else None, faults)
     own = {"config": entry.items["config"].plain()} if entry.has("config") else {}
+    if is_known and entry.has("config"):
+        _configs(entry, types, checkpoint, faults)
     return {
         **own,
-        "type": list(types) if several else types[0] if types else "",
+        "type": of_type,
         "checkpoint": checkpoint,
         "integration": entry.read("integration", take.choice(*INTEGRATIONS), "lal"),
         "connector": connector,
     }
 
 
-def _connector(entry: Fields, faults: list[str]) -> dict[str, Any]:
+def _configs(entry: Fields, types: Sequence[str], checkpoint: Any, faults: list[str]) -> None:
+    """Find fault with the config of an encoder, or with those of several that a connector fuses."""
+    tree, path = entry.items["config"], entry.named("config")
+    several = isinstance(tree.value, list)
+    trees = tree.value if several else [tree]
+    checkpoints = checkpoint if isinstance(checkpoint, list) else [checkpoint] * len(types)
+    if len(trees) != len(types):
+        entry.wrong("config", f"must be one for each of {', '.join(types)}, got {len(trees)}")
+        return
+    for i, (tower_type, one) in enumerate(zip(types, trees, strict=True)):
+        if one.value is not None:
+            config = Fields(one, f"{path}.{i}" if several else path, faults, None)
+            check_encoder(config, tower_type, i < len(checkpoints) and checkpoints[i] is not None)
+
+
+def _connector(entry: Fields, types: Any, faults: list[str]) -> dict[str, Any]:
     if not entry.has("connector"):
         return {"type": "mlp"}
     tree = entry.items["connector"]
@@ -139,12 +173,6 @@ def _connector(entry: Fields, faults: list[str]) -> dict[str, Any]:
     name = connector.read("type", take.text)
     if name is not None and name not in CONNECTORS:
         connector.wrong("type", f"must be a connector, got {name!r}{did_you_mean(name, CONNECTORS)}")
-    if name in CONNECTORS:
-        parameters = inspect.signature(CONNECTORS[name].__init__).parameters
-        widths = ("self", "input_size", "input_sizes", "hidden_size")
-        known = [one for one in parameters if one not in widths]
-        for key, item in connector.items.items():
-            if key != "type" and key not in known:
-                hint = did_you_mean(key, known) if known else f": {name} has no settings"
-                connector.fault(item, f"{connector.named(key)} is not known{hint}")
+    elif name is not None:
+        check_connector(connector, types, name)
     return {key: item.plain() for key, item in connector.items.items()}

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
 from palkernels.model.training import fields as take
 from palkernels.model.training.fields import Fields
 from palkernels.model.training.located import Located, RecipeError, compose, did_you_mean, override
@@ -148,7 +150,7 @@ def _read(tree: Located, faults: list[str]) -> Recipe | None:
         "checkpoint_keep": checkpoint.read("keep", take.count(1), 2),
         "log_steps": log.read("steps", take.count(1), 1),
         "eval_steps": log.read("eval_steps", take.count(1), None),
-        "report_to": log.read("report_to", take.texts, ()),
+        "report_to": log.read("report_to", _trackers, ()),
     }
     if model is None or data is None:
         return None
@@ -181,6 +183,18 @@ def _data(top: Fields, faults: list[str]) -> DataRecipe | None:
         "check": data.read("check", take.boolean, True),
     }
     return DataRecipe(train, read_sources(data, "eval", faults), **settings)
+
+
+def _trackers(value: Located) -> tuple[str, ...]:
+    """Return what Trainer is to report to, each installed."""
+    chosen = take.texts(value)
+    known = (*INTEGRATION_TO_CALLBACK, "all", "none")
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"must name what Trainer reports to, got {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+    there = (*get_available_reporting_integrations(), "all", "none")
+    if absent := [name for name in chosen if name not in there]:
+        raise ValueError(f"must name packages that are installed, got {absent[0]!r}: pip install {absent[0]}")
+    return chosen
 
 
 def _cache(value: Located) -> str | None:

@@ -4,6 +4,8 @@ import importlib.util
 import json
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from palkernels.model.training import located
 from palkernels.model.training.recipe import RecipeError, load_recipe
@@ -133,6 +135,9 @@ def test_a_saved_model_says_what_it_has(folder):
 
 def test_overrides(folder, monkeypatch, tmp_path):
     monkeypatch.chdir("/")
+    monkeypatch.setattr(
+        "palkernels.model.training.recipe.get_available_reporting_integrations", lambda: ["tensorboard"]
+    )
     words = ["stages.0.lr=1e-4", "stages.open.steps=7", "log.report_to=[tensorboard]", "output=x", "seed=3"]
     read = recipe(folder, GOOD, words)
     assert (read.stages[0].lr["connector"], read.stages[1].steps, read.seed) == (1e-4, 7, 3)
@@ -224,3 +229,100 @@ def test_every_fault_of_a_dataset(folder, speech):
     ):
         (found, *_) = faults(folder, speech.replace(*wrong))
         assert found.startswith(f"recipe.yaml:{fault}"), found
+
+
+MODEL = """\
+model:
+  llm: ./llm
+  encoders:
+    - {type: whisper, connector: {type: mlp}}
+    - {type: sslam, connector: mlp}
+  layers: all
+"""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
+        (("type: mlp}}", "type: mlp, stack: no}}"), "4: model.encoders.0.connector.stack must be a positive integer"),
+        (
+            ("type: mlp}}", "type: qformer, dropout: no}}"),
+            "4: model.encoders.0.connector.dropout must be one that can be",
+        ),
+        (
+            ("type: mlp}}", "type: qformer, num_heads: 5}}"),
+            "4: model.encoders.0.connector.num_heads must divide the width",
+        ),
+        (
+            ("{type: mlp}", "lfst"),
+            "4: model.encoders.0.connector must be of settings that go together, got: the type must",
+        ),
+        (
+            ("type: sslam,", "type: sslam, config: {num_heads: 7},"),
+            "5: model.encoders.1.config.num_heads must be one that",
+        ),
+        (
+            ("type: sslam,", "type: sslam, config: {heads: 7},"),
+            "5: model.encoders.1.config.heads must be one that can be",
+        ),
+        (
+            ("type: whisper,", "type: whisper, config: {window_seconds: -1},"),
+            "4: model.encoders.0.config.window_seconds ",
+        ),
+        (
+            ("type: whisper,", "type: whisper, checkpoint: ./llm, config: {d_model: 8},"),
+            "4: model.encoders.0.config.d_model is said by the checkpoint; beside one it may be window_seconds",
+        ),
+        (("layers: all", "projection: both"), '6: model.projection must be "shared" or "per_layer", got \'both\''),
+        (("layers: all", "rope: no"), '6: model.rope must be "sequence" or "none"'),
+        (("layers: all", "impl: fast"), "6: model.impl must be"),
+        (("layers: all", "layers: 4-9"), "6: model.layers must be from 0 to 5"),
+        (("layers: all", "summary_tokens: x"), "6: model.summary_tokens must be an integer, at least 0, got 'x'"),
+        (("layers: all", "recompute_audio_kv: 1"), "6: model.recompute_audio_kv must be a bool, got 1"),
+        (("layers: all", "encoder_batch: 0"), "6: model.encoder_batch must be an integer, at least 1, got 0"),
+        (("layers: all", "flamingo: {every: 2}"), "6: model.flamingo must be a dict where audio enters by it"),
+    ],
+)
+def test_settings_of_the_model_are_refused_before_anything_loads(folder, wrong, fault):
+    (folder / "llm" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 6}')
+    text = MODEL + GOOD[GOOD.index("data:") :]
+    assert recipe(folder, text).model.llm
+    (found,) = faults(folder, text.replace(*wrong))
+    assert found.startswith(f"recipe.yaml:{fault}"), found
+
+
+def test_all_wrong_settings_of_a_model_at_once(folder):
+    (folder / "llm" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 6}')
+    text = MODEL.replace("type: mlp}", "type: mlp}, integration: flamingo").replace("  layers: all\n", "")
+    text += "  flamingo: {every: 9, heds: 4, ffn_multiplier: 0.5}\n  encoder_batch: no\n"
+    text = text.replace("connector: mlp", "connector: mlp, integration: flamingo")
+    found = faults(folder, text + GOOD[GOOD.index("data:") :])
+    assert sorted(line.partition(" must")[0].partition(" is")[0] for line in found) == [
+        "recipe.yaml:6: model.flamingo.every",
+        "recipe.yaml:6: model.flamingo.ffn_multiplier",
+        "recipe.yaml:6: model.flamingo.heds",
+        "recipe.yaml:7: model.encoder_batch",
+    ]
+
+
+def test_damaged_weights_are_refused(folder):
+    whole = save({"x": torch.ones(8)})
+    (folder / "llm" / "model.safetensors").write_bytes(whole)
+    assert recipe(folder, GOOD).model.llm
+    (folder / "llm" / "model.safetensors").write_bytes(whole[:-8])
+    found = faults(folder, GOOD.replace("type: whisper,", "type: whisper, checkpoint: ./llm,"))
+    assert [line.partition(" must hold whole files of weights, got")[0] for line in found] == [
+        "recipe.yaml:2: model.llm", "recipe.yaml:3: model.encoders.0.checkpoint",
+    ]  # fmt: skip
+    assert "with model.safetensors: SafetensorError" in found[0]
+
+
+def test_reports(folder, monkeypatch):
+    monkeypatch.setattr("palkernels.model.training.recipe.get_available_reporting_integrations", lambda: ["wandb"])
+    assert recipe(folder, GOOD, ["log.report_to=[wandb, none]"]).report_to == ("wandb", "none")
+    (found,) = faults(folder, GOOD, ["log.report_to=tensorbord"])
+    assert found.endswith(
+        "log.report_to must name what Trainer reports to, got 'tensorbord': did you mean 'tensorboard'?"
+    )
+    (found,) = faults(folder, GOOD, ["log.report_to=mlflow"])
+    assert found.endswith("log.report_to must name packages that are installed, got 'mlflow': pip install mlflow")
