@@ -1,4 +1,4 @@
-"""What a stage of a recipe costs on GPUs, predicted before it begins: the model's own code on tensors without values.
+"""What a stage of a recipe costs, predicted before it begins: the model's own code on tensors without values.
 
 A step's memory is that of its longest samples, with AdamW's states, and its time that of the GPU by a roofline, or of
 its host, which launches the kernels, where that is longer. The encoders are part of both. What processes send to each
@@ -60,7 +60,13 @@ class StageCost:
 
 
 def simulate_stage(
-    stage: Any, config: Any, batch: dict[str, Any], steps: int, dtype: torch.dtype, bf16: bool
+    stage: Any,
+    config: Any,
+    batch: dict[str, Any],
+    steps: int,
+    dtype: torch.dtype,
+    bf16: bool,
+    impl: str = "triton",
 ) -> StageCost:
     """Return what a stage costs.
 
@@ -71,13 +77,15 @@ def simulate_stage(
         steps: How many the stage has.
         dtype: Of the weights that do not train.
         bf16: Whether products are computed in bfloat16.
+        impl: The implementation that runs: "triton" on a GPU, "sdpa" on a CPU.
     """
     config = copy.deepcopy(config)
-    config.impl, config.freeze_encoders, config.freeze_ffn = "triton", "encoders" not in stage.train, False
+    config.impl, config.freeze_encoders, config.freeze_ffn = impl, "encoders" not in stage.train, False
     config.text_config.dtype = dtype
     mode = Shapes()
     with mode, no_launches(), no_collection(), default_dtype(dtype):
-        model = PalForConditionalGeneration(config).train()
+        with mode.zeros_for_values():
+            model = PalForConditionalGeneration(config).train()
         with _unmoved():
             chosen = choose(model, stage.train, stage.lora)
         if stage.gradient_checkpointing:
@@ -109,7 +117,7 @@ def simulate_stage(
         layers = model.language_model.get_decoder().layers
         largest = max(sum(x.nbytes for x in layer.parameters()) for layer in layers)
     peaks = memory.peak_bytes, memory.peak_above_static_bytes
-    simulation = Simulation(*peaks, breakdown, "triton", (counter.segments[0],), training=True)
+    simulation = Simulation(*peaks, breakdown, impl, (counter.segments[0],), training=True)
     count = sum(x.numel() for x in parameters)
     return StageCost(simulation, sum(x.numel() for x in trained), count, steps * stage.gradient_accumulation, largest)
 

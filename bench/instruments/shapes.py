@@ -8,7 +8,8 @@ the most probable tokens, are zeros.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._reads_zeros = False
+
+    @contextlib.contextmanager
+    def zeros_for_values(self) -> Iterator[None]:
+        """Let numbers that are read from floating-point tensors be 0.0, for constructors that ask for rates: CLAP's
+        does, of the layers that it drops in training."""
+        self._reads_zeros = True
+        try:
+            yield
+        finally:
+            self._reads_zeros = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -35,6 +47,8 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func is torch.ops.aten.equal.default and isinstance(args[0], FakeTensor):
             return True  # for code that asks whether it may save work on ones or zeros
+        if func is torch.ops.aten._local_scalar_dense.default and self._reads_zeros and isinstance(args[0], FakeTensor):
+            return 0.0
         inputs = tensors_in((args, kwargs))
         if any(isinstance(x, FakeTensor) for x in inputs):
             with self._fake:

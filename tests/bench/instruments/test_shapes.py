@@ -38,6 +38,8 @@ def test_integers_from_floating_tensors_are_zeros() -> None:
 def test_a_floating_value_cannot_be_asked_for() -> None:
     with Shapes(), pytest.raises(Exception, match="_local_scalar_dense"):
         torch.randn(3).sum().item()
+    with Shapes() as mode, mode.zeros_for_values():
+        assert [rate.item() for rate in torch.linspace(0.1, 1, 2)] == [0.0, 0.0]
 
 
 def test_stock_generate_and_training_run() -> None:
