@@ -17,8 +17,9 @@ from transformers.utils import logging
 from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.experiments.training_cost import StageCost, simulate_stage
 from palkernels.bench.instruments.rates import GPUS
+from palkernels.bench.machine import available_bytes
 from palkernels.bench.process import INTERRUPTED, TERMINATED
-from palkernels.model.training.order import only_foretold
+from palkernels.model.training.progress import duration
 from palkernels.model.training.recipe import Recipe, RecipeError, load_recipe
 from palkernels.model.training.run import Plan, Stopped, train
 
@@ -91,17 +92,31 @@ def _say(line: str) -> None:
 
 
 def _print_costs(plans: Sequence[Plan]) -> None:
-    """Print each stage's memory and time on GPUs."""
+    """Print each stage's memory and time on GPUs, and where this machine has none its memory here."""
+    on_cpu = not torch.cuda.is_available()
     for plan in plans:
-        batch = only_foretold(plan.collate(plan.longest))
         try:
-            cost = simulate_stage(plan.stage, plan.config, batch, plan.steps, plan.dtype, plan.bf16)
+            _say(described(plan, _simulated(plan, "triton")))
+            if on_cpu:
+                _say(described_on_cpu(_simulated(plan, "sdpa"), available_bytes()))
         except Exception as error:  # a prediction is no reason not to train
             _say(f"stage {plan.stage.name}: memory and time cannot be predicted: {one_line(error, with_type=True)}")
-            continue
-        _say(described(plan, cost))
-    if not torch.cuda.is_available():
-        _say("  (simulated for a GPU, of the longest samples; this machine has none)")
+    if on_cpu:
+        _say("  (simulated, of the longest samples; after two steps a line says how long a stage takes here)")
+
+
+def _simulated(plan: Plan, impl: str) -> StageCost:
+    batch = plan.collate(plan.longest)
+    return simulate_stage(plan.stage, plan.config, batch, plan.steps, plan.dtype, plan.bf16, impl)
+
+
+def described_on_cpu(cost: StageCost, available: int | None) -> str:
+    """Return a line about what a stage needs of a machine without a GPU, of which so many bytes are free."""
+    line = f"  on this machine's CPU: memory {cost.memory() / 2**30:.2f} GiB besides the program's own"
+    if available is None:
+        return line
+    verdict = ": THAT IS NOT ENOUGH" if cost.memory() > available else ""
+    return f"{line}, {available / 2**30:.1f} GiB are free{verdict}"
 
 
 def described(plan: Plan, cost: StageCost) -> str:
@@ -109,15 +124,9 @@ def described(plan: Plan, cost: StageCost) -> str:
     stage = plan.stage
     parts = {name: size for name, size in cost.simulation.memory_breakdown.items() if size >= 2**20}
     listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-    times = ", ".join(f"{gpu.name} {_duration(cost.seconds(key))}" for key, gpu in GPUS.items())
+    times = ", ".join(f"{gpu.name} {duration(cost.seconds(key))}" for key, gpu in GPUS.items())
     return (
         f"stage {stage.name}: {plan.steps:,} steps of {stage.batch} samples, trains {', '.join(stage.train)}: "
         f"{cost.trained:,} of {cost.parameters:,} parameters\n"
         f"  memory {cost.memory() / 2**30:.2f} GiB a GPU ({listed}); time at most: {times}"
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

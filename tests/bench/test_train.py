@@ -12,6 +12,7 @@ from support.samples import row, write_clip, write_lines
 
 from palkernels.bench import cli
 from palkernels.bench.experiments.training_cost import simulate_stage
+from palkernels.bench.train import described_on_cpu
 from palkernels.model import PalForConditionalGeneration
 from palkernels.model.training.recipe import LoraRecipe, StageRecipe
 
@@ -45,6 +46,8 @@ def test_train(folder, capsys):
     assert "rows.jsonl: 10 samples of 11; dropped: 1 audio missing" in said
     assert "stage align: 3 steps of 4 samples, trains connector: 5,248 of 138,448 parameters" in said
     assert "GiB a GPU" in said
+    for line in ("GiB besides the program's own", "stage align: step 2 of 3, loss ", " left"):
+        assert line in said
     assert f"Model: {folder}/out/stages/2-adapt" in said
     assert command("train", folder / "recipe.yaml", "stages.1.epochs=0.4", "--resume") == 0
     assert "finished already" in capsys.readouterr().out
@@ -102,6 +105,32 @@ def test_interrupted(folder, tmp_path):
     done = int(said.split("after step ")[1].split()[0])
     assert (tmp_path / "out" / "checkpoints" / "1-align" / f"step-{done}").is_dir()
     assert 2 <= done < 200
+
+
+@pytest.mark.parametrize(
+    "entries", [[entry("clap")], [entry(["sslam", "clap"], connector="lfst")]], ids=["clap", "lfst"]
+)
+def test_cost_of_encoders(entries):
+    """CLAP's constructor reads rates from a tensor, which has no values here."""
+    model = build_pal(*entries)
+    batch = labelled(batch_of_two(model))
+    memory = []
+    for train in (("connector",), ("connector", "encoders")):
+        stage = StageRecipe("one", train, (), dict.fromkeys(train, 1e-3))
+        memory.append(simulate_stage(stage, model.config, batch, 10, torch.float32, False).memory())
+    assert 0 < memory[0] < memory[1]
+
+
+def test_memory_on_a_cpu():
+    """By the implementation that runs there; what does not fit is said."""
+    model = build_pal(entry("sslam"))
+    stage = StageRecipe("one", ("connector",), (), {"connector": 1e-3})
+    cost = simulate_stage(stage, model.config, labelled(batch_of_two(model)), 10, torch.float32, False, "sdpa")
+    assert cost.simulation.impl == "sdpa"
+    line = "  on this machine's CPU: memory 0.00 GiB besides the program's own"
+    assert described_on_cpu(cost, 2**31) == f"{line}, 2.0 GiB are free"
+    assert described_on_cpu(cost, 1000) == f"{line}, 0.0 GiB are free: THAT IS NOT ENOUGH"
+    assert described_on_cpu(cost, None) == line
 
 
 @pytest.mark.parametrize("train", [("connector",), ("connector", "llm"), ("connector", "lora")])
