@@ -112,7 +112,7 @@ def _simulated(plan: Plan, impl: str) -> StageCost:
 
 def described_on_cpu(cost: StageCost, available: int | None) -> str:
     """Return a line about what a stage needs of a machine without a GPU, of which so many bytes are free."""
-    line = f"  on this machine's CPU: memory {cost.memory() / 2**30:.2f} GiB besides the program's own"
+    line = f"  on this machine's CPU: memory about {cost.memory() / 2**30:.2f} GiB besides the program's own"
     if available is None:
         return line
     verdict = ": THAT IS NOT ENOUGH" if cost.memory() > available else ""

@@ -127,7 +127,7 @@ def test_memory_on_a_cpu():
     stage = StageRecipe("one", ("connector",), (), {"connector": 1e-3})
     cost = simulate_stage(stage, model.config, labelled(batch_of_two(model)), 10, torch.float32, False, "sdpa")
     assert cost.simulation.impl == "sdpa"
-    line = "  on this machine's CPU: memory 0.00 GiB besides the program's own"
+    line = "  on this machine's CPU: memory about 0.00 GiB besides the program's own"
     assert described_on_cpu(cost, 2**31) == f"{line}, 2.0 GiB are free"
     assert described_on_cpu(cost, 1000) == f"{line}, 0.0 GiB are free: THAT IS NOT ENOUGH"
     assert described_on_cpu(cost, None) == line
