@@ -66,6 +66,25 @@ def test_accumulation_changes_nothing(folder, losses, pieces, tmp_path):
     torch.testing.assert_close(got, losses, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_packing_changes_nothing(folder, losses, pieces, tmp_path):
+    """The same samples in every step, and the same losses but for rounding; so on held-out samples."""
+    words = ["data.packing=true", f"defaults.gradient_accumulation={pieces}"]
+    run(folder, f"output={tmp_path / 'out'}", *words)
+    got = lines(tmp_path / "out")
+    torch.testing.assert_close([entry["loss"] for entry in got], losses, rtol=2e-4, atol=2e-5)
+    unpacked = lines(folder / "out")
+    for name in ("samples", "audio_tokens"):
+        assert [entry[name] for entry in got] == [entry[name] for entry in unpacked]
+    scores = []
+    for packing in ("true", "false"):
+        held_out = [f"data.eval=[{folder / 'held_out.jsonl'}]", "stages.0.steps=2", f"data.packing={packing}"]
+        run(folder, f"output={tmp_path / packing}", words[1], *held_out)
+        scores.append(lines(tmp_path / packing)[-1])
+    assert scores[0]["accuracy"] == scores[1]["accuracy"]
+    assert scores[0]["eval_loss"] == pytest.approx(scores[1]["eval_loss"], rel=2e-4)
+
+
 def test_kept_states_change_nothing(folder, losses, tmp_path):
     """Each clip passes the encoder once, in the first run that uses the folder."""
     for output in ("first", "second"):
