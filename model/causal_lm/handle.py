@@ -184,7 +184,6 @@ class LalHandle(Attached):
         return request, arguments | {"position_ids": request.positions()}
 
     def prepared(self, request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
-        self.check_layers()
         if request.plan.packing is not None:
             self._take_other_attention()
             arguments = arguments | {"attention_mask": unread_mask(request), "use_cache": False}
@@ -202,6 +201,7 @@ class LalHandle(Attached):
 
     def request(self, state: AudioState, texts: Texts, *, keep: bool) -> LalRequest:
         self._check(state, texts)
+        self.check_layers()  # what it finds decides how audio is projected, in the first forward, too
         rotated = self.config.rope == "sequence" and bool(self.selected)
         plan = make_plan(
             state,

@@ -24,7 +24,6 @@ from accelerate.utils import set_seed
 
 from palkernels.errors import one_line
 from palkernels.model.building import build
-from palkernels.model.causal_lm.handle import LalHandle
 from palkernels.model.data.collator import Collator
 from palkernels.model.data.states import EncodedStates
 from palkernels.model.pal import PalConfig, PalForConditionalGeneration, PalProcessor
@@ -255,9 +254,6 @@ class _Run:
             start, dtype=self._computed_in(bf16), freeze_encoders=frozen, freeze_ffn=False
         )
         chosen = choose(model, stage.train, stage.lora)
-        handle = model.attached()
-        if isinstance(handle, LalHandle):
-            handle.check_layers()  # else the first forward of a process would compute gradients in another order
         if stage.gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})

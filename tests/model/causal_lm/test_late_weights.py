@@ -57,9 +57,25 @@ def test_refused_once_there_are_weights(make, message):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_the_first_training_step_is_as_any(family):
+    """A model of from_pretrained gives the gradients of one that was attached with its weights, bit by bit: else a run
+    that goes on in another process would come to other weights."""
+    empty, model = without_values(lambda: build(family, layers=2))
+    for each in (empty, model):
+        attach(each)
+    load_into(empty, model)
+    ids, state = batch(texts(), "none")[1], audio_state("inserted", torch.float32)
+    for each in (empty, model):
+        each.train()(ids, audio=state, labels=ids).loss.backward()
+    gradients = dict(empty.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(gradients[name].grad, parameter.grad), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
 @torch.no_grad()
 def test_weights_that_come_after_attach(family):
-    """From the second forward with audio on as if they had been there, compiled too; compiling must wait for that."""
+    """From the first forward with audio on as if they had been there; compiling must wait for that."""
     empty, model = without_values(lambda: build(family, layers=2))
     handle = attach(empty)
     assert "on the meta device" in str(handle.report())
