@@ -1,11 +1,13 @@
 """Shipped tiles compile for the GPUs they are meant for, and fit them. No GPU is needed. Which: `support.ahead`."""
 
+import itertools
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from support.ahead import CAPABILITIES, DTYPES, OPTIONS, variants
+from support import thorough
+from support.ahead import CAPABILITIES, DTYPES, EVERYTHING, OPTIONS, variants
 from support.compiled import compile_ahead, run_compiling
 
 from palkernels.kernels import tiles
@@ -28,8 +30,8 @@ ODD_GROUP = 8  # more of it where rows divide into groups of 7, as with padding
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    jobs = [("support.ahead", capability) for capability in CAPABILITIES]
-    return dict(zip(CAPABILITIES, compile_ahead(jobs, tmp_path_factory.mktemp("triton")), strict=True))
+    (rows,) = compile_ahead([("support.ahead", *CAPABILITIES)], tmp_path_factory.mktemp("triton"))
+    return {capability: [row for row in rows if row["capability"] == capability] for capability in CAPABILITIES}
 
 
 def identity(row):
@@ -38,20 +40,27 @@ def identity(row):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_shipped_tile_is_compiled(compiled, capability):
-    """Of any kernel, dtype, head dim and options; of any rows with padding on Hopper."""
+def test_what_is_tried_is_compiled(compiled, capability):
     want = {
         (kernel, str(dtype).removeprefix("torch."), head_dim, features, tuple(vars(tile).values()))
         for kernel, _, dtype, head_dim, tile, features in variants(capability)
     }
     assert {identity(row) for row in compiled[capability]} == want
-    shipped = {
-        (kernel, str(dtype).removeprefix("torch."), head_dim, features, tile.block_m * (features == "padding"))
-        for kernel, _, dtype, head_dim, tile, features in shipped_variants(
-            capability, DTYPES, features=OPTIONS[capability]
-        )
-    }
-    assert {(*found[:4], found[4][0] * (found[3] == "padding")) for found in want} == shipped
+
+
+def test_every_shipped_tile_is_tried():
+    """In any dtype, of any two of the kernel, the head dim, and the GPU with its options; or of all three, and of any
+    rows with padding."""
+    sides = [set(), set()]
+    for side, found in zip(sides, (variants, lambda x: shipped_variants(x, DTYPES, features=OPTIONS[x])), strict=True):
+        for capability in CAPABILITIES:
+            for kernel, _, dtype, head_dim, tile, features in found(capability):
+                rows = tile.block_m * (features == "padding")
+                whole = ((kernel, head_dim, (capability, features), rows),)
+                pairs = itertools.combinations((kernel, head_dim, (capability, features)), 2)
+                side |= {(dtype, each) for each in (whole if thorough.EVERYTHING or EVERYTHING else pairs)}
+    tried, shipped = sides
+    assert tried == shipped
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

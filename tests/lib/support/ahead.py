@@ -1,9 +1,10 @@
 """Compile the shipped tiles that the tests try, ahead of time, for the GPUs on the command line: a JSON row for each.
 
 bfloat16 on Hopper, with padding and with every option, and on Ampere with every option, which takes the most
-registers. With every option, decoding's tiles have the most rows: those of fewer rows keep less, and compile with
-padding. With ``PALKERNELS_TESTS=all`` on Hopper without any option too, and all rows; with ``PALKERNELS_AOT=all``, as
-``make aot`` sets it, all options, every dtype, and Blackwell.
+registers; of these three, the kernels and the head dims every pair. With every option, decoding's tiles have the most
+rows: those of fewer rows keep less, and compile with padding. With ``PALKERNELS_TESTS=all`` every triple, on Hopper
+without any option too, and all rows; with ``PALKERNELS_AOT=all``, as ``make aot`` sets it, all options, every dtype,
+and Blackwell.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from dataclasses import asdict
 import torch
 
 from palkernels.kernels import tiles
-from palkernels.kernels.aot import FEATURES, compile_kernel, shipped_variants
+from palkernels.kernels.aot import FEATURES, HEAD_DIMS, compile_kernel, shipped_variants
 from support import thorough
 
 EVERYTHING = os.environ.get("PALKERNELS_AOT") == "all"
@@ -24,6 +25,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32) if EVERYTHING else (torc
 OPTIONS = dict.fromkeys(CAPABILITIES, FEATURES) if EVERYTHING else {
     80: ("all",), 90: FEATURES if thorough.EVERYTHING else ("padding", "all")
 }  # fmt: skip
+GPUS_WITH_OPTIONS = [(capability, features) for capability in CAPABILITIES for features in OPTIONS[capability]]
 
 
 def variants(capability):
@@ -31,10 +33,12 @@ def variants(capability):
     shipped = shipped_variants(capability, DTYPES, features=OPTIONS[capability])
     if EVERYTHING or thorough.EVERYTHING:
         return shipped
+    tried = thorough.combinations(tiles.KERNELS, HEAD_DIMS, GPUS_WITH_OPTIONS)
     return [
-        (*about, tile, features)
-        for *about, tile, features in shipped
-        if features == "padding" or tile == most_rows(*about, features)
+        (kernel, *about, head_dim, tile, features)
+        for kernel, *about, head_dim, tile, features in shipped
+        if (kernel, head_dim, (capability, features)) in tried
+        and (features == "padding" or tile == most_rows(kernel, *about, head_dim, features))
     ]
 
 
