@@ -5,6 +5,7 @@ pytest --device cuda    on a GPU: the tests marked gpu, compiled
 """
 
 import gc
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -20,6 +21,9 @@ os.environ["PYTHONSAFEPATH"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent / "lib")])
 )
+
+# What a fork server, and so each process that it forks, has imported.
+multiprocessing.set_forkserver_preload(["support.sharded", "support.parallel", "support.commands", "support.samples"])
 
 
 def pytest_addoption(parser):

@@ -7,6 +7,17 @@ import pytest
 import torch
 
 
+@pytest.fixture
+def no_pictures() -> Iterator[None]:
+    """Draw neither plot nor report, which take longer than these models do: `measured` and others draw them."""
+    from palkernels.bench.report import files  # once Triton's interpreter has been chosen
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(files, "render", lambda document: b"")
+        patches.setattr(files, "report_page", lambda document: "")
+        yield
+
+
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
     threads, given = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")

@@ -103,15 +103,14 @@ def test_every_mistake_is_one_line(made: Path, tmp_path: Path, capfd: pytest.Cap
 
 def test_the_command(tmp_path: Path) -> None:
     """The command works in a fresh process without a network."""
+    assert run("init", tmp_path / "m") == 0
     code = f"""
 import socket
 def refuse(*arguments):
     raise OSError("no network")
 socket.socket.connect = refuse
 from palkernels.bench.cli import main
-main({["init", str(tmp_path / "m")]!r})
+main({["ask", "--model", str(tmp_path / "m"), "What?"]!r})
 """
-    ask = code.replace(repr(["init", str(tmp_path / "m")]), repr(["ask", "--model", str(tmp_path / "m"), "What?"]))
-    for script, found in ((code, f"Model: {tmp_path / 'm'}\n"), (ask, f"{UNTRAINED}\n")):
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-        assert done.stdout.startswith(found)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith(f"{UNTRAINED}\n")

@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.checkpoints import three_checkpoints
+from support.commands import running, terminated_amid_writing
 from support.figure1 import run
 from support.towers import equal
 
@@ -162,16 +161,10 @@ def test_a_folder_that_cannot_be_written(parts: Path, tmp_path: Path, capfd: pyt
 
 def test_an_end_in_the_midst_leaves_nothing(parts: Path, tmp_path: Path) -> None:
     """Ctrl-C, or a time limit, when half of it is written."""
-    code = f"""
-import os, signal
-from palkernels.bench import cli, init
-def slow(directory, *arguments):
-    assert os.path.isfile(os.path.join(directory, "model.safetensors"))
-    os.kill(os.getpid(), signal.SIGTERM)
-init.write_untrained = slow
-cli.main({[str(word) for word in ("init", tmp_path / "model", *options(parts))]!r})
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert done.stderr.splitlines()[-1] == "error: terminated"
-    assert os.listdir(tmp_path) == []
+    (tmp_path / "new").mkdir()
+    words = [str(word) for word in ("init", tmp_path / "new" / "model", *options(parts))]
+    with running(words, tmp_path, terminated_amid_writing) as command:
+        ended, _, error = command.end()
+    assert ended == 128 + signal.SIGTERM, error
+    assert error.splitlines()[-1] == "error: terminated"
+    assert os.listdir(tmp_path / "new") == []

@@ -1,7 +1,6 @@
 """Ctrl-C at any time, started in the background or not, and output on any terminal."""
 
 import io
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.commands import running
 from support.figure1 import small, tiny_config
 from support.limits import child
 from support.thorough import EVERYTHING
@@ -29,7 +29,9 @@ PLAIN = "from palkernels.bench.cli import main; main()"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "model"
-    subprocess.run([sys.executable, "-c", PLAIN, "init", str(directory)], check=True, timeout=120, capture_output=True)
+    with pytest.raises(SystemExit) as ended:
+        main(["init", str(directory)])
+    assert ended.value.code == 0
     return directory
 
 
@@ -74,12 +76,7 @@ def test_interrupted_at_any_time(commands: dict[str, list[str]], out: Path, name
     assert list(out.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "message"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
-def test_started_in_the_background(
-    commands: dict[str, list[str]], out: Path, number: signal.Signals, code: int, message: str
-) -> None:
+def test_started_in_the_background(commands: dict[str, list[str]], out: Path) -> None:
     """A shell without job control starts what runs in the background with Ctrl-C ignored. Nothing is left behind."""
     shell = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
     with child([*shell, sys.executable, "-c", PLAIN, *commands["figure1"]]) as process:
@@ -87,9 +84,21 @@ def test_started_in_the_background(
         while not (line := process.stdout.readline()).startswith("Estimated"):
             assert line, process.communicate()
         time.sleep(1)  # in the midst of the first point
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)
-    assert (process.returncode, error) == (code, f"error: {message}\n")
+    assert (process.returncode, error) == (130, "error: interrupted\n")
+    assert list(out.parent.iterdir()) == []
+
+
+def test_terminated(commands: dict[str, list[str]], out: Path, tmp_path: Path) -> None:
+    """Nothing is left behind, either, where a batch system ends it."""
+    with running(commands["figure1"], tmp_path) as command:
+        while not (line := command.stdout.readline()).startswith("Estimated"):
+            assert line, command.end()
+        time.sleep(1)  # in the midst of the first point
+        command.send(signal.SIGTERM)
+        ended, _, error = command.end()
+    assert (ended, error) == (143, "error: terminated\n")
     assert list(out.parent.iterdir()) == []
 
 
@@ -139,6 +148,7 @@ def test_a_call_from_another_program_takes_no_signals() -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_any_terminal(
     commands: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
@@ -195,10 +205,9 @@ def test_any_terminal(
         assert "Only in B" in shown["compare"]
 
 
-def test_an_answer_on_a_terminal_for_ascii(commands: dict[str, list[str]]) -> None:
-    command = [sys.executable, "-c", PLAIN, *commands["ask"]]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, capture_output=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert max(done.stdout) < 128
-    assert b"?" in done.stdout
+def test_an_answer_on_a_terminal_for_ascii(commands: dict[str, list[str]], tmp_path: Path) -> None:
+    with running(commands["ask"], tmp_path, encoding="ascii") as command:
+        ended, printed, error = command.end()
+    assert ended == 0, error
+    assert printed.isascii()
+    assert "?" in printed

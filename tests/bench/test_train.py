@@ -1,13 +1,12 @@
 """The command train: what it says of a recipe, what a stage will cost, and how it is interrupted."""
 
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from support import runs
 from support.audio_llm import batch_of_two, build_pal, entry, labelled
+from support.commands import running
 from support.samples import row, write_clip, write_lines
 
 from palkernels.bench import cli
@@ -89,17 +88,13 @@ def test_a_prediction_that_fails_stops_nothing(folder, tmp_path, monkeypatch, ca
 def test_interrupted(folder, tmp_path):
     """Ctrl-C amid a stage: a checkpoint, one line, and 130; the run goes on from there."""
     words = ["train", str(folder / "recipe.yaml"), f"output={tmp_path / 'out'}", "stages.0.steps=200"]
-    program = [sys.executable, "-c", "from palkernels.bench.cli import main; main()", *words, "--no-estimate"]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with running([*words, "--no-estimate"], tmp_path) as process:
         log = tmp_path / "out" / "log.jsonl"
-        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
-            try:
-                process.wait(0.05)
-            except subprocess.TimeoutExpired:
-                continue
-        process.send_signal(signal.SIGINT)
-        said, complained = process.communicate()
-    assert process.returncode == 130, complained
+        while process.is_alive() and not (log.exists() and log.read_text().count("\n") >= 2):
+            process.wait(0.05)
+        process.send(signal.SIGINT)
+        ended, said, complained = process.end()
+    assert ended == 130, complained
     assert "stopping after this step; once more to stop at once" in complained
     assert "of 200 of stage align: --resume goes on" in said
     done = int(said.split("after step ")[1].split()[0])

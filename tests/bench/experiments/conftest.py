@@ -22,15 +22,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw neither plot nor report, which take longer than these models do: `measured` and others draw them."""
-    from palkernels.bench.report import files
-
-    monkeypatch.setattr(files, "render", lambda document: b"")
-    monkeypatch.setattr(files, "report_page", lambda document: "")
-
-
 @pytest.fixture(scope="package")
 def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
     """One whole run, in a process of its own as a user has it: its JSON, its folder and what it printed."""

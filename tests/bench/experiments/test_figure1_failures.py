@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from support.commands import running, with_little_memory
 from support.figure1 import FILES, run, small
 from transformers import BertConfig, GPT2Config
 
@@ -20,6 +19,7 @@ from palkernels.bench.methods.lal import Lal
 from palkernels.bench.methods.plits import Plits
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_out_of_memory_is_a_result(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,6 +45,7 @@ def test_out_of_memory_is_a_result(
     assert "PLITS out of memory" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_other_errors_are_not_taken_for_it(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("shapes do not fit")
@@ -64,14 +65,9 @@ def test_memory_really_running_out(tiny: Path, tmp_path: Path) -> None:
     (wide / "config.json").write_text(json.dumps({**config, "vocab_size": 60000}))
     out = tmp_path / "out"
     arguments = [str(x) for x in (*small(wide, out), "--audio-tokens", 900, "--repeats", 1)]
-    code = f"""
-from palkernels.bench import machine
-from palkernels.bench.cli import main
-machine.available_bytes = lambda: machine._MARGIN + 450 * 2**20
-main({arguments!r})
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    with running(arguments, tmp_path, with_little_memory) as command:
+        ended, _, error = command.end()
+    assert ended == 0, error
     rows = json.loads((out / "figure1.json").read_text())["rows"]
     status = {(row["mode"], row["method"]): row["status"] for row in rows}
     assert status == {
@@ -155,6 +151,7 @@ def test_results_of_an_earlier_run_survive_a_mistake(tiny: Path, tmp_path: Path)
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_loss_that_is_not_finite_stops_the_run(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

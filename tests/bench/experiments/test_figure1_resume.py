@@ -3,19 +3,15 @@
 import json
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import running, without_pictures
 from support.figure1 import FILES, run, small
-from support.limits import child
 
 
-def command_of(arguments: list[str]) -> list[str]:
-    return [sys.executable, "-c", f"from palkernels.bench.cli import main; main({arguments!r})"]
-
-
+@pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_run_is_valid_and_goes_on(tiny: Path, tmp_path: Path) -> None:
     """What was measured before the signal is written, and `--resume` measures the rest alone, interrupted or not.
 
@@ -25,13 +21,12 @@ def test_an_interrupted_run_is_valid_and_goes_on(tiny: Path, tmp_path: Path) -> 
     arguments = [*map(str, small(tiny, out)), "--audio-tokens", "16,32,64,128", "--repeats", "1"]
 
     def interrupted(number: signal.Signals, code: int, point: str, *more: str) -> dict[str, Any]:
-        with child(command_of([*arguments, *more])) as process:
-            assert process.stdout is not None
-            while not (line := process.stdout.readline()).startswith(point):
-                assert line, process.communicate()
-            process.send_signal(number)
-            process.communicate(timeout=60)
-        assert process.returncode == code
+        with running([*arguments, *more], tmp_path, without_pictures) as command:
+            while not (line := command.stdout.readline()).startswith(point):
+                assert line, command.end()
+            command.send(number)
+            ended, _, error = command.end()
+        assert ended == code, error
         assert sorted(path.name for path in out.iterdir()) == FILES
         document: dict[str, Any] = json.loads((out / "figure1.json").read_text())
         assert document["meta"]["complete"] is False

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from rich.console import Console
+from support.commands import running
 
 from palkernels.bench import machine
 from palkernels.bench.cli import main
@@ -34,12 +35,13 @@ def run(**options):
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory):
-    path = tmp_path_factory.mktemp("microbench") / "rows.json"
-    command = ["-c", "from palkernels.bench.cli import main; main()"]
+    folder = tmp_path_factory.mktemp("microbench")
+    path = folder / "rows.json"
     arguments = ["microbench", "--device", "cpu", "--shape", SHAPE, "--seconds", "0.001", "--json", str(path)]
-    done = subprocess.run([sys.executable, *command, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(path.read_text()), done.stdout, path
+    with running(arguments, folder) as command:
+        ended, printed, error = command.end()
+    assert ended == 0, error
+    return json.loads(path.read_text()), printed, path
 
 
 def test_the_file(document):

@@ -7,6 +7,7 @@ import soundfile
 
 from palkernels.model import PalProcessor
 from palkernels.model.data.sample import Sample
+from palkernels.model.data.states import EncodedStates
 from support.audio_llm import TOKENIZER, build_pal, entry, processor_of
 
 # Marks what the assistant says, and ends it.
@@ -74,3 +75,13 @@ def model_and_processor(*entries, **settings):
     """A small model and its processor with that template."""
     model = build_pal(*entries, **settings)
     return model, processor_of(model, chat_template=TEMPLATE)
+
+
+def encode_when_told(folder, connection):
+    """Say "ready", wait for a word, encode the clips of a folder and say how many were."""
+    model, processor = model_and_processor(entry("whisper"), entry("sslam"))
+    samples = [sample([path]) for path in sorted((folder / "clips").iterdir())]
+    states = EncodedStates(folder / "states", model.audio_tower, processor)
+    connection.send("ready")
+    connection.recv()
+    connection.send(states.prepare(samples, batch_size=2).encoded)
