@@ -4,8 +4,8 @@
 # make study        how fast each method learns: hours on two cores, resumable, into study-out/
 # make simulate     predict Figure 1 at full size for two GPUs, without a GPU, into simulate-out/
 # make lint         format, types and the direction of imports, on the installed wheel
-# make test         lint, then every test, on the installed wheel, with the newest versions (constraints.txt); of what
-#                   can be combined every pair, not everything (tests/lib/support/thorough.py)
+# make test         format, then types and imports beside every test, on the installed wheel, with the newest versions
+#                   (constraints.txt); of what can be combined every pair, not everything (tests/lib/support/thorough.py)
 # make test-oldest  the tests of kernels and models with the oldest ones (constraints-oldest.txt), in .venv-oldest;
 #                   everything that can be combined
 # make aot          compile every tile in every dtype for sm_80, sm_90 and sm_100 (make test: bfloat16, some of them)
@@ -24,11 +24,13 @@ BLAS := $(if $(shell grep -m 1 -o avx512f /proc/cpuinfo 2>/dev/null),OPENBLAS_CO
 # Two workers, a file to each: what a file makes once is made once. In the order of the files: by the number of tests,
 # which is the default, files of few but long tests would come last.
 pytest = OMP_NUM_THREADS=1 $(BLAS) $(1)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+types = cd dist && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p palkernels && \
+	../$(BIN)/lint-imports --no-cache --no-logo ../pyproject.toml
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: figure1 figure1-all demo study simulate test test-oldest lint aot mutants clean
+.PHONY: figure1 figure1-all demo study simulate test test-oldest lint style aot mutants clean
 
 figure1: .venv/installed
 	$(BIN)/palkernels figure1
@@ -45,8 +47,11 @@ study: .venv/installed
 simulate: .venv/installed
 	$(BIN)/palkernels simulate
 
-test: lint
-	PALKERNELS_TEST_WHEEL=1 $(call pytest,$(BIN))
+# The types take half a minute on one core where nothing is known of them yet.
+test: style
+	log=$$(mktemp); ($(types)) > $$log 2>&1 & types=$$!; \
+	PALKERNELS_TEST_WHEEL=1 $(call pytest,$(BIN)); tests=$$?; \
+	wait $$types; types=$$?; cat $$log; rm $$log; exit $$((tests || types))
 
 test-oldest: .venv-oldest/installed
 	PALKERNELS_TESTS=all PALKERNELS_TEST_WHEEL=1 $(call pytest,$(OLDEST)) tests/attention tests/kernels tests/projection tests/model
@@ -54,11 +59,12 @@ test-oldest: .venv-oldest/installed
 aot: .venv/installed
 	PALKERNELS_AOT=all $(BIN)/pytest tests/kernels/test_aot.py
 
-lint: .venv/installed
+lint: style
+	$(types)
+
+style: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	cd dist && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p palkernels
-	cd dist && ../$(BIN)/lint-imports --no-cache --no-logo ../pyproject.toml
 
 mutants: .venv/installed
 	PALKERNELS_TESTS=all $(BLAS) $(BIN)/python tests/mutants/run.py
