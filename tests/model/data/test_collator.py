@@ -90,7 +90,7 @@ def test_every_connector_gets_a_gradient_from_texts_alone(way):
     assert [name for name in trained if model.get_parameter(name).grad is None] == []
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_workers_make_the_same_batches(method, clips):
     collate, samples = Collator(small_processor(entry("whisper", "plits"))), several(clips)
     loader = DataLoader(samples, 2, collate_fn=collate, num_workers=2, multiprocessing_context=method)

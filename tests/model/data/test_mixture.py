@@ -57,7 +57,7 @@ def test_seed_and_epoch_decide():
     assert done.stdout.decode().strip() == repr(epochs(3)[2])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_workers_that_stay_see_the_epoch(method):
     mixture = Mixture(PARTS, [0.5, 1.0, 2.0])
     loader = DataLoader(

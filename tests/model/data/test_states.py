@@ -1,17 +1,17 @@
 """States of frozen encoders on disk: the same as what the encoders give, whole after every interruption."""
 
+import contextlib
 import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from support.audio_llm import INTEGRATIONS, build_pal, entry, forbid_towers, open_gates, processor_of
-from support.samples import TEMPLATE, model_and_processor, sample, write_clip
+from support.processes import FORKED
+from support.samples import TEMPLATE, encode_when_told, model_and_processor, sample, write_clip
 from torch.utils.data import DataLoader
 
 from palkernels.model import AudioError
@@ -150,7 +150,7 @@ def test_a_damaged_file_is_made_again(damage, samples, tmp_path):
     assert len(path.read_bytes()) == len(content)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_workers_read_without_the_encoders(method, samples, tmp_path):
     model, processor = model_and_processor(entry("whisper"))
     states = EncodedStates(tmp_path / "states", model.audio_tower, processor)
@@ -189,25 +189,19 @@ def test_clips_that_cannot_be_decoded_are_dropped(samples, tmp_path):
         Collator(processor, states=states)(more[:1])
 
 
-PREPARE = """
-import sys
-from pathlib import Path
-from support.audio_llm import entry
-from support.samples import model_and_processor, sample
-from palkernels.model.data.states import EncodedStates
-folder = Path(sys.argv[1])
-model, processor = model_and_processor(entry("whisper"), entry("sslam"))
-samples = [sample([path]) for path in sorted((folder / "clips").iterdir())]
-states = EncodedStates(folder / "states", model.audio_tower, processor)
-print("ready", flush=True)
-sys.stdin.readline()
-print(states.prepare(samples, batch_size=2).encoded, flush=True)
-"""
-
-
-def start(folder):
-    command = [sys.executable, "-c", PREPARE, str(folder)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+@contextlib.contextmanager
+def encoding(folder):
+    """A process that is about to encode a folder's clips, and the connection by which it is told to."""
+    here, there = FORKED.Pipe()
+    process = FORKED.Process(target=encode_when_told, args=(folder, there))
+    process.start()
+    there.close()
+    assert here.recv() == "ready"
+    try:
+        yield process, here
+    finally:
+        process.kill()
+        process.join()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="a system without Unix signals")
@@ -221,10 +215,8 @@ def test_killed_at_any_moment(tmp_path):
     names = {files.folder: files for files in mine.files}
     before = 0
     for _ in range(3):
-        with start(tmp_path) as one:
-            assert one.stdout.readline() == "ready\n"
-            one.stdin.write("\n")
-            one.stdin.flush()
+        with encoding(tmp_path) as (one, told):
+            told.send("now")
             while len(files_in(folder)) <= before:  # it is in the midst of them
                 time.sleep(0.002)
             time.sleep(chance.random() * 0.1)
@@ -235,13 +227,10 @@ def test_killed_at_any_moment(tmp_path):
         for path in whole:
             assert names[path.parents[1]].load(path.stem) is not None
     assert before < 48
-    with start(tmp_path) as one, start(tmp_path) as other:
-        for process in (one, other):
-            assert process.stdout.readline() == "ready\n"
-        for process in (one, other):
-            process.stdin.write("\n")
-            process.stdin.flush()
-        assert all(int(process.stdout.readline()) > 0 for process in (one, other))
+    with encoding(tmp_path) as (_, one), encoding(tmp_path) as (_, other):
+        for told in (one, other):
+            told.send("now")
+        assert all(told.recv() > 0 for told in (one, other))
     clips = [str(path) for path in sorted((tmp_path / "clips").iterdir())]
     assert len(files_in(folder)) == 48
     kept, lengths = mine.of_clips(clips)
