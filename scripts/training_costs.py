@@ -19,7 +19,7 @@ from palkernels.model.training.recipe import load_recipe
 
 RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "llama-whisper-sslam.yaml"
 NAMED = ("whisper-small", "SSLAM", "closed.jsonl", "openaqa_closed.json", "open.jsonl", "held_out.jsonl")
-SECONDS, TEXT, SAMPLES = 10, 128, 1_000_000
+SECONDS, TEXT, ANSWER, SAMPLES = 10, 128, 64, 1_000_000
 COUNTS = (1, 2, 4, 8)
 
 
@@ -45,7 +45,8 @@ def main() -> None:
         piece = stage.batch // stage.gradient_accumulation
         clips = [[torch.zeros(SECONDS * 16_000)] for _ in range(piece)]
         texts = [AUDIO_TOKEN + "x" * (TEXT - 1)] * piece
-        batch = dict(processor(texts, audio=clips, sampling_rate=16_000, output_labels=True))
+        begins = len(texts[0]) - ANSWER
+        batch = dict(processor(texts, audio=clips, sampling_rate=16_000, labels_from=begins))
         cost = simulate_stage(stage, config, batch, SAMPLES // stage.batch, torch.bfloat16, bf16=True)
         for count in COUNTS:
             named = f"{stage.name} | {', '.join(stage.train)}: {cost.trained / 1e6:.0f} M" if count == 1 else " | "

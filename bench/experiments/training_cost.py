@@ -22,6 +22,7 @@ from palkernels.bench.instruments.costs import CostCounter
 from palkernels.bench.instruments.memory import AllocationTracker
 from palkernels.bench.instruments.shapes import Shapes
 from palkernels.model import PalForConditionalGeneration
+from palkernels.model.training.order import only_foretold
 from palkernels.model.training.stages import choose, parameter_groups
 from palkernels.op_costs import plain_function, scratch_bytes
 
@@ -95,7 +96,7 @@ def simulate_stage(
         trained = [x for group in parameter_groups(model, chosen, stage) for x in group["params"]]
         adamw = make_adamw(trained)
         states = [x for of_one in adamw.state.values() for x in of_one.values()]
-        inputs = {name: _without_values(value) for name, value in batch.items()}
+        inputs = {name: _without_values(value) for name, value in only_foretold(batch).items()}
         vocabulary = config.text_config.vocab_size
 
         def name(func: Any, args: tuple[Any, ...], tensor: Tensor) -> str | None:
