@@ -20,7 +20,7 @@ from PIL import Image
 from palkernels.bench.kernels.output import timed_twice
 from palkernels.bench.kernels.peers import OURS as OUR_KERNELS
 from palkernels.bench.methods import DEFAULT_METHODS
-from palkernels.bench.report import plot, predictions, tables
+from palkernels.bench.report import learning, plot, predictions, tables
 from palkernels.bench.report.conditions import command, depth, host, rates, short, title
 from palkernels.bench.report.markdown import to_markdown
 from palkernels.bench.report.points import EAGER_RATE, MEMORY, RATE, Points
@@ -283,6 +283,7 @@ class Entry:
 
 
 SIMULATED = ("simulate-llama-3.2-1b", "simulate-llama-3.2-3b", "simulate-qwen2.5-1.5b")
+STARTS = ("gentle-start", "gentle-start-all")
 ENTRIES = (
     Entry("README.md", "headline", headline, ("figure1-h200", SIMULATED[0], "microbench-h200")),
     Entry("docs/results.md", "compared", compared, ()),
@@ -297,9 +298,8 @@ ENTRIES = (
     Entry("docs/results.md", "paper", paper, SIMULATED[:1]),
     Entry("docs/results.md", "levers", levers, SIMULATED[:1]),
     Entry("docs/results.md", "serving", serving, SIMULATED[:1]),
-    Entry(
-        "docs/audio_llm.md", "windows", lambda it: to_markdown(tables.whisper_windows(it["rows"])), ("whisper-windows",)
-    ),
+    Entry("docs/audio_llm.md", "windows", lambda it: to_markdown(learning.windows(it["rows"])), ("whisper-windows",)),
+    Entry("docs/audio_llm.md", "gentle-start", lambda *them: to_markdown(learning.starts(them)), STARTS),
     Entry("docs/kernels.md", "microbench-h200", microbench, ("microbench-h200",)),
     Entry("docs/kernels.md", "microbench-h200-again", timed_again, ("microbench-h200", "microbench-h200-again")),
     Entry("docs/kernels.md", "host", host_times, ("host-stand-in",)),

@@ -127,3 +127,12 @@ def test_a_short_window_of_whisper_costs_a_tenth_and_says_what_it_changes():
     assert len(lines) == 2 + len(seconds)
     assert lines[2].endswith("| cut |")
     assert f" {of_clips['words'][0]:.3f} (" in lines[2]
+
+
+def test_where_connectors_begin_is_told_by_the_least_and_the_most_of_all_seeds():
+    (entry,) = (entry for entry in update_docs.ENTRIES if entry.mark == "gentle-start")
+    documents = {name: result(name) for name in entry.results}
+    lines = update_docs.content(entry, documents).splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["sink", "random"] * 2
+    losses = [row["first_loss"] for row in documents["gentle-start"]["rows"] if row["initialization"] == "random"]
+    assert f"| random | {min(losses):.1f} to {max(losses):.1f} | " in lines[3]

@@ -24,7 +24,7 @@ from palkernels.bench.report.table import Column, Table, change, factor, gib, nu
 
 __all__ = [
     "breakdown", "eager_summary", "every_point", "exponents", "gains", "launched", "levers", "paper", "serving",
-    "short_clips", "steps", "summary", "whisper_windows",
+    "short_clips", "steps", "summary",
 ]  # fmt: skip
 
 MEMORY_GROUPS = {MEMORY: "peak memory", ABOVE_STATIC: "above static"}
@@ -325,18 +325,3 @@ def exponents(fits: list[dict[str, Any]]) -> Table | None:
 def _title(points: Points, mode: str) -> str:
     row = next(row for row in points.rows if row["mode"] == mode)
     return f"{mode_title(mode)}: batch {row['batch_size']}, {row['text_tokens']} text tokens, {row['dtype']}"
-
-
-def whisper_windows(rows: list[Row]) -> Table:
-    """How close Whisper's states in a short window are to those in its own, by kind of clip, and the encoder's time."""
-    kinds = list(dict.fromkeys(row["clips"] for row in rows))
-    columns = [Column(kind, text=True) for kind in kinds]
-    table = Table("", [Column("window, s"), Column("encoder, ms"), *columns])
-    for window in dict.fromkeys(row["window_seconds"] for row in rows):
-        of_window = {row["clips"]: row for row in rows if row["window_seconds"] == window}
-        cosines = [
-            f"{row['mean_cosine']:.3f} ({row['least_cosine']:.3f})" if row else "cut"
-            for row in map(of_window.get, kinds)
-        ]
-        table.rows.append([f"{window:g}", f"{1e3 * next(iter(of_window.values()))['encoder_seconds']:.0f}", *cosines])
-    return table
