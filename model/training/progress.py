@@ -48,7 +48,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             return None
         step, ended = self.first_step
         seconds: float = (time.monotonic() - ended) / (state.global_step - step)
-        return seconds * (state.max_steps - state.global_step)
+        steps: int = state.max_steps - state.global_step
+        return seconds * steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.first_step is None:
