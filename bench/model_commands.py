@@ -89,8 +89,8 @@ def evaluate(
     data: Annotated[
         list[str],
         typer.Option(
-            help="File of samples, such as a JSONL, a saved dataset, or a mapping such as '{path: fleurs, split: test, "
-            "question: What is said?}'; may be repeated.",
+            help="File of samples, such as a JSONL, a saved dataset, or a mapping such as "
+            """'{path: fleurs, split: test, question: "What is said?"}'; may be repeated.""",
             show_default=False,
         ),
     ],

@@ -13,6 +13,7 @@ import typer
 
 from palkernels import reference
 from palkernels.bench import cli
+from palkernels.model.training.located import compose
 
 ROOT = Path(__file__).parents[1]
 INDEX = ROOT / "docs" / "README.md"
@@ -43,6 +44,16 @@ CODE = [(name_of(page), code) for page in PAGES for code in code_of(page)]
 def test_code_runs(page, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a page may save something
     exec(compile(code, page, "exec"), {})
+
+
+def test_yaml_can_be_read(tmp_path):
+    """What a recipe or --data says on a page: a text with a question mark, say, is quoted in braces."""
+    texts = [
+        x for page in PAGES for x in re.findall(r"```yaml\n(.*?)```|--data '(\{.*?\})'", page.read_text(), re.DOTALL)
+    ]
+    assert len(texts) > 3
+    for block, word in texts:
+        assert compose(block or word, "page", tmp_path).plain()
 
 
 def test_there_is_code():

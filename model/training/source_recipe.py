@@ -80,7 +80,9 @@ def sources_of_words(words: Sequence[str], folder: Path) -> list[Source]:
             try:
                 tree = placed(compose(word, "", folder), word)
             except RecipeError as error:
-                found.append(f"{word}: must be YAML, got {one_line(error)}")
+                found.append(
+                    f"{word}: must be YAML, in which texts with ?, : or commas are quoted, got {one_line(error)}"
+                )
                 continue
         sources.append(_source(tree, "", "", OF_WORDS, found))
     if found:

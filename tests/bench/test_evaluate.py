@@ -122,7 +122,10 @@ def test_every_mistake_is_one_line(folder: Path, tmp_path: Path, capfd: pytest.C
             "--data must be files of samples, got",
         ),
         ([*one, "--data", f"{{path: {folder}/names.jsonl, split: a}}"], "split must be given for a dataset alone"),
-        ([*one, "--data", "{path"], "{path: must be YAML, got"),
+        (
+            [*one, "--data", "{path: a, question: b?}"],
+            "must be YAML, in which texts with ?, : or commas are quoted, got",
+        ),
         ([*one, "--data", f"{{path: {folder}/names.jsonl, tasks: a}}"], "tasks is not known: did you mean 'task'?"),
         ([*one, "--metric", "rouge"], "metrics must be some of choice, exact, wer, cer, bleu, chrf, got ['rouge']"),
         ([*one, "--metric", "other=wer"], "metrics must be given for a task of the samples, 'names', got 'other'"),

@@ -1,5 +1,6 @@
 """Whole runs of a recipe: what they leave behind, and that they come to the same whatever happens on the way."""
 
+import importlib.util
 import json
 import os
 import random
@@ -181,6 +182,26 @@ def test_damage_that_was_not_looked_for(damaged, workers):
     (damaged / "clips" / "whole.wav").replace(damaged / "clips" / "0.flac")
     last, _ = run(damaged, *words, resume=True)
     assert last.name == "2-adapt"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="saves a dataset: pip install datasets")
+def test_a_dataset_whose_columns_the_recipe_names(folder, tmp_path):
+    """Its clips are read from its files by workers, and one that is damaged there is dropped."""
+    import datasets
+
+    write_damaged(tmp_path / "broken.flac")
+    clips = [*(folder / "clips" / f"{i}.wav" for i in range(4)), tmp_path / "broken.flac"]
+    columns = {"speech": [{"bytes": x.read_bytes(), "path": None} for x in clips], "said": list("abcde")}
+    dataset = datasets.Dataset.from_dict(columns).cast_column("speech", datasets.Audio())
+    datasets.DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(tmp_path / "spoken")
+    named = "columns: {answer: said}, question: 'What?'"
+    train = f"data.train=[{{path: {tmp_path}/spoken, split: train, {named}}}]"
+    held_out = f"data.eval=[{{path: {tmp_path}/spoken, split: test, task: speech, {named}}}]"
+    _, said = run(folder, train, held_out, "data.workers=1", "stages.1.epochs=1", f"output={tmp_path / 'out'}")
+    assert f"{tmp_path}/spoken: 4 samples of 5; dropped: 1 audio unreadable" in said
+    (dropped,) = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert dropped["source"] == "spoken/train:row 4"
+    assert lines(tmp_path / "out")[-1]["by_task"].keys() == {"speech"}
 
 
 def test_half_a_checkpoint_is_none(folder, whole, tmp_path):
