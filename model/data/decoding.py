@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -23,7 +23,13 @@ CLIPS = 8  # that a process decodes before it says how they are
 
 
 def decodable(
-    samples: Sequence[Sample], processor: PalProcessor, *, num_workers: int = 0, progress: bool = False
+    samples: Sequence[Sample],
+    processor: PalProcessor,
+    *,
+    num_workers: int = 0,
+    progress: bool = False,
+    place: tuple[int, int] = (0, 1),
+    gather: Callable[[list[Any]], list[Any]] = list,
 ) -> Samples:
     """Return the samples whose clips can be decoded to their end; the others are among ``dropped``.
 
@@ -34,18 +40,18 @@ def decodable(
         processor: The model's, whose limits count.
         num_workers: Processes that decode.
         progress: Whether to show how far it is, where the output is a terminal.
+        place: This process's number, and how many there are that share the clips out.
+        gather: Returns the items of all processes' lists, as accelerate's ``gather_object`` does.
 
     Raises:
         ValueError: No sample is left.
     """
     distinct = {_key(clip): clip for sample in samples for clip in sample.clips()}
-    faults: dict[Any, str] = {}
-    loader: Any = DataLoader(list(distinct.values()), CLIPS, collate_fn=_Faults(processor), num_workers=num_workers)  # type: ignore[arg-type]
-    keys = iter(distinct)
-    with tqdm(total=len(distinct), desc="clips decoded", disable=None if progress else True) as shown:
-        for of_batch in loader if distinct else ():
-            faults.update((key, fault) for fault, key in zip(of_batch, keys, strict=False) if fault is not None)
-            shown.update(len(of_batch))
+    rank, world = place
+    own = dict(list(enumerate(distinct.values()))[rank::world])  # by numbers that are the same in every process
+    keys = list(distinct)
+    found = _faults(own, processor, num_workers, progress)
+    faults = {keys[number]: fault for of_process in gather([found]) for number, fault in of_process.items()}
 
     def why_not(sample: Sample) -> RejectedError | None:
         fault = next((faults[key] for key in map(_key, sample.clips()) if key in faults), None)
@@ -58,6 +64,21 @@ def decodable(
         first = f": {result.dropped[-1].detail}" if result.dropped else ""
         raise ValueError(f"samples must hold at least one whose clips can be read, got {result.summary()}{first}")
     return result
+
+
+def _faults(clips: Mapping[int, Any], processor: PalProcessor, num_workers: int, progress: bool) -> dict[int, str]:
+    """Return what is wrong with clips that cannot be decoded, by their numbers."""
+    found: dict[int, str] = {}
+    if not clips:
+        return found
+    loader: Any = DataLoader(list(clips.values()), CLIPS, collate_fn=_Faults(processor), num_workers=num_workers)  # type: ignore[arg-type]
+    numbers = iter(clips)
+    with tqdm(total=len(clips), desc="clips decoded", disable=None if progress else True) as shown:
+        for of_batch in loader:
+            # The batch first: zip would take a number more, and lose it.
+            found.update((number, fault) for fault, number in zip(of_batch, numbers, strict=False) if fault is not None)
+            shown.update(len(of_batch))
+    return found
 
 
 class _Faults:

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from palkernels.model.audio.limits import AudioError
 from palkernels.model.data.buckets import LengthBuckets
 from palkernels.model.data.collator import Collator
@@ -138,6 +140,7 @@ def read_material(
     processor: PalProcessor,
     say: Callable[[str], None],
     damaged: Collection[tuple[str, str]] | None = None,
+    place: tuple[int, int] = (0, 1),
 ) -> Material:
     """Return the samples of a recipe, after telling how many rows of each source were dropped, by reason.
 
@@ -147,6 +150,7 @@ def read_material(
         say: Takes lines for the user.
         damaged: As :func:`damaged_rows` returns it: these rows are dropped. None: clips are decoded to find them, where
             the recipe wants it.
+        place: This process's number, and how many there are: each decodes a part.
 
     Raises:
         ValueError: A source cannot be read, or gives no sample.
@@ -168,7 +172,10 @@ def read_material(
             return Samples.sifted(
                 rows, lambda row: fault if (path, row.source) in damaged else None, rows.dropped, rows.lengths
             )
-        return decodable(rows, processor, num_workers=data.workers, progress=True) if data.check else rows
+        if not data.check:
+            return rows
+        settings: dict[str, Any] = {"num_workers": data.workers, "progress": place[0] == 0, "place": place}
+        return decodable(rows, processor, gather=gather_object, **settings)
 
     train, held_out = [samples(source) for source in data.train], [samples(source) for source in data.eval]
     dropped = [(source.path, row) for source, part in read_already.items() for row in part.dropped]

@@ -178,14 +178,12 @@ class _Run:
         self.state.wait_for_everyone()
 
     def _read_material(self) -> None:
-        """Read the samples. The first process finds damaged clips when the run begins; the others, and a run that goes
-        on, drop the same rows."""
-        begun, first = (self.folder / RECIPE).exists(), self.state.is_main_process
-        with self.state.main_process_first():
-            damaged = damaged_rows(self.folder / DROPPED) if begun or not first else None
-            self.material = read_material(self.recipe, self.processor, self.say, damaged)
-            if first and not begun:
-                self.material.write_dropped(self.folder / DROPPED)
+        """Read the samples, of which a run that goes on drops the same damaged ones as when it began."""
+        damaged = damaged_rows(self.folder / DROPPED) if (self.folder / RECIPE).exists() else None
+        place = self.state.process_index, self.state.num_processes
+        self.material = read_material(self.recipe, self.processor, self.say, damaged, place)
+        if self.state.is_main_process and damaged is None:
+            self.material.write_dropped(self.folder / DROPPED)
 
     def _claim(self) -> None:
         """Note what decides the weights, samples included, or make sure that the run began with the same samples."""

@@ -33,6 +33,20 @@ def test_damage_is_dropped_and_counted(samples, workers):
     assert "must hold finite samples within 2**31, got nan" in details["calls.jsonl:4"]
 
 
+def test_processes_share_the_clips(samples):
+    """Each decodes a part, and all come to the same samples."""
+    parts: list[dict[int, str]] = []
+
+    def gathered(own):
+        parts.extend(own)
+        return parts
+
+    decodable(samples, small_processor(), place=(0, 2), gather=gathered)
+    whole = decodable(samples, small_processor(), place=(1, 2), gather=gathered)
+    assert said(whole) == ["a", "c", "e"]
+    assert [len(part) for part in parts] == [0, 2]  # the first and third clip, the second and fourth
+
+
 def test_none_is_left(samples):
     with pytest.raises(ValueError, match=r"samples must hold at least one whose clips can be read, got 0 samples of 2"):
         decodable(samples[1:2], small_processor())
