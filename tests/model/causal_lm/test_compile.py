@@ -17,7 +17,7 @@ from support.attached import (
 from support.compiled import in_whole_graphs
 from support.flamingo import open_gates
 from support.oracles import build
-from support.thorough import combinations
+from support.thorough import EVERYTHING, combinations
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 
@@ -55,10 +55,11 @@ def test_compiled_forward_is_one_graph(family, kind):
     got, want = (run(**keywords, use_cache=False).logits for run in (compiled, model))
     mask = keywords["attention_mask"]
     torch.testing.assert_close(unpadded(got, mask), unpadded(want, mask))
-    torch.testing.assert_close(compiled(keywords["input_ids"]).logits, model(keywords["input_ids"]).logits)
+    if kind == "prefix":
+        torch.testing.assert_close(compiled(keywords["input_ids"]).logits, model(keywords["input_ids"]).logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"] if EVERYTHING else ["llama"])
 @torch.no_grad()
 def test_compiled_static_decode_is_one_graph(family):
     """Every step of generation, prefill included, in whole graphs; one graph serves all decoding steps."""
@@ -78,7 +79,7 @@ def test_compiled_static_decode_is_one_graph(family):
     assert len(graphs) <= (2 if family == "llama" else 5)
 
 
-@pytest.mark.parametrize(("family", "most"), [("llama", 1), ("phi3", 1), ("gemma2", 2)])
+@pytest.mark.parametrize(("family", "most"), [("llama", 1), ("gemma2", 2), *[("phi3", 1)] * EVERYTHING])
 @torch.no_grad()
 def test_generate_compiles_its_steps_once(family, most):
     """transformers compiles the steps behind the prompt: one graph serves them, and those of the next call, with the

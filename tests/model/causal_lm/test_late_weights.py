@@ -14,6 +14,7 @@ from support.attached import (
     tiny,
 )
 from support.oracles import build
+from support.thorough import EVERYTHING
 
 from palkernels.model import AudioState, attach
 
@@ -75,7 +76,8 @@ def test_the_first_training_step_is_as_any(family):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
 @torch.no_grad()
 def test_weights_that_come_after_attach(family):
-    """From the first forward with audio on as if they had been there; compiling must wait for that."""
+    """From the first forward with audio on as if they had been there, compiled too; compiling must wait for that. Of the
+    families one is compiled; all with PALKERNELS_TESTS=all."""
     empty, model = without_values(lambda: build(family, layers=2))
     handle = attach(empty)
     assert "on the meta device" in str(handle.report())
@@ -93,7 +95,8 @@ def test_weights_that_come_after_attach(family):
         empty(ids, audio=state)
     assert {layer.audio_kv for layer in handle.report().layers} == {"fused"}
     torch.testing.assert_close(empty(ids, audio=state).logits, want)
-    torch.testing.assert_close(compiled(ids, audio=state, use_cache=False).logits, want)
+    if family == "llama" or EVERYTHING:
+        torch.testing.assert_close(compiled(ids, audio=state, use_cache=False).logits, want)
 
 
 def test_zeros_are_no_weights_yet():
