@@ -106,6 +106,7 @@ def test_says_what_is_to_come_and_where_the_plot_is(measured: tuple[dict[str, An
     assert lines[-2:] == [f"Plot: {out / 'figure1.png'}", f"Report: {out / 'figure1.html'}"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_defaults_fit_eighty_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No line is longer, and none of what is measured is broken."""
     monkeypatch.setitem(presets.PRESETS, "smollm2-135m", tiny_config)
@@ -171,6 +172,7 @@ def test_equal_seeds_do_equal_work(tiny: Path, tmp_path: Path, monkeypatch: pyte
     assert all(map(math.isfinite, runs[0]))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_one_method_and_own_audio(tiny: Path, tmp_path: Path) -> None:
     clip = tmp_path / "clip.wav"
     soundfile.write(clip, np.zeros(4000, dtype=np.float32), 8000)
@@ -199,6 +201,7 @@ def test_one_method_and_own_audio(tiny: Path, tmp_path: Path) -> None:
     assert document["meta"]["layers"] == 1
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_all_methods_and_serving(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Levers have no inference; what cannot run here is a row that says why; serving has the two that it compares."""
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", None)  # must not be imported
@@ -225,6 +228,7 @@ def test_all_methods_and_serving(tiny: Path, tmp_path: Path, monkeypatch: pytest
         assert row["tokens_per_second"] is None or row["tokens_per_second"] > 0  # two tokens may drown in noise
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_clips_that_fill_a_part_of_the_window(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whole models train on clips of 0.8 and 3 s: 40 and 150 of the encoder's 1,500 states are valid."""
     out = tmp_path / "out"

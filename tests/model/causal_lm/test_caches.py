@@ -12,6 +12,7 @@ from support.attached import (
     unpadded,
 )
 from support.oracles import FAMILIES, build
+from support.thorough import combinations
 from transformers import (
     DynamicCache,
     StaticCache,
@@ -58,8 +59,7 @@ def test_a_mask_shorter_than_a_static_caches_keys_is_refused():
     model(**step | {"attention_mask": torch.cat([mask, mask[:, -1:]], dim=1)})
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("kind", ["prefix", "shared, inserted"])
+@pytest.mark.parametrize(("compiled", "kind"), combinations([False, True], ["prefix", "shared, inserted"]))
 @torch.no_grad()
 def test_static_decoding_by_hand(compiled, kind):
     """A loop over forward with a preallocated cache and one mask for all steps, in whole graphs or without: the logits

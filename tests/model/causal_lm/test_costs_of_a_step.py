@@ -17,6 +17,7 @@ from support.decoding import (
     per_layer_and_step,
     per_step,
 )
+from support.thorough import combinations
 
 from palkernels.model import LalConfig, attach
 from palkernels.model.causal_lm import attention
@@ -56,17 +57,16 @@ def of_stock(family, cache, side, counted):
     return per_layer_and_step(generating(family, cache, side, change=change), HOST[counted])
 
 
-@pytest.mark.parametrize("counted", HOST)
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize(
-    ("family", "kind"),
-    [
-        *(("llama", kind) for kind in KINDS),
-        *((family, "inserted") for family in ("qwen2", "qwen3", "mistral-window", "gemma3", "phi3")),
-    ],
-)
-def test_a_layer_with_audio_asks_no_more_of_the_host(family, kind, cache, counted):
+MODELS = [
+    *(("llama", kind) for kind in KINDS),
+    *((family, "inserted") for family in ("qwen2", "qwen3", "mistral-window", "gemma3", "phi3")),
+]
+
+
+@pytest.mark.parametrize(("model", "cache", "counted"), combinations(MODELS, CACHES, HOST))
+def test_a_layer_with_audio_asks_no_more_of_the_host(model, cache, counted):
     """Per step: as many operators as a stock layer, but for attention's own, and at most 1.3 times its calls."""
+    family, kind = model
     stock = of_stock(family, cache, KINDS[kind], counted)
     change = functools.partial(attach, config=LalConfig(impl="sdpa"))
     ours = per_layer_and_step(generating(family, cache, KINDS[kind], kind, change), HOST[counted])

@@ -14,6 +14,7 @@ from support.attached import (
     texts,
 )
 from support.oracles import FAMILIES, build, oracle_logits, rows_of
+from support.thorough import combinations
 
 from palkernels.model import AudioState, LalConfig, attach
 
@@ -30,9 +31,10 @@ def oracle_greedy(model, rope, ids, state, steps):
     return torch.stack(chosen)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rope", ["sequence", "none"])
-@pytest.mark.parametrize("kind", ["prefix", "two clips", "shared, inserted"])
+@pytest.mark.parametrize(
+    ("family", "rope", "kind"),
+    combinations(FAMILIES, ["sequence", "none"], ["prefix", "two clips", "shared, inserted"]),
+)
 @torch.no_grad()
 def test_greedy_generation(family, rope, kind):
     """Cached generation from a left-padded batch, also past a sliding window: the uncached oracle's tokens."""

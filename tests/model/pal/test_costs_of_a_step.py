@@ -16,6 +16,7 @@ from support.decoding import (
     per_layer_and_step,
     per_step,
 )
+from support.thorough import combinations
 from transformers import AutoModelForCausalLM
 
 from palkernels.model.causal_lm import attention
@@ -60,9 +61,7 @@ def of_stock(cache, counted):
     return per_layer_and_step(of_text(cache, implementation), HOST[counted])
 
 
-@pytest.mark.parametrize("counted", HOST)
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "cache", "counted"), combinations(NAMES, CACHES, HOST))
 def test_a_layer_asks_no_more_of_the_host(name, cache, counted):
     """As many operators as a layer of the language model alone, and at most 1.3 times its calls."""
     stock, ours = of_stock(cache, counted), per_layer_and_step(with_audio(name, cache), HOST[counted])
