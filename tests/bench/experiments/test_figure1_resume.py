@@ -11,6 +11,14 @@ from support.commands import running, without_pictures
 from support.figure1 import FILES, run, small
 
 
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that is done."""
+    out = tmp_path_factory.mktemp("finished") / "results"
+    assert run(*small(tiny, out)) == 0
+    return out
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_run_is_valid_and_goes_on(tiny: Path, tmp_path: Path) -> None:
     """What was measured before the signal is written, and `--resume` measures the rest alone, interrupted or not.
@@ -47,11 +55,10 @@ def test_an_interrupted_run_is_valid_and_goes_on(tiny: Path, tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_resume_needs_the_same_conditions(
-    measured: tuple[dict[str, Any], Path, str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, out, _ = measured
     copy = tmp_path / "copy"
-    shutil.copytree(out, copy)
+    shutil.copytree(finished, copy)
     assert run(*small(tiny, copy), "--resume", "--seed", 1) == 2
     assert "--resume must be given what the run in --out was given, got seed 0 and now 1" in capsys.readouterr().err
     before = json.loads((copy / "figure1.json").read_text())
@@ -61,12 +68,12 @@ def test_resume_needs_the_same_conditions(
 
 @pytest.mark.usefixtures("no_pictures")
 def test_resume_sees_another_model_and_measures_points_that_lack_a_method(
-    measured: tuple[dict[str, Any], Path, str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A directory may hold another model than it did; a file may have been cut."""
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(tiny, model)
-    shutil.copytree(measured[1], out)
+    shutil.copytree(finished, out)
     arguments = small(model, out)
     document = json.loads((out / "figure1.json").read_text().replace(str(tiny), str(model)))  # as if measured on it
     cut = {"meta": document["meta"], "rows": document["rows"][1:]}
