@@ -76,8 +76,8 @@ def test_the_first_training_step_is_as_any(family):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
 @torch.no_grad()
 def test_weights_that_come_after_attach(family):
-    """From the first forward with audio on as if they had been there, compiled too; compiling must wait for that. Of the
-    families one is compiled; all with PALKERNELS_TESTS=all."""
+    """From the first forward with audio on as if they had been there, compiled too; compiling must wait for that.
+    Of the families one is compiled; all with PALKERNELS_TESTS=all."""
     empty, model = without_values(lambda: build(family, layers=2))
     handle = attach(empty)
     assert "on the meta device" in str(handle.report())
