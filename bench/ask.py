@@ -1,8 +1,9 @@
-"""The command `ask`: a question about sounds to a saved audio LLM."""
+"""The command `ask`: questions about sounds to a saved audio LLM, or to one that a server has."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from transformers import TextStreamer
@@ -11,37 +12,95 @@ from palkernels.bench.demo import demo_model
 from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.options import parse_device
 from palkernels.bench.saved import load_saved
+from palkernels.bench.served import ServedConversation
 from palkernels.bench.untrained import untrained_warning
-from palkernels.model import AudioError
+from palkernels.model import AudioError, Conversation
 
 __all__ = ["ask"]
 
+PROMPT = "> "
+
 
 def ask(
-    directory: Path | None, audio: Sequence[Path], question: str, max_new_tokens: int = 64, device: str = "cpu"
+    questions: Sequence[str],
+    audio: Sequence[Path],
+    *,
+    directory: Path | None = None,
+    url: str | None = None,
+    max_new_tokens: int = 64,
+    device: str | None = None,
 ) -> None:
-    """Print the answer of a model to a question about sounds, token by token.
+    """Print the answers of a model to questions about sounds, as they come.
 
     Args:
+        questions: What is asked, in turn; none: the lines of the standard input are.
+        audio: Files that are heard before the first question, in their order.
         directory: Of a saved model; None: the demo's.
-        audio: Files, in their order.
-        question: What is asked after them.
+        url: Of a server, whose first model is asked instead.
         max_new_tokens: The longest answer.
-        device: "auto", "cpu", "cuda" or "cuda:INDEX".
+        device: "auto", "cpu", "cuda" or "cuda:INDEX"; None: "auto".
 
     Raises:
-        UserError: the directory holds no audio LLM, a package of the demo is missing, the file is refused, or there is
-            no such device.
+        UserError: the directory holds no audio LLM, a package is missing, a file or a question is refused, there is no
+            such device or server, or nothing is asked.
     """
+    if url is not None:
+        for name, value in (("--model", directory), ("--device", device)):
+            if value is not None:
+                raise UserError(f"--serve must be given without {name}, which is the server's to choose, got {value}")
+        answer = _from_server(url, audio, max_new_tokens)
+    else:
+        answer = _from_model(directory, audio, max_new_tokens, device or "auto")
+    asked = 0
+    for question in questions or _lines():
+        if len(questions) > 1:
+            print(f"{PROMPT}{question}")
+        answer(question)
+        asked += 1
+    if not asked:
+        raise UserError("a question must be given, as an argument or as a line of the standard input, got none")
+
+
+def _from_model(
+    directory: Path | None, audio: Sequence[Path], max_new_tokens: int, device: str
+) -> Callable[[str], None]:
     target = parse_device(device)
     model, processor = demo_model(target) if directory is None else load_saved(directory, target)
-    sounds = [{"type": "audio", "path": path} for path in audio]
-    messages = [{"role": "user", "content": [*sounds, {"type": "text", "text": question}]}]
-    try:
-        inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True).to(target)
-    except (AudioError, ValueError) as error:
-        raise UserError(one_line(error)) from error
-    if directory is not None and (warning := untrained_warning(directory)) is not None:
-        print(warning)
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.generate(**inputs, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False)
+    conversation = Conversation(model, processor, [str(path) for path in audio])
+    warning = None if directory is None else untrained_warning(directory)
+
+    def answer(question: str) -> None:
+        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        if not conversation.messages and warning is not None:
+            print(warning)
+        try:
+            conversation.ask(question, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False)
+        except (AudioError, ValueError) as error:
+            raise UserError(one_line(error)) from error
+
+    return answer
+
+
+def _from_server(url: str, audio: Sequence[Path], max_new_tokens: int) -> Callable[[str], None]:
+    conversation = ServedConversation(url, audio)
+
+    def answer(question: str) -> None:
+        for piece in conversation.ask(question, max_new_tokens):
+            print(piece, end="", flush=True)
+        print()
+
+    return answer
+
+
+def _lines() -> Iterator[str]:
+    """Yield the questions that the standard input has, a line each; on a terminal each is asked for."""
+    prompt = PROMPT if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            if prompt:
+                print()
+            return
+        if line:
+            yield line

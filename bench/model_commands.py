@@ -66,22 +66,41 @@ def init(
 
 
 def ask(
-    question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
+    questions: Annotated[
+        list[str] | None,
+        typer.Argument(help="What to ask, in turn.  [default: lines of the standard input]", show_default=False),
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Directory of a saved model.  [default: the demo's]", show_default=False)
+    ] = None,
+    serve: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Ask the model of a server (docs/serving.md) instead.", show_default=False),
     ] = None,
     audio: Annotated[
         list[Path] | None,
         typer.Option(help="WAV, FLAC, OGG or MP3 file; may be repeated.  [default: the bundled clip]"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.", min=1)] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:INDEX.  [default: auto]", show_default=False)
+    ] = None,
 ) -> None:
-    """Ask a saved audio LLM about a sound, or several in their order."""
+    """Ask an audio LLM about a sound, or several in their order.
+
+    Several questions are a conversation, in which each sound is encoded once.
+    """
     from palkernels.bench.ask import ask as answer
     from palkernels.bench.clip import bundled_clip
 
-    answer(model, audio or [bundled_clip()], question, max_new_tokens, device)
+    answer(
+        questions or [],
+        audio or [bundled_clip()],
+        directory=model,
+        url=serve,
+        max_new_tokens=max_new_tokens,
+        device=device,
+    )
 
 
 def evaluate(

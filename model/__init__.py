@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from palkernels.model.evaluation.scores import Scores
     from palkernels.model.pal import PalConfig, PalForConditionalGeneration, PalProcessor
     from palkernels.model.pal.clips import AudioFeatures
+    from palkernels.model.pal.conversation import Conversation
     from palkernels.model.pal.tokenizer import AUDIO_TOKEN, byte_tokenizer
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "AudioState",
     "ClapTower",
     "Connector",
+    "Conversation",
     "EncodedAudio",
     "FlamingoConfig",
     "FlamingoHandle",
@@ -118,6 +120,7 @@ _NAMES_BY_MODULE = {
     "evaluation.scores": ("Scores",),
     "pal": ("PalConfig", "PalForConditionalGeneration", "PalProcessor"),
     "pal.clips": ("AudioFeatures",),
+    "pal.conversation": ("Conversation",),
     "pal.tokenizer": ("AUDIO_TOKEN", "byte_tokenizer"),
 }
 if not TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """`palkernels init` and `ask`, end to end."""
 
+import io
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from support.sounds import sine, write
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from palkernels.bench.cli import main
-from palkernels.model import AUDIO_TOKEN
+from palkernels.model import AUDIO_TOKEN, PalForConditionalGeneration
 
 UNTRAINED = "The weights of this model are random: its answer means nothing."
 
@@ -114,3 +115,28 @@ main({["ask", "--model", str(tmp_path / "m"), "What?"]!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.startswith(f"{UNTRAINED}\n")
+
+
+def test_a_conversation(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Questions in turn, as arguments or as lines of the standard input; their clip is encoded once."""
+    encoded = []
+    listen = PalForConditionalGeneration.get_audio_features
+    monkeypatch.setattr(
+        PalForConditionalGeneration,
+        "get_audio_features",
+        lambda self, *given, **more: encoded.append(1) or listen(self, *given, **more),
+    )
+    options = "ask", "--model", made, "--max-new-tokens", 4, "--device", "cpu"
+    assert run(*options, "What is it?", "And why?") == 0
+    assert len(encoded) == 1
+    first, *answers = capsys.readouterr().out.split("> ")
+    assert first == f"{UNTRAINED}\n" or first == ""
+    assert answers[0].startswith("What is it?\n")
+    assert answers[-1].startswith("And why?\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is it?\n\nAnd why?\n"))
+    assert run(*options) == 0
+    lines = "".join(part.partition("\n")[2] for part in answers)
+    assert capsys.readouterr().out == lines
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert run(*options) == 2
+    assert "a question must be given" in capsys.readouterr().err

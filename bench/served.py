@@ -1,0 +1,79 @@
+"""A conversation with a server that speaks OpenAI's protocol, as vLLM does. The server keeps nothing between turns:
+each request brings the whole conversation, and what it has of clips and texts from earlier ones it finds by itself."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from palkernels.bench.errors import UserError, one_line
+
+__all__ = ["ServedConversation"]
+
+NO_KEY = "none"  # a server that wants one has it in OPENAI_API_KEY
+
+
+class ServedConversation:
+    """Questions to the model of a server, one after another.
+
+    Args:
+        url: Of the server, with or without the protocol's "/v1".
+        clips: Files that are heard before the first question, sent as they are.
+
+    Raises:
+        UserError: The client's package is missing, a file cannot be read, or there is no such server.
+    """
+
+    def __init__(self, url: str, clips: Sequence[Path]) -> None:
+        try:
+            import openai
+        except ModuleNotFoundError as error:
+            raise UserError("--serve needs the package openai: pip install 'palkernels[client]'") from error
+        self.refused: type[Exception] = openai.OpenAIError
+        self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self.client = openai.OpenAI(base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY") or NO_KEY)
+        self.clips = [_part(path) for path in clips]
+        self.messages: list[Any] = []
+        try:
+            self.model = next(iter(self.client.models.list())).id
+        except (self.refused, StopIteration) as error:
+            raise UserError(f"--serve must be a server that lists a model, got {self.url}: {_said(error)}") from error
+
+    def ask(self, question: str, max_new_tokens: int) -> Iterator[str]:
+        """Yield the answer to a further question, piece by piece.
+
+        Raises:
+            UserError: The server refuses the request.
+        """
+        heard = [] if self.messages else self.clips
+        messages = [*self.messages, {"role": "user", "content": [*heard, {"type": "text", "text": question}]}]
+        said = ""
+        try:
+            for piece in self.client.chat.completions.create(
+                model=self.model, messages=messages, max_completion_tokens=max_new_tokens, temperature=0, stream=True
+            ):
+                text = piece.choices[0].delta.content if piece.choices else None
+                if text:
+                    said += text
+                    yield text
+        except self.refused as error:
+            raise UserError(f"the server refused: {_said(error)}") from error
+        self.messages = [*messages, {"role": "assistant", "content": said}]
+
+
+def _part(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"audio file {str(path)!r} must be readable, got {one_line(error)}") from error
+    data = base64.b64encode(content).decode("ascii")
+    return {"type": "input_audio", "input_audio": {"data": data, "format": path.suffix.lower().lstrip(".") or "wav"}}
+
+
+def _said(error: Exception) -> str:
+    body = getattr(error, "body", None)
+    message = body.get("message") if isinstance(body, dict) else None
+    return one_line(message) if isinstance(message, str) else one_line(error, with_type=True)
