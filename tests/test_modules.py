@@ -66,6 +66,8 @@ def test_every_module_imports_alone(tmp_path):
     groups = {"palkernels.no_such_module": ["palkernels.no_such_module"]}
     for installed, path in tree("*.py").items():
         module = ".".join(installed.with_suffix("").parts).removesuffix(".__init__")
+        if module.startswith("palkernels.model.vllm.") and importlib.util.find_spec("vllm") is None:
+            continue  # only the room of its plugin needs it, but to be found
         ours = path.name == "__init__.py" or re.search(r"^\s*(from|import) (palkernels|\.)", path.read_text(), re.M)
         groups.setdefault(module if ours else module.rpartition(".")[0] + ".*", []).append(module)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -19,7 +19,7 @@ from palkernels.model.pal.rows import (
     IGNORED,
     Span,
     arrays,
-    checked_clips,
+    clips_of_texts,
     cut,
     distinct,
     ends_of_texts,
@@ -81,7 +81,7 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         self._features = [
             TOWERS[tower_type].make_features(settings) for tower_type, settings in tower_settings(self.encoders)
         ]
-        self._windows = windows_of(self.encoders, self._features)
+        self.windows = windows_of(self.encoders, self._features)
         self.max_seconds = max_seconds
         if max_seconds is not None and not 0 < max_seconds < math.inf:
             raise ValueError(f"max_seconds must be positive and finite, or None, got {max_seconds!r}")
@@ -169,8 +169,8 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
     ) -> BatchFeature:
         """Return a batch, with ``labels`` or ``assistant_masks`` of the spans of each text."""
         rows = [read_row(self.tokenizer, text, options, marked) for text, marked in zip(texts, spans, strict=True)]
-        clips_of_texts = self._clips_of_texts(audio, [row.ids.count(self.audio_token_id) for row in rows])
-        clips, index = distinct(clips_of_texts)
+        counts_of_texts = [row.ids.count(self.audio_token_id) for row in rows]
+        clips, index = distinct(clips_of_texts(audio, counts_of_texts, self.audio_token))
         features, lengths = self.audio_features(clips, options.sampling_rate) if clips else (None, None)
         counts = [] if lengths is None else self.num_placeholders(lengths).tolist()
         rows = [
@@ -208,7 +208,7 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         """
         input_features, lengths = [], []
         at_rate: dict[int, list[Tensor]] = {}
-        for features, window in zip(self._features, self._windows, strict=True):
+        for features, window in zip(self._features, self.windows, strict=True):
             rate = features.sampling_rate
             if rate not in at_rate:
                 limits: dict[str, Any] = {"max_seconds": self.longest_clip, "max_bytes": self.max_bytes}
@@ -217,6 +217,11 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
             input_features.append(tower_features)
             lengths.append(tower_lengths)
         return input_features, torch.stack(lengths, dim=1)
+
+    @property
+    def highest_rate(self) -> int:
+        """The highest rate, in Hz, at which an encoder takes clips."""
+        return max(features.sampling_rate for features in self._features)
 
     @property
     def longest_clip(self) -> float:
@@ -229,15 +234,19 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         Args:
             samples: from a rate in Hz to the clip's samples at this rate, at least 1.
         """
-        towers = zip(self._features, self._windows, strict=True)
+        towers = zip(self._features, self.windows, strict=True)
         return torch.tensor([state_length(samples(one.sampling_rate), one, window) for one, window in towers])
 
     def num_placeholders(self, audio_lengths: Tensor) -> Tensor:
         """Return how many PLITS tokens each clip has (C,), from its valid states ``audio_lengths`` (C, towers)."""
-        total = torch.full_like(audio_lengths[:, 0], self.summary_tokens)
-        towers = list(zip(audio_lengths.unbind(1), self._windows, strict=True))
+        return self.num_tokens(audio_lengths, "plits") + self.summary_tokens
+
+    def num_tokens(self, audio_lengths: Tensor, integration: str) -> Tensor:
+        """Return how many tokens of each clip (C,) the entries of ``integration`` make, without summaries."""
+        total = torch.zeros_like(audio_lengths[:, 0])
+        towers = list(zip(audio_lengths.unbind(1), self.windows, strict=True))
         for connector, (entry, of_towers) in zip(self._connectors, by_entry(self.encoders, towers), strict=True):
-            if entry["integration"] == "plits":
+            if entry["integration"] == integration:
                 total = total + output_lengths(connector, *of_towers[0])
         return total
 
@@ -334,16 +343,3 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
         """The keys of a batch with audio."""
         names = ["input_ids", "attention_mask"]
         return [*names, "input_features", "audio_lengths", "audio_index", "insert_at"]
-
-    def _clips_of_texts(self, audio: Any, counts: list[int]) -> list[list[Any]]:
-        """Return the clips of each text, as many as ``counts`` says that it has audio tokens."""
-        clips = [] if audio is None else checked_clips(audio)
-        by_text = bool(clips) and all(isinstance(of_text, list) for of_text in clips)
-        got: Any = [len(of_text) for of_text in clips] if by_text else len(clips)
-        expected: Any = counts if by_text else sum(counts)
-        if got != expected:
-            raise ValueError(f"audio must hold a clip for each {self.audio_token} in the text, {expected}, got {got}")
-        if by_text:
-            return clips
-        remaining = iter(clips)
-        return [[next(remaining) for _ in range(count)] for count in counts]

@@ -19,7 +19,7 @@ __all__ = [
     "Row",
     "Span",
     "arrays",
-    "checked_clips",
+    "clips_of_texts",
     "cut",
     "distinct",
     "ends_of_texts",
@@ -216,12 +216,36 @@ def checked_clips(audio: Any) -> list[Any]:
     return clips
 
 
-def distinct(clips_of_texts: list[list[Any]]) -> tuple[list[Any], list[list[int]]]:
+def clips_of_texts(audio: Any, counts: list[int], audio_token: str) -> list[list[Any]]:
+    """Return the clips of each text.
+
+    Args:
+        audio: a caller's clips, in a list for each text or not; None: there are none.
+        counts: how many audio tokens each text has.
+        audio_token: what the error calls them.
+
+    Raises:
+        AudioError: what is given is no clip.
+        ValueError: there are more or fewer clips than audio tokens.
+    """
+    clips = [] if audio is None else checked_clips(audio)
+    by_text = bool(clips) and all(isinstance(of_text, list) for of_text in clips)
+    got: Any = [len(of_text) for of_text in clips] if by_text else len(clips)
+    expected: Any = counts if by_text else sum(counts)
+    if got != expected:
+        raise ValueError(f"audio must hold a clip for each {audio_token} in the text, {expected}, got {got}")
+    if by_text:
+        return clips
+    remaining = iter(clips)
+    return [[next(remaining) for _ in range(count)] for count in counts]
+
+
+def distinct(clips_by_text: list[list[Any]]) -> tuple[list[Any], list[list[int]]]:
     """Return every clip once, and the clips of each text by number."""
     clips: list[Any] = []
     numbers: dict[Any, int] = {}
     index: list[list[int]] = []
-    for clips_of_text in clips_of_texts:
+    for clips_of_text in clips_by_text:
         index.append([])
         for clip in clips_of_text:
             key = os.fspath(clip) if isinstance(clip, str | os.PathLike) else id(clip)

@@ -1,0 +1,38 @@
+"""Audio LLMs in vLLM, by a plugin: vLLM itself stays as it is. docs/serving.md draws a step.
+
+    versions      which releases of vLLM it is written for
+    settings      what of vLLM's settings goes with LAL, and what is refused by name
+    processing    from a request's clips to features and placeholders, within limits
+    model         PalForConditionalGeneration as vLLM calls it
+    states        a clip's states as vLLM's encoder cache holds them
+    decoder       a step: audio's keys and values to their slots, then the stock decoder on the text
+    runs          runs of text rows, and the attention metadata for them alone
+    counting      how much audio each request has heard, where some layers must not count it
+    projection    a layer's keys and values of audio
+
+vLLM finds :func:`register` by the entry point ``vllm.general_plugins`` and calls it in each of its processes. Nothing
+else in this library imports this room, and importing it alone imports no vLLM.
+"""
+
+__all__ = ["ARCHITECTURE", "register"]
+
+ARCHITECTURE = "PalForConditionalGeneration"
+
+
+def register() -> None:
+    """Make saved audio LLMs known to vLLM: their config and processor, their model, and what their settings must be."""
+    import vllm
+
+    import palkernels.model  # registers config and processor with transformers' Auto classes
+    from palkernels.model.vllm.versions import is_supported
+
+    room = f"{palkernels.model.__name__}.vllm"
+    if not is_supported(vllm.__version__):  # other models must still be served: only loading this one raises
+        vllm.ModelRegistry.register_model(ARCHITECTURE, f"{room}.versions:{ARCHITECTURE}")
+        return
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from palkernels.model.vllm.settings import PalSettings
+
+    vllm.ModelRegistry.register_model(ARCHITECTURE, f"{room}.model:{ARCHITECTURE}")
+    MODELS_CONFIG_MAP[ARCHITECTURE] = PalSettings
