@@ -1,18 +1,18 @@
 """What of vLLM's settings goes with an audio LLM. What does not is refused when the server starts, all at once."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from vllm import envs
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from palkernels.model.pal import PalConfig
 
 __all__ = ["PalSettings", "check_settings", "must_count"]
 
-logger = init_logger(__name__)
+logger = logging.getLogger(__name__)
 PLAIN_CACHES = ("auto", "float16", "bfloat16")
 
 

@@ -1,6 +1,9 @@
 """Small audio LLMs that vLLM serves, what they are asked, and what Hugging Face with ``attach`` answers."""
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +34,14 @@ MODELS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "delayed": ([STACKED], {"layers": [2, 3]}),
     "unrotated": ([STACKED], {"rope": "none", "projection": "per_layer", "layers": [1, 2]}),
 }
+NOT_SERVED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "flamingo": ([{**STACKED, "integration": "flamingo"}], {"flamingo": {"every": 2}}),
+}
 
 
 def make(directory: Path, name: str, family: str = "llama") -> Path:
-    """Write one of MODELS with random weights in float32, which answers differently for every clip."""
-    entries, settings = MODELS[name]
+    """Write a model with random weights in float32, which answers differently for every clip."""
+    entries, settings = {**MODELS, **NOT_SERVED}[name]
     tokenizer = byte_tokenizer()
     sizes = {
         "hidden_size": WIDTH, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -127,8 +133,9 @@ def quiet_environment() -> None:
     )  # fmt: skip
 
 
-def engine(directory: Path, **settings: Any) -> Any:
-    """Return a small engine of vLLM's for a saved model."""
+@contextmanager
+def engine(directory: Path, **settings: Any) -> Iterator[Any]:
+    """A small engine of vLLM's for a saved model. A process has one at a time: the end of one ends what all share."""
     from vllm import LLM
 
     defaults = {
@@ -136,7 +143,13 @@ def engine(directory: Path, **settings: Any) -> Any:
         "seed": 0, "max_num_batched_tokens": 4096, "limit_mm_per_prompt": {"audio": 4}, "max_logprobs": 20,
         "disable_log_stats": False,
     }  # fmt: skip
-    return LLM(str(directory), **{**defaults, **settings})
+    llm = LLM(str(directory), **{**defaults, **settings})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
 
 
 def prompt_of(question: Question, rate: int = RATE) -> dict[str, Any]:
