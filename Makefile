@@ -8,6 +8,7 @@
 #                   (constraints.txt); of what can be combined every pair, not everything (tests/lib/support/thorough.py)
 # make test-oldest  the tests of kernels and models with the oldest ones (constraints-oldest.txt), in .venv-oldest;
 #                   everything that can be combined
+# make test-serving the tests of serving with vLLM, in .venv-serving (constraints-serving.txt)
 # make aot          compile every tile in every dtype for sm_80, sm_90 and sm_100 (make test: bfloat16, some of them)
 # make mutants      run seeded faults in the kernels, which the tests must catch, into tests/mutants/outcome.json
 # make clean        remove everything that these made
@@ -16,6 +17,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+SERVING ?= .venv-serving
 SOURCES := pyproject.toml README.md LICENSE $(shell find palkernels model bench -type f \
 	-not -path '*/__pycache__/*' -not -path 'bench/results/*')
 # Triton's interpreter multiplies with NumPy, and NumPy with the OpenBLAS kernels of the processor. Some of these sum less
@@ -30,7 +32,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: figure1 figure1-all demo study simulate test test-oldest lint style aot mutants clean
+.PHONY: figure1 figure1-all demo study simulate test test-oldest test-serving lint style aot mutants clean
 
 figure1: .venv/installed
 	$(BIN)/palkernels figure1
@@ -55,6 +57,10 @@ test: style
 
 test-oldest: .venv-oldest/installed
 	PALKERNELS_TESTS=all PALKERNELS_TEST_WHEEL=1 $(call pytest,$(OLDEST)) tests/attention tests/kernels tests/projection tests/model
+
+# Without the other tests' conftest.py: vLLM chooses for itself what runs in Triton's interpreter.
+test-serving: $(SERVING)/installed
+	$(SERVING)/bin/python -P -m pytest --confcutdir tests/serving tests/serving
 
 aot: .venv/installed
 	PALKERNELS_AOT=all $(BIN)/pytest tests/kernels/test_aot.py
@@ -84,5 +90,18 @@ mutants: .venv/installed
 	$(@D)/bin/pip install --quiet --no-deps -r demo-packages.txt
 	touch $@
 
+$(SERVING)/packages: export PIP_CONSTRAINT :=
+$(SERVING)/packages: constraints-serving.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer must be on the PATH" >&2; exit 1; }
+	test -x $(@D)/bin/pip || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --progress-bar on --no-deps -r constraints-serving.txt
+	touch $@
+
+$(SERVING)/installed: $(SERVING)/packages $(SOURCES)
+	rm -rf build
+	$(@D)/bin/pip install --quiet --no-deps --force-reinstall .
+	rm -rf build *.egg-info
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest build dist figure1-out figure1-all-out simulate-out study-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-serving build dist figure1-out figure1-all-out simulate-out study-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

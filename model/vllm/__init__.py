@@ -1,7 +1,9 @@
 """Audio LLMs in vLLM, by a plugin: vLLM itself stays as it is. docs/serving.md draws a step.
 
     versions      which releases of vLLM it is written for
+    hooks         what vLLM asks when it reads a model's config, and its settings
     settings      what of vLLM's settings goes with LAL, and what is refused by name
+    templates     chat templates that take content in parts, as OpenAI's requests have it
     processing    from a request's clips to features and placeholders, within limits
     model         PalForConditionalGeneration as vLLM calls it
     states        a clip's states as vLLM's encoder cache holds them
@@ -32,7 +34,7 @@ def register() -> None:
         return
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from palkernels.model.vllm.settings import PalSettings
+    from palkernels.model.vllm.hooks import PalHooks
 
     vllm.ModelRegistry.register_model(ARCHITECTURE, f"{room}.model:{ARCHITECTURE}")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = PalSettings
+    MODELS_CONFIG_MAP[ARCHITECTURE] = PalHooks

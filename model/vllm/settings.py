@@ -6,11 +6,10 @@ from typing import Any
 
 from vllm import envs
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from palkernels.model.pal import PalConfig
 
-__all__ = ["PalSettings", "check_settings", "must_count"]
+__all__ = ["check_settings", "choose_defaults", "must_count"]
 
 logger = logging.getLogger(__name__)
 PLAIN_CACHES = ("auto", "float16", "bfloat16")
@@ -22,27 +21,16 @@ def must_count(config: PalConfig) -> bool:
     return hears and (len(config.lal_layers()) < config.text_config.num_hidden_layers or config.rope == "none")
 
 
-class PalSettings(VerifyAndUpdateConfig):  # type: ignore[misc]
-    """What vLLM asks before it starts anything."""
-
-    @staticmethod
-    def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Take what vLLM chooses by default where a model needs another choice, and say so; refuse the rest.
-
-        Raises:
-            ValueError: something cannot be served; the message lists everything, and what to set instead.
-        """
-        config = vllm_config.model_config.hf_config
-        if must_count(config):
-            if vllm_config.cache_config.enable_prefix_caching:
-                logger.warning(
-                    "Prefix caching is off: some layers of this model do not hear audio, or do not count it."
-                )
-                vllm_config.cache_config.enable_prefix_caching = False
-            compilation = vllm_config.compilation_config
-            if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
-                compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
-        check_settings(vllm_config)
+def choose_defaults(vllm_config: VllmConfig) -> None:
+    """Take another choice, and say so, where vLLM's default does not go with a model."""
+    if not must_count(vllm_config.model_config.hf_config):
+        return
+    if vllm_config.cache_config.enable_prefix_caching:
+        logger.warning("Prefix caching is off: some layers of this model do not hear audio, or do not count it.")
+        vllm_config.cache_config.enable_prefix_caching = False
+    compilation = vllm_config.compilation_config
+    if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
 def check_settings(vllm_config: VllmConfig) -> None:

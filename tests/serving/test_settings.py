@@ -6,7 +6,7 @@ import pytest
 from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
-from palkernels.model.vllm.settings import PalSettings, check_settings
+from palkernels.model.vllm.settings import check_settings, choose_defaults
 
 
 def settings_of(directory, **changes):
@@ -99,7 +99,7 @@ def test_where_texts_go_without_audio_nothing_is_shared(settings, monkeypatch, n
         assert said in str(caught.value)
     monkeypatch.undo()
     change(monkeypatch, ours, "compilation_config", "cudagraph_mode", CUDAGraphMode.FULL_AND_PIECEWISE)
-    PalSettings.verify_and_update_config(ours)
+    choose_defaults(ours)
     assert ours.compilation_config.cudagraph_mode == CUDAGraphMode.PIECEWISE
 
 

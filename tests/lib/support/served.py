@@ -102,7 +102,10 @@ class Reference:
         self.processor = PalProcessor.from_pretrained(directory)
 
     def answer(self, question: Question, new: int = NEW) -> Answer:
-        inputs = self.processor(question.text, list(question.clips) or None, RATE)
+        return self.answer_inputs(self.processor(question.text, list(question.clips) or None, RATE), new)
+
+    def answer_inputs(self, inputs: Any, new: int = NEW) -> Answer:
+        """Answer what the processor has made."""
         return self._generate(self.model, inputs, new)
 
     def answer_states(self, parts: list[list[int] | torch.Tensor], new: int = NEW) -> Answer:
