@@ -1,0 +1,112 @@
+"""Serve an audio LLM with vLLM, ask it over HTTP with OpenAI's client, two questions about one sound, and stop it.
+Needs pip install 'palkernels[vllm]'. The weights here are random: replace the directory by that of a trained model."""
+
+import base64
+import io
+import json
+import math
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import openai
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from palkernels.model import AUDIO_TOKEN, PalForConditionalGeneration, PalProcessor, byte_tokenizer
+
+RATE = 16_000  # Hz
+WHISPER = {"d_model": 64, "encoder_layers": 1, "encoder_attention_heads": 1, "encoder_ffn_dim": 64}
+ENCODERS = [{"type": "whisper", "config": WHISPER, "integration": "lal", "connector": {"type": "mlp"}}]
+
+
+def save_model(directory: str) -> None:
+    """What `palkernels init` or `palkernels train` writes, small enough for a CPU."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,  # of size 32: vLLM's attention on CPUs takes no smaller ones
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = PalForConditionalGeneration.from_parts(
+        AutoModelForCausalLM.from_config(config),
+        ENCODERS,
+        audio_token_id=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
+    )
+    model.save_pretrained(directory)
+    PalProcessor.from_config(tokenizer, model.config).save_pretrained(directory)
+
+
+@contextmanager
+def served(directory: str) -> Iterator[str]:
+    """The address of a server for a saved model, while it runs. `vllm serve DIRECTORY` starts the same one."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", directory, "--served-model-name"]
+    command += ["sounds", "--host", "127.0.0.1", "--port", address.rpartition(":")[2], "--max-model-len", "1024"]
+    server = subprocess.Popen([*command, "--enforce-eager", "--dtype", "float32"], stdout=sys.stderr)
+    try:
+        while not is_ready(address):
+            if server.poll() is not None:
+                raise RuntimeError("the server must start, got an error: see above")
+            time.sleep(1)
+        yield address
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait()
+        print("stopped")
+
+
+def is_ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def tone(hertz: float, seconds: float = 1.0) -> dict[str, Any]:
+    """A tone as a request holds it: a WAV file in base64. Any file of a sound will do in its place."""
+    samples = [round(8_000 * math.sin(2 * math.pi * hertz * i / RATE)) for i in range(int(seconds * RATE))]
+    file = io.BytesIO()
+    with wave.open(file, "wb") as wav:
+        wav.setparams((1, 2, RATE, 0, "NONE", ""))
+        wav.writeframes(struct.pack(f"<{len(samples)}h", *samples))
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(file.getvalue()).decode(), "format": "wav"}}
+
+
+def main() -> None:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB of keys and values, where there is no GPU
+    with tempfile.TemporaryDirectory() as directory:
+        save_model(directory)
+        with served(directory) as address:
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+            sound = tone(440)
+            for question in ("What do you hear?", "How high is it?"):  # the second finds the sound's keys and values
+                content = [sound, {"type": "text", "text": question}]
+                answer = client.chat.completions.create(
+                    model="sounds", messages=[{"role": "user", "content": content}], max_tokens=16, temperature=0
+                )
+                assert answer.usage is not None
+                said = json.dumps(answer.choices[0].message.content)
+                print(f"{question} {said}: {answer.usage.prompt_tokens} tokens of text and sound in the prompt")
+
+
+if __name__ == "__main__":
+    main()
