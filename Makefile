@@ -60,7 +60,7 @@ test-oldest: .venv-oldest/installed
 
 # Without the other tests' conftest.py: vLLM chooses for itself what runs in Triton's interpreter.
 test-serving: $(SERVING)/installed
-	$(SERVING)/bin/python -P -m pytest --confcutdir tests/serving tests/serving
+	OMP_NUM_THREADS=1 $(SERVING)/bin/python -P -m pytest --confcutdir tests/serving tests/serving
 
 aot: .venv/installed
 	PALKERNELS_AOT=all $(BIN)/pytest tests/kernels/test_aot.py

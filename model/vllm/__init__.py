@@ -25,16 +25,16 @@ def register() -> None:
     """Make saved audio LLMs known to vLLM: their config and processor, their model, and what their settings must be."""
     import vllm
 
-    import palkernels.model  # registers config and processor with transformers' Auto classes
+    from palkernels.model import auto
     from palkernels.model.vllm.versions import is_supported
 
-    room = f"{palkernels.model.__name__}.vllm"
+    auto.register()  # config and processor, with transformers' Auto classes
     if not is_supported(vllm.__version__):  # other models must still be served: only loading this one raises
-        vllm.ModelRegistry.register_model(ARCHITECTURE, f"{room}.versions:{ARCHITECTURE}")
+        vllm.ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.versions:{ARCHITECTURE}")
         return
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from palkernels.model.vllm.hooks import PalHooks
 
-    vllm.ModelRegistry.register_model(ARCHITECTURE, f"{room}.model:{ARCHITECTURE}")
+    vllm.ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
     MODELS_CONFIG_MAP[ARCHITECTURE] = PalHooks

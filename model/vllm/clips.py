@@ -1,7 +1,6 @@
 """What a request's clips must be, and how many tokens they become, which is known before anything is encoded."""
 
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ def read_clip(clip: Any, sampling_rate: int) -> tuple[np.ndarray, int]:
     if not isinstance(samples, np.ndarray):
         raise AudioError(f"audio must be an array, or a pair of one and its rate, got {type(samples).__name__}")
     check_rank(samples)
-    if isinstance(rate, bool) or not isinstance(rate, Real) or rate != int(rate):
+    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or rate != int(rate):
         raise AudioError(f"sampling_rate must be an integer, got {rate!r}")
     return samples, int(rate)
 
@@ -89,7 +88,7 @@ def longest_seconds(processor: PalProcessor, most: int) -> float:
 def token_counts(processor: PalProcessor, audio_lengths: Tensor) -> list[int]:
     """Return how many tokens, LAL's and PLITS' together, clips of ``audio_lengths`` (C, towers) valid states become."""
     total: Tensor = processor.num_placeholders(audio_lengths) + processor.num_tokens(audio_lengths, "lal")
-    return total.tolist()  # type: ignore[no-any-return]
+    return total.tolist()
 
 
 def window_counts(processor: PalProcessor, audio_lengths: Tensor) -> Tensor:

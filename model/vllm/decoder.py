@@ -56,10 +56,9 @@ class LalDecoder:
         self.projectors = projectors
         self.rotated = config.rope == "sequence"
         self.counted = must_count(config)
-        self.width = config.text_config.hidden_size
+        self.width, self.dtype = config.text_config.hidden_size, vllm_config.model_config.dtype
         self.most_runs = vllm_config.scheduler_config.max_num_seqs
         self.counts: AudioCounts | None = None
-        self.checked = False
         for number, layer in enumerate(self.layers):
             attention = layer.self_attn.attn
             if attention.sliding_window is not None:
@@ -68,6 +67,15 @@ class LalDecoder:
             attention.attn_backend = remembering_backend(attention.attn_backend)
         self.names = [layer.self_attn.attn.layer_name for layer in self.layers]
         self.deaf = [name for number, name in enumerate(self.names) if number not in self.hearing]
+
+    def check_layers(self) -> None:
+        """Check that each hearing layer makes of text the keys and values that audio is given.
+
+        Raises:
+            ValueError: one does not.
+        """
+        for number in self.hearing:
+            check_layer(self.layers[number], number, self.width, self.dtype)
 
     def __call__(
         self,
@@ -92,7 +100,6 @@ class LalDecoder:
         """
         context = get_forward_context()
         if context.attn_metadata is None:  # a run that measures memory or captures
-            self._check_layers()
             return self._stock(input_ids, positions, inputs_embeds)
         if audio is None and not self.counted:
             return self._stock(input_ids, positions, inputs_embeds)
@@ -117,12 +124,6 @@ class LalDecoder:
     def _stock(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Tensor:
         hidden: Tensor = self.model(input_ids, positions, None, inputs_embeds=inputs_embeds)
         return hidden
-
-    def _check_layers(self) -> None:
-        if not self.checked:
-            for number in self.hearing:
-                check_layer(self.layers[number], number, self.width)
-            self.checked = True
 
     def _write(self, context: ForwardContext, positions: Tensor, audio: np.ndarray, states: Tensor) -> None:
         """Write every hearing layer's keys and values of audio rows to their slots."""
@@ -210,10 +211,11 @@ def _eager(context: ForwardContext, metadata: Any, slots: Any) -> ForwardContext
 
 
 def _carry_over(hidden: Tensor, runs: Sequence[Run]) -> None:
-    """Let the last audio row before each text row hold the hidden states of the text before the audio."""
-    behind = [run for run in runs if run.before]
-    if not behind:
+    """Let the last row of audio hold the hidden states of the text before it, where text follows or may follow."""
+    pairs = [(run.first - 1, run.above) for run in runs if run.before]
+    last_runs = {run.request: run for run in sorted(runs, key=lambda run: run.first)}
+    pairs += [(run.last + run.behind - 1, run.last - 1) for run in last_runs.values() if run.behind]
+    if not pairs:
         return
-    places = torch.tensor([[run.first - 1, run.above] for run in behind]).to(hidden.device)
-    carried = hidden[places[:, 1].clamp(min=0)].masked_fill((places[:, 1] < 0).unsqueeze(1), torch.nan)
-    hidden[places[:, 0]] = carried
+    rows, above = torch.tensor(pairs).to(hidden.device).unbind(1)
+    hidden[rows] = hidden[above.clamp(min=0)].masked_fill((above < 0).unsqueeze(1), torch.nan)

@@ -35,6 +35,11 @@ class PalForConditionalGeneration(Encoding, nn.Module, SupportsMultiModal):  # t
         ValueError: the settings, or the language model, cannot be served.
     """
 
+    language_model: Any
+    _mark_tower_model: Any  # vLLM's own
+    _mark_language_model: Any
+    _embed_text_input_ids: Any
+
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         """Return what stands for a clip where a chat template takes text alone."""
@@ -139,6 +144,15 @@ class PalForConditionalGeneration(Encoding, nn.Module, SupportsMultiModal):  # t
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return the logits of some rows."""
         return self.language_model.compute_logits(hidden_states)  # type: ignore[no-any-return]
+
+    def process_weights_after_loading(self) -> None:
+        """Look at what the layers do, once all weights are as they run.
+
+        Raises:
+            ValueError: a layer that hears audio makes its keys or values in another way.
+        """
+        if self.lal is not None:
+            self.lal.check_layers()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a saved model's tensors, whose names are those of the parts."""

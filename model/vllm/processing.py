@@ -117,7 +117,7 @@ class PalDummyInputs(BaseDummyInputsBuilder[PalProcessingInfo]):  # type: ignore
     """The longest clips that a request may hold, with which vLLM measures memory."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        return self.info.get_hf_processor().audio_token * mm_counts.get("audio", 0) + "."
+        return str(self.info.get_hf_processor().audio_token) * mm_counts.get("audio", 0) + "."
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]) -> Any:
         clips = self._get_dummy_audios(

@@ -10,7 +10,7 @@ __all__ = ["audio_keys_and_values", "check_layer"]
 CLOSE = 0.02  # of the largest key or value: products of other shapes round differently, also in bfloat16
 
 
-def audio_keys_and_values(layer: nn.Module, states: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+def audio_keys_and_values(layer: Any, states: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return keys and values (n, heads, head size) of audio in a decoder layer of vLLM's.
 
     Args:
@@ -19,28 +19,27 @@ def audio_keys_and_values(layer: nn.Module, states: Tensor, positions: Tensor | 
         positions: (n,) in their requests; None: keys are not rotated.
     """
     attention: Any = layer.self_attn
-    key, value = _projected(attention, layer.input_layernorm(states))  # type: ignore[operator]
+    key, value = _projected(attention, layer.input_layernorm(states))
     if hasattr(attention, "k_norm"):
-        key = attention.k_norm(key.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
+        key = attention.k_norm(key.reshape(len(states), -1, attention.head_dim)).flatten(-2)
     if positions is not None:
         key = attention.rotary_emb(positions, key.contiguous(), None)[0]
-    by_head = (x.unflatten(-1, (-1, attention.head_dim)).contiguous() for x in (key, value))
-    key, value = by_head
-    return key, value
+    by_head = (len(states), -1, attention.head_dim)
+    return key.reshape(by_head).contiguous(), value.reshape(by_head).contiguous()
 
 
 def _projected(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys and values of normed states as the projection makes them."""
     projection = attention.qkv_proj
-    sizes = [attention.kv_size, attention.kv_size]
+    both = 2 * attention.kv_size
     weight = getattr(projection, "weight", None)
     # Quantised weights, and the packed ones of vLLM's CPU build, have other shapes: there queries are made in vain.
-    if isinstance(weight, Tensor) and weight.shape == (attention.q_size + sum(sizes), hidden.shape[-1]):
+    if isinstance(weight, Tensor) and weight.shape == (attention.q_size + both, hidden.shape[-1]):
         bias = None if projection.bias is None else projection.bias[attention.q_size :]
         made = nn.functional.linear(hidden, weight[attention.q_size :], bias)
     else:
         made = projection(hidden)[0][..., attention.q_size :]
-    key, value = made.split(sizes, dim=-1)
+    key, value = made.chunk(2, dim=-1)
     return key, value
 
 
@@ -56,28 +55,25 @@ class _Witness(nn.Module):
         raise _Attended(key, value)
 
 
-def check_layer(layer: nn.Module, number: int, width: int) -> None:
+def check_layer(layer: Any, number: int, width: int, dtype: torch.dtype) -> None:
     """Check that a layer makes of text the keys and values that it is taken to make of audio.
 
     It runs up to its attention on a few random states. A model is known by what it does, not by its name.
 
+    Args:
+        layer: the layer.
+        number: its number, for the error.
+        width: of the states.
+        dtype: of the states.
+
     Raises:
         ValueError: its keys or values differ, or it is built in another way.
     """
-    generator = torch.Generator().manual_seed(0)
-    like = next(weight for weight in layer.parameters() if weight.is_floating_point())
-    dtype = torch.get_default_dtype() if like.element_size() < 2 else like.dtype
-    states = torch.randn(5, width, generator=generator).to(like.device, dtype)
-    positions = torch.tensor([0, 1, 2, 11, 40], device=like.device)
+    device = next(layer.parameters()).device
+    states = torch.randn(5, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    positions = torch.tensor([0, 1, 2, 11, 40], device=device)
     try:
-        stock = layer.self_attn.attn
-        try:
-            layer.self_attn.attn = _Witness()  # type: ignore[union-attr, assignment]
-            layer(positions, states.clone(), None)
-        except _Attended as attended:
-            expected = attended.key, attended.value
-        finally:
-            layer.self_attn.attn = stock  # type: ignore[union-attr]
+        expected = _attended(layer, states.clone(), positions)
         made = audio_keys_and_values(layer, states.clone(), positions)
     except (AttributeError, TypeError) as error:
         raise ValueError(f"layer {number} must be built as Llama's is, to be given audio, got {error}") from error
@@ -88,3 +84,20 @@ def check_layer(layer: nn.Module, number: int, width: int) -> None:
                 f"layer {number} must make its {name} by input norm, projection, norm of keys and RoPE, to be given "
                 f"audio, got other {name}: {type(layer).__name__}"
             )
+
+
+def _attended(layer: Any, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the keys and values that a layer's attention is given.
+
+    Raises:
+        AttributeError: the layer has no attention where it is looked for.
+    """
+    attention = layer.self_attn.attn
+    layer.self_attn.attn = _Witness()
+    try:
+        layer(positions, states, None)
+    except _Attended as attended:
+        return attended.key, attended.value
+    finally:
+        layer.self_attn.attn = attention
+    raise AttributeError("an attention that is not called")

@@ -128,6 +128,21 @@ def test_log_probabilities_behind_a_clip_that_nothing_foretells_are_nan(llm):
     assert np.isfinite(output.prompt_logprobs[41][TEXT[1]].logprob)
 
 
+def test_layers_are_known_by_what_they_do(llm, model, monkeypatch):
+    """One that makes other keys is refused when its weights are loaded, and so is one built otherwise."""
+    layer = model.language_model.model.layers[2]
+    model.process_weights_after_loading()
+    stock = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda positions, hidden, residual: stock(positions, hidden + 1, residual))
+    with pytest.raises(ValueError, match="layer 2 must make its keys by input norm, projection"):
+        model.process_weights_after_loading()
+    monkeypatch.setattr(layer, "forward", lambda positions, hidden, residual: hidden)
+    with pytest.raises(ValueError, match="layer 2 must be built as Llama's is"):
+        model.process_weights_after_loading()
+    monkeypatch.undo()
+    assert len(ask(llm, [prompt_of(QUESTIONS["first"])], new=1)) == 1
+
+
 A = "<|AUDIO|>"
 SOUND = sound(0.5)
 WRONG = {
