@@ -68,8 +68,8 @@ def _small(encoders: list[dict[str, Any]], dtype: Any, settings: dict[str, Any])
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,  # of size 32: vLLM's attention on CPUs takes no smaller ones
+        num_key_value_heads=1,
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,

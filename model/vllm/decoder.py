@@ -32,6 +32,8 @@ from palkernels.model.vllm.settings import must_count
 __all__ = ["LalDecoder"]
 
 NO_SLOT = -1  # where vLLM writes nothing
+# Backends whose metadata of one kind stay as they are while those of another are built, as FlashInfer's plans do not.
+BUILD_TWICE = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
 
 class LalDecoder:
@@ -50,8 +52,12 @@ class LalDecoder:
     def __init__(
         self, language_model: Any, config: PalConfig, projectors: nn.ModuleDict, vllm_config: VllmConfig
     ) -> None:
-        self.model = language_model.model
-        self.layers = list(self.model.layers)
+        try:
+            self.model = language_model.model
+            self.layers = list(self.model.layers)
+            attentions = [layer.self_attn.attn for layer in self.layers]
+        except AttributeError as error:
+            raise ValueError(f"the language model must be built as Llama is, to be given audio, got {error}") from error
         self.hearing = config.lal_layers()
         self.projectors = projectors
         self.rotated = config.rope == "sequence"
@@ -59,14 +65,19 @@ class LalDecoder:
         self.width, self.dtype = config.text_config.hidden_size, vllm_config.model_config.dtype
         self.most_runs = vllm_config.scheduler_config.max_num_seqs
         self.counts: AudioCounts | None = None
-        for number, layer in enumerate(self.layers):
-            attention = layer.self_attn.attn
+        self.names = [attention.layer_name for attention in attentions]
+        self.deaf = [name for number, name in enumerate(self.names) if number not in self.hearing]
+        for number, attention in enumerate(attentions):
             if attention.sliding_window is not None:
                 window = attention.sliding_window
                 raise ValueError(f"layer {number} must attend to the whole text, got a sliding window of {window}")
-            attention.attn_backend = remembering_backend(attention.attn_backend)
-        self.names = [layer.self_attn.attn.layer_name for layer in self.layers]
-        self.deaf = [name for number, name in enumerate(self.names) if number not in self.hearing]
+            backend = attention.attn_backend
+            if self.deaf and backend.get_name() not in BUILD_TWICE:
+                raise ValueError(
+                    f"attention_backend must be {', '.join(BUILD_TWICE)} where some layers do not hear the audio, got "
+                    f"{backend.get_name()}"
+                )
+            attention.attn_backend = remembering_backend(backend)
 
     def check_layers(self) -> None:
         """Check that each hearing layer makes of text the keys and values that audio is given.

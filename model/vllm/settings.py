@@ -84,6 +84,8 @@ def _of_lal(config: PalConfig, vllm_config: VllmConfig) -> Iterator[str]:
     for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
         if getattr(parallel, name) > 1:
             yield f"- {name} must be 1, got {getattr(parallel, name)}: set tensor_parallel_size instead"
+    if vllm_config.kv_transfer_config is not None:
+        yield "- kv_transfer_config must be unset: connectors save what passes the attention, which audio does not"
     if cache.cache_dtype not in PLAIN_CACHES:
         yield f"- kv_cache_dtype must be {', '.join(PLAIN_CACHES)}, got {cache.cache_dtype}: audio has no scales in it"
     kinds = sorted(set(getattr(config.text_config, "layer_types", None) or ()) - {"full_attention"})
@@ -101,5 +103,3 @@ def _of_counting(vllm_config: VllmConfig, graphs: Any) -> Iterator[str]:
         yield f"- enable_prefix_caching must be off where {why}"
     if graphs.has_full_cudagraphs():
         yield f"- cudagraph_mode must be PIECEWISE or NONE where {why}, got {graphs}"
-    if vllm_config.kv_transfer_config is not None:
-        yield f"- kv_transfer_config must be unset where {why}"

@@ -127,7 +127,10 @@ def test_states_given_directly(client, reference):
 WRONG = {
     "too many": ([user(*[audio(wav(CLIPS["short"]))] * 3, text("?"))], "At most 2 audio"),
     "no file": ([user(audio(b"RIFF, but no sound"), text("?"))], "nvalid"),
-    "not base64": ([user({"type": "input_audio", "input_audio": {"data": "%%%", "format": "wav"}}, text("?"))], ""),
+    "not base64": (
+        [user({"type": "input_audio", "input_audio": {"data": "%%%", "format": "wav"}}, text("?"))],
+        "base64",
+    ),
     "too long": ([user(audio(wav(sound(120))), text("?"))], "at most 1023 tokens"),
     "not finite": ([user(audio(wav(np.full(800, np.nan, np.float32))), text("?"))], "finite samples"),
     "an audio token in a text": ([user(audio(wav(CLIPS["short"])), text("<|AUDIO|>?"))], "once for each clip"),
