@@ -1,10 +1,12 @@
 """The OpenAI server: chats with sounds, turns and streams; wrong requests are answered and the server lives on; killed
 and started again it answers as before."""
 
+import asyncio
 import base64
 import io
 import os
 import signal
+import time
 import urllib.error
 import urllib.request
 
@@ -152,6 +154,53 @@ def test_what_is_no_json_is_a_400_too(running, port):
     )
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(request, timeout=60)
+
+
+def test_many_at_once_are_answered_as_each_alone(running, client, port):
+    """Good ones, wrong ones, and some that are given up midway, eight at a time."""
+    alone = {name: ask(client, messages, max_tokens=40).choices[0].token_ids for name, messages in CHATS.items()}
+    asynchronous = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    places = asyncio.Semaphore(8)
+
+    async def one(number):
+        """What became of a request: its kind, and its answer."""
+        async with places:
+            if number % 10 == 3:
+                messages, message = list(WRONG.values())[number // 10 % len(WRONG)]
+                with pytest.raises(openai.BadRequestError, match=message):
+                    await ask(asynchronous, messages)
+                return "wrong", None
+            name = list(CHATS)[number % len(CHATS)]
+            if number % 10 == 7:
+                async for _ in await ask(asynchronous, CHATS[name], max_tokens=400, stream=True):
+                    return "given up", None
+            answer = await ask(asynchronous, CHATS[name], max_tokens=10 + number % 31)
+            return name, answer.choices[0].token_ids
+
+    async def all_of_them():
+        return await asyncio.gather(*map(one, range(80)))
+
+    kinds = {}
+    for number, (kind, tokens) in enumerate(asyncio.run(all_of_them())):
+        kinds[kind] = kinds.get(kind, 0) + 1
+        assert tokens is None or tokens == alone[kind][: 10 + number % 31], number
+    assert (kinds["wrong"], kinds["given up"]) == (8, 8)
+    for _ in range(60):  # what was given up ends a step or two later
+        left = {
+            name: figure(port, name) for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        }
+        if not any(left.values()):
+            break
+        time.sleep(1)
+    assert not any(left.values()), left
+
+
+def figure(port, name):
+    """A figure of the server's."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as page:
+        lines = page.read().decode().splitlines()
+    (value,) = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}{{")]
+    return value
 
 
 def test_killed_and_started_again_it_answers_as_before(running, client, directory, port):

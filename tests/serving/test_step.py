@@ -20,6 +20,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from palkernels.model import AudioState
+from palkernels.model.vllm import decoder
 
 TEXT = list(range(10, 60))
 
@@ -77,6 +78,19 @@ def test_the_stock_decoder_runs_once_a_step_on_the_text_of_all_requests(llm, mod
     ask(llm, [prompt_of_states(parts) for parts in texts], new=2)
     hook.remove()
     assert rows == [8 + 9 + 7, 3]
+
+
+def test_only_steps_with_audio_leave_the_stock_path(llm, monkeypatch):
+    """The prompt's step does; those that decode run as any model's, and so do texts alone."""
+    seen = []
+    runs = decoder.text_runs
+    monkeypatch.setattr(
+        decoder, "text_runs", lambda common, *args: (seen.append(common.num_reqs), runs(common, *args))[1]
+    )
+    ask(llm, [prompt_of_states([states(60, 5), TEXT[:4]])], new=6)
+    assert seen == [1]
+    ask(llm, [prompt_of_states([TEXT[:8]])], new=6)
+    assert seen == [1]
 
 
 def test_encoders_take_the_clips_of_a_step_together_and_a_clip_once(llm, model):

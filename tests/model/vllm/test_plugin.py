@@ -1,6 +1,7 @@
 """The plugin is found by vLLM, alone knows it, and says which release it needs."""
 
 import importlib
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -11,6 +12,7 @@ import pytest
 from palkernels.model.vllm import versions
 
 
+@pytest.mark.skipif(os.environ.get("PALKERNELS_TEST_WHEEL") != "1", reason="an editable install has older metadata")
 def test_vllm_finds_it():
     (found,) = [point for point in entry_points(group="vllm.general_plugins") if point.name == "palkernels"]
     assert found.load() is importlib.import_module("palkernels.model.vllm").register
