@@ -156,6 +156,9 @@ def test_what_is_no_json_is_a_400_too(running, port):
         urllib.request.urlopen(request, timeout=60)
 
 
+LOAD = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+
+
 def test_many_at_once_are_answered_as_each_alone(running, client, port):
     """Good ones, wrong ones, and some that are given up midway, eight at a time."""
     alone = {name: ask(client, messages, max_tokens=40).choices[0].token_ids for name, messages in CHATS.items()}
@@ -186,9 +189,7 @@ def test_many_at_once_are_answered_as_each_alone(running, client, port):
         assert tokens is None or tokens == alone[kind][: 10 + number % 31], number
     assert (kinds["wrong"], kinds["given up"]) == (8, 8)
     for _ in range(60):  # what was given up ends a step or two later
-        left = {
-            name: figure(port, name) for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-        }
+        left = {name: figure(port, name) for name in LOAD}
         if not any(left.values()):
             break
         time.sleep(1)

@@ -82,11 +82,13 @@ def test_the_stock_decoder_runs_once_a_step_on_the_text_of_all_requests(llm, mod
 
 def test_only_steps_with_audio_leave_the_stock_path(llm, monkeypatch):
     """The prompt's step does; those that decode run as any model's, and so do texts alone."""
-    seen = []
-    runs = decoder.text_runs
-    monkeypatch.setattr(
-        decoder, "text_runs", lambda common, *args: (seen.append(common.num_reqs), runs(common, *args))[1]
-    )
+    seen, runs = [], decoder.text_runs
+
+    def counted(common, *args):
+        seen.append(common.num_reqs)
+        return runs(common, *args)
+
+    monkeypatch.setattr(decoder, "text_runs", counted)
     ask(llm, [prompt_of_states([states(60, 5), TEXT[:4]])], new=6)
     assert seen == [1]
     ask(llm, [prompt_of_states([TEXT[:8]])], new=6)
