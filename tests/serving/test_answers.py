@@ -5,7 +5,7 @@ import pytest
 import torch
 from support.served import MODELS, QUESTIONS, RATE, ask, assert_same, engine, prompt_of
 
-CASES = [(name, "llama") for name in MODELS] + [("lal", "qwen3")]
+CASES = [(name, "llama") for name in MODELS] + [("lal", "qwen2"), ("lal", "qwen3")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)

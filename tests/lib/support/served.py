@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from palkernels.model import AUDIO_TOKEN, AudioState, PalForConditionalGeneration, PalProcessor, byte_tokenizer
 
@@ -25,6 +25,7 @@ QUERIED = {
     "config": {**WHISPER, "window_seconds": 3},  # cut elsewhere than the others' windows
     "connector": {"type": "qformer", "config": QUERIES},
 }
+FAMILIES: dict[str, Any] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 # By name: entries of a config, and its other settings.
 MODELS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "lal": ([STACKED], {}),
@@ -49,7 +50,7 @@ def make(directory: Path, name: str, family: str = "llama") -> Path:
         "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
     torch.manual_seed(0)
-    config = (Qwen3Config if family == "qwen3" else LlamaConfig)(**sizes)
+    config = FAMILIES[family](**sizes)
     language_model = AutoModelForCausalLM.from_config(config).float()
     for weight in language_model.parameters():
         torch.nn.init.normal_(weight, std=0.15) if weight.ndim == 2 else torch.nn.init.uniform_(weight, 0.5, 1.5)
