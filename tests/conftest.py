@@ -14,6 +14,8 @@ from support.limits import pytest_runtest_protocol, restore_default_signals
 
 __all__ = ["pytest_runtest_protocol"]  # every test's limit of time
 
+collect_ignore = ["serving"]  # needs vLLM: make test-serving, which does not load this file
+
 restore_default_signals()
 
 # A child process imports the installed package, not the source tree that it happens to start in; and `support`.
