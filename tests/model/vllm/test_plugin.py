@@ -4,12 +4,16 @@ import importlib
 import os
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from palkernels.model.vllm import versions
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.skipif(os.environ.get("PALKERNELS_TEST_WHEEL") != "1", reason="an editable install has older metadata")
@@ -30,6 +34,14 @@ def test_importing_it_imports_no_vllm():
 )  # fmt: skip
 def test_releases(version, supported):
     assert versions.is_supported(version) is supported
+
+
+def test_extra_tests_and_docs_say_the_same_release():
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["vllm"]
+    major, _, minor = versions.SUPPORTED.partition(".")
+    assert f"vllm[audio]>={versions.SUPPORTED},<{major}.{int(minor) + 1}" in extra
+    assert f"\nvllm-cpu=={versions.SUPPORTED}." in (ROOT / "constraints-serving.txt").read_text()
+    assert f"| vLLM | {versions.SUPPORTED} | {versions.SUPPORTED} |" in (ROOT / "docs" / "support.md").read_text()
 
 
 def test_another_release_is_refused_where_a_model_loads(monkeypatch):
