@@ -7,6 +7,7 @@
     pal/           the whole audio LLM: config, model, processor
     building/      an audio LLM from the checkpoints of its parts
     evaluation/    what a model answers, compared with what it should have said
+    vllm/          the plugin by which vLLM serves a saved audio LLM
 
 ``from palkernels.model import attach`` loads no encoder, no connector and no audio LLM. Yet ``import palkernels.model``
 is enough for transformers' Auto classes to load a saved audio LLM, model type "pal": :mod:`palkernels.model.auto` gives
