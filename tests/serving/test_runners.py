@@ -1,11 +1,12 @@
-"""Compiled, as vLLM runs by default; and by its runner for GPUs, whose Triton kernels run in the interpreter."""
+"""In bfloat16, compiled, as vLLM runs by default; and by its runner for GPUs, whose Triton kernels are interpreted."""
 
 import os
 import subprocess
 import sys
 
 import pytest
-from support.served import QUESTIONS, ask, assert_same, engine, prompt_of
+import torch
+from support.served import QUESTIONS, RATE, Reference, ask, assert_same, engine, prompt_of
 
 # vLLM's build for CPUs uses Triton where it finds a backend of that name. The interpreter needs none, so any will do.
 BY_THE_RUNNER_OF_GPUS = """
@@ -40,3 +41,18 @@ def test_compiled(directory, reference):
         outputs = ask(llm, [prompt_of(question) for question in QUESTIONS.values()])
         for question, output in zip(QUESTIONS.values(), outputs, strict=True):
             assert_same(output, reference("lal").answer(question))
+
+
+def test_bfloat16_is_as_exact_as_hugging_face_in_bfloat16(directory, reference):
+    hugging_face = Reference(directory("encoders"))
+    hugging_face.model.to(torch.bfloat16)
+    with engine(directory("encoders"), dtype="bfloat16") as llm:
+        outputs = ask(llm, [prompt_of(question) for question in QUESTIONS.values()], new=1)
+    ours, its = [], []
+    for question, output in zip(QUESTIONS.values(), outputs, strict=True):
+        inputs = hugging_face.processor(question.text, list(question.clips) or None, RATE)
+        exact, rounded = (model.answer_inputs(inputs, 1).logprobs[0] for model in (reference("encoders"), hugging_face))
+        (logprobs,) = output.outputs[0].logprobs
+        ours.append(max(abs(entry.logprob - float(exact[token])) for token, entry in logprobs.items()))
+        its.append(float((rounded.float() - exact)[list(logprobs)].abs().max()))
+    assert max(ours) <= 3 * max(its)
