@@ -1,5 +1,7 @@
 """What a step computes and what not: rows through FFN and attention, encoders, caches; and what a request may be."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -185,4 +187,11 @@ def test_what_a_request_does_wrong_is_said(llm, message):
     clips = [clip if isinstance(clip, tuple | torch.Tensor) else (clip, RATE) for clip in clips]
     with pytest.raises((VLLMValidationError, ValueError), match=message):  # a server answers 400 to both
         ask(llm, [{**prompt, "multi_modal_data": {"audio": clips}}], new=1)
+    assert len(ask(llm, [prompt_of(QUESTIONS["first"])], new=1)) == 1
+
+
+def test_a_clip_of_another_rate_is_refused_without_torchaudio(llm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    with pytest.raises(VLLMValidationError, match="resampling needs torchaudio"):
+        ask(llm, [prompt_of(QUESTIONS["first"], rate=11_025)], new=1)
     assert len(ask(llm, [prompt_of(QUESTIONS["first"])], new=1)) == 1
