@@ -22,13 +22,14 @@ ARCHITECTURE = "PalForConditionalGeneration"
 
 
 def register() -> None:
-    """Make saved audio LLMs known to vLLM: their config and processor, their model, and what their settings must be."""
+    """Make saved audio LLMs known to vLLM: their model, and what their settings must be.
+
+    Their config and processor are known by then: importing :mod:`palkernels.model` tells transformers' Auto classes.
+    """
     import vllm
 
-    from palkernels.model import auto
     from palkernels.model.vllm.versions import is_supported
 
-    auto.register()  # config and processor, with transformers' Auto classes
     if not is_supported(vllm.__version__):  # other models must still be served: only loading this one raises
         vllm.ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.versions:{ARCHITECTURE}")
         return
