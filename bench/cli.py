@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
@@ -27,6 +28,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if process.is_the_program(sys._getframe()):
         process.take_signals()
     process.write_to_any_terminal()
+    # peft imports it where it is installed, and it warns of a kernel for 4-bit weights that no command uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     code, message = 1, None
     try:
         code, message = _run((sys.argv[1:] if arguments is None else arguments) or ["--help"])

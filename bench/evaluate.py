@@ -109,12 +109,11 @@ def _notes(found: Scores) -> Iterator[str]:
         yield f"{found.incomplete:,} of {len(found.answers):,} answers did not end within {limit} tokens."
     if not found.dropped:
         return
-    total = len(found.dropped) + len(found.answers)
     reasons: dict[str, list[Any]] = {}
     for dropped in found.dropped:
         reasons.setdefault(dropped.reason, []).append(dropped)
     counts = ", ".join(f"{len(alike):,} {reason}" for reason, alike in reasons.items())
-    yield f"{len(found.dropped):,} of {total:,} samples are in no figure: {counts}."
+    yield f"{len(found.dropped):,} samples are in no figure: {counts}."
     for dropped in found.dropped[:LISTED]:
         detail = dropped.detail.removeprefix(f"{dropped.source}: ")
         yield f"  {dropped.source}: {detail}"

@@ -100,7 +100,8 @@ def split_fault(splits: Sequence[str] | None, source: Source) -> Fault | None:
         return None if got is None else Fault("split", f"must not be given for a dataset without splits, got {got!r}")
     if source.split in splits or (source.split is None and len(splits) == 1):
         return None
-    return Fault("split", f"must be one of {', '.join(sorted(splits))}, got {source.split!r}")
+    got = "nothing" if source.split is None else repr(source.split)
+    return Fault("split", f"must be one of {', '.join(sorted(splits))}, got {got}")
 
 
 def parts_of(schema: Schema, source: Source) -> tuple[dict[str, str], list[Fault]]:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from palkernels.errors import one_line
+from palkernels.model.audio.limits import AudioError
 from palkernels.model.data import Dropped
+from palkernels.model.data.reasons import UNREADABLE
 from palkernels.model.evaluation.choosing import choice_tokens, likelihoods
 from palkernels.model.evaluation.normalisation import normalised
 from palkernels.model.evaluation.questions import Question
@@ -75,7 +77,8 @@ class Asker:
             return self._processed(questions), list(questions), {}
         except (OSError, ValueError) as error:
             if len(questions) == 1:
-                return None, [], {questions[0].number: Dropped(questions[0].sample.source, REFUSED, one_line(error))}
+                reason = UNREADABLE if isinstance(error, AudioError) else REFUSED
+                return None, [], {questions[0].number: Dropped(questions[0].sample.source, reason, one_line(error))}
         taken: list[Question] = []
         dropped: dict[int, Dropped] = {}
         for question in questions:  # one of them or more; which, each says by itself

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def _scalar(text: str) -> Any:
         return text
 
 
-def override(tree: Located, words: Sequence[str], folder: Path) -> list[str]:
+def override(tree: Located, words: Sequence[str], folder: Path, rivals: Collection[str] = ()) -> list[str]:
     """Put values into a recipe that the command line gives, as in "stages.0.lr=1e-4"; returns what is wrong with them.
 
     A path goes through keys and numbers of a list's items, or their names: "stages.align.lr=1e-4". Keys that are not
@@ -146,6 +146,7 @@ def override(tree: Located, words: Sequence[str], folder: Path) -> list[str]:
         tree: The recipe, which is changed.
         words: The overrides.
         folder: What paths in them are relative to.
+        rivals: Keys of which a mapping has one: an override takes the place of another that the recipe has.
     """
     faults: list[str] = []
     for word in words:
@@ -159,7 +160,7 @@ def override(tree: Located, words: Sequence[str], folder: Path) -> list[str]:
         except RecipeError:
             faults.append(f"{word}: the value must be YAML, got {text!r}")
             continue
-        fault = _put(tree, keys, placed(value, word))
+        fault = _put(tree, keys, placed(value, word), rivals, words)
         if fault:
             faults.append(f"{word}: {fault}")
     return faults
@@ -174,7 +175,9 @@ def placed(tree: Located, place: str) -> Located:
     return tree
 
 
-def _put(tree: Located, keys: Sequence[str], value: Located) -> str | None:
+def _put(
+    tree: Located, keys: Sequence[str], value: Located, rivals: Collection[str], words: Sequence[str]
+) -> str | None:
     here = tree
     for i, key in enumerate(keys):
         last, so_far = i + 1 == len(keys), ".".join(keys[:i]) or "the recipe"
@@ -182,14 +185,17 @@ def _put(tree: Located, keys: Sequence[str], value: Located) -> str | None:
             here.value, here.place = {}, value.place
         if isinstance(here.value, dict):
             if last:
+                for other in rivals if key in rivals else ():
+                    if other in here.value and here.value[other].place not in words:
+                        del here.value[other]
                 here.value[key] = value
                 return None
             here = here.value.setdefault(key, Located({}, value.place, value.folder))
         elif isinstance(here.value, list):
             number = _number(here.value, key)
             if number is None:
-                count = len(here.value)
-                return f"{so_far} must have an item {key!r}, got {count}: they are numbered from 0 to {count - 1}"
+                known = [*filter(None, map(_name, here.value)), *map(str, range(len(here.value)))]
+                return f"{so_far} must have an item {key!r}{did_you_mean(key, known)}"
             if last:
                 here.value[number] = value
                 return None
@@ -203,7 +209,11 @@ def _number(items: list[Located], key: str) -> int | None:
     """Return which item of a list a key means: by number, or by the item's name."""
     if key.isdecimal():
         return int(key) if int(key) < len(items) else None
-    names = [
-        item.value["name"].value if isinstance(item.value, dict) and "name" in item.value else None for item in items
-    ]
+    names = [_name(item) for item in items]
     return names.index(key) if key in names else None
+
+
+def _name(item: Located) -> str | None:
+    """Return the name of a list's item, if it has one."""
+    name = item.value["name"].value if isinstance(item.value, dict) and "name" in item.value else None
+    return name if isinstance(name, str) else None

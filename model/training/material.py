@@ -69,13 +69,13 @@ class Material:
 
         return Order(len(mixture), epoch, stage.batch, epochs=stage.epochs, steps=stage.steps, samples=stage.samples)
 
-    def of_states(self, states: EncodedStates, stage: StageRecipe, say: Callable[[str], None]) -> Collator:
-        """Return a collator whose batches have kept states instead of clips, which it keeps first."""
-        parts = [x for source, x in zip(self.data.train, self.train, strict=True) if source.name in stage.data]
-        samples = list({id(x): x for part in (*parts, self.held_out) for x in part}.values())
+    def of_states(self, states: EncodedStates, stage: str, order: Order, say: Callable[[str], None]) -> Collator:
+        """Return a collator whose batches have kept states instead of clips: of the samples of a stage's order, and of
+        those that are held out. It keeps them first."""
+        samples = list({id(x): x for part in (*order, self.held_out) for x in part}.values())
         prepared = states.prepare(samples, num_workers=self.data.workers, progress=True)
         count = prepared.encoded + prepared.kept
-        say(f"stage {stage.name}: states of {count:,} clips, {prepared.encoded:,} of them new")
+        say(f"stage {stage}: states of {count:,} clips, {prepared.encoded:,} of them new")
         if prepared.samples.dropped:
             raise AudioError(prepared.samples.dropped[-1].detail)
         return Collator(
@@ -123,8 +123,7 @@ def damage_explained() -> Iterator[None]:
         said = str(error).strip().splitlines()[-1]  # a worker's error has its traceback first
         said = said.removeprefix(f"{AudioError.__module__}.{AudioError.__name__}: ")
         raise AudioError(
-            f"{said}: with a whole clip in its place --resume goes on; a new run drops such rows unless data.check is "
-            "false"
+            f"{said}: with a whole clip in its place --resume goes on; a new run with data.check drops such rows"
         ) from error
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.utils import is_gguf_available
 
 from palkernels.errors import one_line
 from palkernels.model.connectors.registry import CONNECTORS
@@ -80,6 +81,8 @@ def read_model(top: Fields, faults: list[str]) -> ModelRecipe | None:
         _whole(model, "path", path)
         return ModelRecipe(path=path, dtype=dtype)
     llm = model.read("llm", take.path_or_name)
+    if llm is not None and llm.endswith(".gguf") and not is_gguf_available():
+        model.wrong("llm", f"must be a file that can be read, got {llm!r}: pip install 'palkernels[demo]' reads .gguf")
     _whole(model, "llm", llm)
     if not model.has("encoders"):
         model.wrong("encoders", "must be given, got nothing: [{type: whisper, checkpoint: DIRECTORY}], say")

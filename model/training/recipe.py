@@ -97,12 +97,11 @@ class Recipe:
     report_to: tuple[str, ...] = ()
 
     def meaning(self) -> dict[str, Any]:
-        """Return what decides what is learnt, by dotted path: a run that is resumed must have the same. What ``check``
-        decides, the samples do."""
+        """Return what decides what is learnt, by dotted path: a run that is resumed must have the same."""
         whole = asdict(self)
         for name in ("output", "checkpoint_steps", "checkpoint_keep", "log_steps", "eval_steps", "report_to"):
             del whole[name]
-        del whole["data"]["workers"], whole["data"]["check"]
+        del whole["data"]["workers"]
         return _flat(whole, "")
 
 
@@ -116,9 +115,10 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     try:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError([f"{file}: the recipe must be a file of text that can be read, got: {error}"]) from error
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise RecipeError([f"{file}: the recipe must be a file of text that can be read, got: {reason}"]) from error
     tree = compose(content, str(path), file.parent)
-    faults = override(tree, overrides, Path())
+    faults = override(tree, overrides, Path(), rivals=LENGTHS)
     recipe = _read(tree, faults)
     if faults or recipe is None:
         raise RecipeError(sorted(dict.fromkeys(faults), key=_line))

@@ -97,7 +97,7 @@ def train(
     Args:
         recipe: As :func:`load_recipe` returned it.
         resume: Whether to go on with the run in ``recipe.output``, to the same weights, bit for bit, as without the
-            interruption. Where there is none it begins.
+            interruption. Where there is none a new one begins, which is said.
         say: Takes lines for the user, of the first process alone.
         stop: Asked after each step; where it returns True, a checkpoint is written and the run stops.
         before: Called with all stages before the first one begins.
@@ -118,6 +118,8 @@ class _Run:
         self.say: Callable[[str], None] = say if self.state.is_main_process else lambda _: None
 
     def run(self, resume: bool) -> Path:
+        if resume and not (self.folder / RECIPE).exists():
+            self.say(f"no run to go on with in {self.folder}: a new one begins")
         self._open(resume)
         last = self._folder_of(len(self.recipe.stages) - 1)
         if last.exists():
@@ -273,7 +275,7 @@ class _Run:
             stage=stage,
             chosen=chosen,
             order=order,
-            collate=Collate(self._collator(model, stage)),
+            collate=Collate(self._collator(model, stage, order)),
             log=log,
             keep=self.recipe.checkpoint_keep,
             held_out=self.material.held_out,
@@ -309,7 +311,7 @@ class _Run:
             shutil.rmtree(checkpoints, ignore_errors=True)
         self.state.wait_for_everyone()
 
-    def _collator(self, model: PalForConditionalGeneration, stage: StageRecipe) -> Collator:
+    def _collator(self, model: PalForConditionalGeneration, stage: StageRecipe, order: Order) -> Collator:
         """Return what makes a stage's batches: of kept states where the recipe asks for it and the encoders are frozen.
         The first process encodes, and the others find everything kept."""
         cache = self.recipe.data.cache
@@ -319,7 +321,7 @@ class _Run:
             model.audio_tower.to(self.state.device)
         states = EncodedStates(cache or self.folder / "states", list(model.audio_tower), self.processor)
         with self.state.main_process_first(), damage_explained():
-            return self.material.of_states(states, stage, self.say)
+            return self.material.of_states(states, stage.name, order, self.say)
 
     def _save(
         self, folder: Path, start: Path, stage: StageRecipe, tensors: dict[str, torch.Tensor], about: dict[str, Any]

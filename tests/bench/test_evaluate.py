@@ -61,7 +61,7 @@ def test_a_table_and_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert {name: cells[1] for name, cells in shown.items()} == {"words": "4", "names": "3", "all": "7"}
     assert any(line.startswith("7 of 7 answers did not end within 3 tokens.") for line in lines)
     dropped = next(i for i, line in enumerate(lines) if "samples are in no figure" in line)
-    assert lines[dropped].startswith("4 of 11 samples are in no figure: ")
+    assert lines[dropped].startswith("4 samples are in no figure: ")
     for reason in ("1 audio missing", "1 no answer", "1 not a JSON object", "1 answer not among the choices"):
         assert reason in lines[dropped]
     assert {line.split()[0] for line in lines[dropped + 1 :]} == {f"words.jsonl:{i}:" for i in (5, 6, 7, 8)}

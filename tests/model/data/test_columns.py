@@ -160,7 +160,7 @@ def test_what_is_no_dataset(clips, tmp_path):
     with pytest.raises(ValueError, match=r"must be a file, a directory or a datasets\.Dataset, got int"):
         read(Source(3))
     both = datasets.DatasetDict({name: dataset_of(questions(clips), audio="audio") for name in ("a", "b")})
-    with pytest.raises(ValueError, match="split must be one of a, b, got None"):
+    with pytest.raises(ValueError, match="split must be one of a, b, got nothing"):
         read(Source(both))
     with pytest.raises(ValueError, match="split must not be given for a dataset without splits, got 'a'"):
         read(Source(both["a"], split="a"))

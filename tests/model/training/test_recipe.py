@@ -56,6 +56,24 @@ def test_read(folder):
     assert (both.steps, both.epochs, both.lora.r) == (100, None, 4)  # a length of its own instead of the default
 
 
+def test_a_length_takes_the_place_of_another(folder):
+    read = recipe(folder, GOOD, ["stages.open.epochs=2", "stages.align.samples=8"])
+    assert [(stage.epochs, stage.steps, stage.samples) for stage in read.stages] == [(None, None, 8), (2, None, None)]
+    read = recipe(folder, GOOD, ["defaults.steps=3"])
+    assert read.stages[0].steps == 3
+    (fault,) = faults(folder, GOOD, ["stages.open.epochs=2", "stages.open.samples=3"])
+    assert "must not be given with epochs" in fault
+
+
+def test_a_gguf_file_needs_its_reader(folder, monkeypatch):
+    (folder / "llm.gguf").write_bytes(b"")
+    text = GOOD.replace("./llm", "./llm.gguf")
+    monkeypatch.setattr("palkernels.model.training.model_recipe.is_gguf_available", lambda: False)
+    (fault,) = faults(folder, text)
+    assert fault.startswith("recipe.yaml:2: model.llm must be a file that can be read")
+    assert "palkernels[demo]" in fault
+
+
 def test_every_fault_at_once_with_its_line(folder):
     text = """\
 modl: x
@@ -143,9 +161,14 @@ def test_overrides(folder, monkeypatch, tmp_path):
     assert (read.stages[0].lr["connector"], read.stages[1].steps, read.seed) == (1e-4, 7, 3)
     assert read.report_to == ("tensorboard",)
     assert read.output == "/x"  # of the command line, so relative to where it is given
-    found = faults(folder, GOOD, ["stages.2.lr=1", "seed", "stages.0.lr=fast", "model.llm.x=1", "seed=[", "sed=1"])
+    found = faults(
+        folder,
+        GOOD,
+        ["stages.2.lr=1", "stages.algin.lr=1", "seed", "stages.0.lr=fast", "model.llm.x=1", "seed=[", "sed=1"],
+    )
     for fault in (
-        "stages.2.lr=1: stages must have an item '2', got 2: they are numbered from 0 to 1",
+        "stages.2.lr=1: stages must have an item '2': it may be 0, 1, align, open",
+        "stages.algin.lr=1: stages must have an item 'algin': did you mean 'align'?",
         "seed: an override must be KEY=VALUE",
         "stages.0.lr=fast: stages.0.lr must be a number above 0, got 'fast'",
         "model.llm.x=1: model.llm must be a mapping or a list to have 'x', got './llm'",
@@ -219,7 +242,7 @@ def test_every_fault_of_a_dataset(folder, speech):
         assert sum(line.startswith(fault) for line in found) == 1, (fault, found)
     for wrong, fault in (
         (("split: test", "split: dev"), "9: data.eval.0.split must be one of test, train, got 'dev'"),
-        (("      split: test\n", ""), "8: data.eval.0.split must be one of test, train, got None"),
+        (("      split: test\n", ""), "8: data.eval.0.split must be one of test, train, got nothing"),
         (("folder: clips", "folder: none"), "10: data.eval.0.folder must be a folder that is there, got"),
         (("answer: said", "answr: said"), "11: data.eval.0.columns.answr is not known: did you mean 'answer'?"),
         (("answer: said", "answer: text"), "11: data.eval.0.columns must be among sound, said, got text"),

@@ -176,7 +176,9 @@ def test_damage_that_was_not_looked_for(damaged, workers):
         run(damaged, *words)
     message = str(caught.value)
     assert message.startswith("rows.jsonl:1: audio file ")
-    assert message.endswith("--resume goes on; a new run drops such rows unless data.check is false")
+    assert message.endswith("--resume goes on; a new run with data.check drops such rows")
+    with pytest.raises(RunError, match=r"must go on with the recipe that it began with, got: data\.check was False"):
+        run(damaged, *words, "data.check=true", resume=True)
     assert len(message.splitlines()) == 1
     write_clip(damaged / "clips" / "whole.wav", 0.1)
     (damaged / "clips" / "whole.wav").replace(damaged / "clips" / "0.flac")
@@ -226,6 +228,16 @@ def test_refused(folder, whole, tmp_path):
     (tmp_path / "other").write_text("")
     with pytest.raises(RunError, match=r"output must be a new or empty folder, got .* with something in it"):
         run(folder, f"output={tmp_path}")
+
+
+def test_resumed_where_no_run_is(folder, tmp_path):
+    """A new one begins, and a line says so; states are kept of what is learnt or held out alone."""
+    words = f"output={tmp_path / 'out'}", "stages.align.steps=1", "stages.adapt.steps=1", "data.cache=true"
+    _, said = run(folder, *words, resume=True)
+    assert said[0] == f"no run to go on with in {tmp_path / 'out'}: a new one begins"
+    assert any(
+        line.startswith("stage align: states of ") and not line.startswith("stage align: states of 10") for line in said
+    )
 
 
 def test_plans_come_first(folder, tmp_path):
