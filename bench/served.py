@@ -32,14 +32,15 @@ class ServedConversation:
             import openai
         except ModuleNotFoundError as error:
             raise UserError("--serve needs the package openai: pip install 'palkernels[client]'") from error
-        self.refused: type[Exception] = openai.OpenAIError
+        # What is no OpenAI server may answer anything, which the client takes apart without a look.
+        self.refused: tuple[type[Exception], ...] = openai.OpenAIError, ValueError, TypeError, AttributeError
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.client = openai.OpenAI(base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY") or NO_KEY)
         self.clips = [_part(path) for path in clips]
         self.messages: list[Any] = []
         try:
+            self.client = openai.OpenAI(base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY") or NO_KEY)
             self.model = next(iter(self.client.models.list())).id
-        except (self.refused, StopIteration) as error:
+        except Exception as error:  # a URL that is none raises classes of the client's own client
             raise UserError(f"--serve must be a server that lists a model, got {self.url}: {_said(error)}") from error
 
     def ask(self, question: str, max_new_tokens: int) -> Iterator[str]:

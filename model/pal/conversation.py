@@ -13,7 +13,8 @@ from palkernels.model.pal.processing_pal import PalProcessor
 
 __all__ = ["Conversation"]
 
-ONE_ROW = ("num_beams", "num_return_sequences")
+# What a cache of one row, which goes on, needs of generate.
+NEEDED = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "return_dict_in_generate": False}
 CLIPS = ("input_features", "audio_lengths")
 HEARD = ("audio_features", "audio_index", "insert_at")
 
@@ -41,11 +42,14 @@ class Conversation:
         *,
         sampling_rate: int | None = None,
     ) -> None:
+        if isinstance(clips, str | bytes):
+            raise TypeError(f"clips must be a list of clips, got one {type(clips).__name__}")
         self.model, self.processor, self.clips, self.sampling_rate = model, processor, list(clips), sampling_rate
         self.messages: list[dict[str, Any]] = []
         self._heard: dict[str, Any] = {}  # the audio's arguments, once it is encoded
         self._cache: Any = None  # of `_ids`, but perhaps for the last; None: the next question runs the whole text
         self._ids: Tensor | None = None  # (1, T)
+        self._place: Any = None  # the model's device and dtype
         self._text = ""  # what they are of
 
     def ask(self, question: str, **options: Any) -> str:
@@ -53,20 +57,20 @@ class Conversation:
 
         Args:
             question: The question.
-            options: Of ``generate``, as ``max_new_tokens`` and ``streamer``. One answer is made: no beams.
+            options: Of ``generate``, as ``max_new_tokens`` and ``streamer``. One answer is made, with a cache.
 
         Raises:
-            AudioError, ValueError: A clip or a question is refused; or an option asks for several answers.
+            AudioError, ValueError: A clip or a question is refused; or an option asks for several answers, for none of
+                the cache, or for more than tokens.
         """
-        for name in ONE_ROW:
-            value = options.get(name) or getattr(self.model.generation_config, name, None) or 1
-            if value > 1:
-                raise ValueError(f"{name} must be 1 in a conversation, got {value}")
+        self._check(options)
         text = {"type": "text", "text": question}
         heard = [] if self.messages else [{"type": "audio", "audio": clip} for clip in self.clips]
         messages = [*self.messages, {"role": "user", "content": [*heard, text]}]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         cache, self._cache = self._cache, None  # what fails midway leaves it unfit
+        if (place := (self.model.device, self.model.dtype)) != self._place:
+            cache, self._ids, self._heard, self._place = None, None, {}, place  # the model has been moved
         goes_on = self._ids is not None and prompt.startswith(self._text)
         inputs = self._going_on(prompt) if goes_on else self._anew(messages)
         if cache is None or not goes_on:
@@ -74,7 +78,7 @@ class Conversation:
             inputs |= self._heard
         keyword = cache_keyword(self.model.language_model.forward) or "past_key_values"
         ids = inputs["input_ids"]
-        found = self.model.generate(**inputs, **options, **{keyword: cache}, return_dict_in_generate=False)
+        found = self.model.generate(**{**inputs, **options, **NEEDED, keyword: cache})
         new = self._without_end(found[:, ids.shape[1] :])
         decode = self.processor.tokenizer.decode
         said: str = decode(new[0], skip_special_tokens=True)
@@ -82,6 +86,16 @@ class Conversation:
         self._text = prompt + decode(new[0], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         self.messages = [*messages, {"role": "assistant", "content": said}]
         return said
+
+    @staticmethod
+    def _check(options: dict[str, Any]) -> None:
+        """Refuse options of generate that do not go with a conversation."""
+        given = dict(options)
+        if (config := options.get("generation_config")) is not None:
+            given |= {name: getattr(config, name, None) for name in NEEDED}
+        for name, needed in NEEDED.items():
+            if given.get(name) not in (None, needed):
+                raise ValueError(f"{name} must be {needed} in a conversation, got {given[name]}")
 
     def _going_on(self, prompt: str) -> dict[str, Any]:
         """Return the arguments of a text that begins with the one so far."""

@@ -11,6 +11,11 @@ from palkernels.model.audio.limits import AudioError
 from palkernels.model.audio.waveforms import check_rank
 from palkernels.model.pal import PalConfig, PalProcessor
 
+# What states of a caller may be: what connectors make is thousands of times smaller, and what layers make of as much
+# stays finite.
+LARGEST = 1e4
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 __all__ = ["check_embeds", "check_length", "longest_seconds", "read_clip", "token_counts", "window_counts"]
 
 
@@ -32,7 +37,7 @@ def read_clip(clip: Any, sampling_rate: int) -> tuple[np.ndarray, int]:
     if not isinstance(samples, np.ndarray):
         raise AudioError(f"audio must be an array, or a pair of one and its rate, got {type(samples).__name__}")
     check_rank(samples)
-    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or rate != int(rate):
+    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not float(rate).is_integer():
         raise AudioError(f"sampling_rate must be an integer, got {rate!r}")
     return samples, int(rate)
 
@@ -100,22 +105,37 @@ def window_counts(processor: PalProcessor, audio_lengths: Tensor) -> Tensor:
 def check_embeds(config: PalConfig, clips: Sequence[Tensor], most: int) -> None:
     """Check states that a caller gives in the place of clips: what a connector makes of each, (tokens, d).
 
+    Of what is not finite, or overflows in a layer, keys and values would lie in the cache's blocks behind this request.
+
     Args:
         config: the model's.
         clips: the states.
         most: the most tokens of a clip.
 
     Raises:
-        AudioError: they are none, too many, not finite, or the model's encoders enter in two ways.
+        AudioError: they are none, too many, too large, not finite or no plain tensors, or the model's encoders enter in
+            two ways.
     """
     if config.uses("plits") and config.uses("lal") and not config.summary_tokens:
         raise AudioError("audio_embeds must go to a model whose audio enters in one way, got lal and plits: send audio")
     for number, states in enumerate(clips):
         name, width = f"audio_embeds[{number}]", config.text_config.hidden_size
-        if not states.is_floating_point() or states.ndim != 2 or states.shape[1] != width:
+        if states.layout != torch.strided or states.is_nested or states.device.type != "cpu" or states.requires_grad:
+            raise AudioError(f"{name} must be a plain tensor on the CPU, without gradients, got {_kind(states)}")
+        if states.dtype not in FLOATS or states.ndim != 2 or states.shape[1] != width:
             raise AudioError(f"{name} must be floats (tokens, {width}), got {states.dtype} {tuple(states.shape)}")
         tokens = len(states) + config.summary_tokens
         if not len(states) >= 1 or tokens > most:
             raise AudioError(f"{name} must have 1 to {most - config.summary_tokens} tokens, got {len(states)}")
-        if not bool(states.isfinite().all()):
-            raise AudioError(f"{name} must be finite, got NaN or infinity")
+        if not bool((states.abs() <= LARGEST).all()):  # NaN is not, either
+            raise AudioError(f"{name} must be finite and within {LARGEST:,.0f} of 0, got {_extreme(states)}")
+
+
+def _kind(states: Tensor) -> str:
+    if states.is_nested:
+        return "a nested tensor"
+    return f"{states.layout} on {states.device}" + (" that requires them" if states.requires_grad else "")
+
+
+def _extreme(states: Tensor) -> str:
+    return f"{float(states.abs().max()):.3g}" if bool(states.isfinite().all()) else "NaN or infinity"

@@ -23,13 +23,15 @@ def must_count(config: PalConfig) -> bool:
 
 def choose_defaults(vllm_config: VllmConfig) -> None:
     """Take another choice, and say so, where vLLM's default does not go with a model."""
-    if not must_count(vllm_config.model_config.hf_config):
+    config = vllm_config.model_config.hf_config
+    if not config.uses("lal"):
         return
-    if vllm_config.cache_config.enable_prefix_caching:
+    if must_count(config) and vllm_config.cache_config.enable_prefix_caching:
         logger.warning("Prefix caching is off: some layers of this model do not hear audio, or do not count it.")
         vllm_config.cache_config.enable_prefix_caching = False
     compilation = vllm_config.compilation_config
     if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
+        logger.info("cudagraph_mode is PIECEWISE: a full graph would pass over an audio token among decoding requests.")
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
@@ -69,8 +71,11 @@ def _of_lal(config: PalConfig, vllm_config: VllmConfig) -> Iterator[str]:
             f"- max_num_batched_tokens must be above max_num_seqs, got {tokens} and {sequences}: one audio token in a "
             "step with one token per request would pass for decoding"
         )
-    if graphs.mixed_mode() == CUDAGraphMode.FULL:
-        yield f"- cudagraph_mode must not be {graphs} for steps that prefill: set PIECEWISE or FULL_AND_PIECEWISE"
+    if graphs.has_full_cudagraphs():
+        yield (
+            f"- cudagraph_mode must be PIECEWISE or NONE, got {graphs}: a step whose requests have a token "
+            "each replays a full graph, also where one of them is audio"
+        )
     if envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
         yield "- VLLM_USE_BREAKABLE_CUDAGRAPH must be 0: such graphs replay without the audio"
     if parallel.use_ubatching:
@@ -93,13 +98,11 @@ def _of_lal(config: PalConfig, vllm_config: VllmConfig) -> Iterator[str]:
         got = ", ".join(kinds) or "a sliding window"
         yield f"- every layer must attend to the whole text, got {got}: LAL's audio is exempt from windows"
     if must_count(config):
-        yield from _of_counting(vllm_config, graphs)
+        yield from _of_counting(vllm_config)
 
 
-def _of_counting(vllm_config: VllmConfig, graphs: Any) -> Iterator[str]:
+def _of_counting(vllm_config: VllmConfig) -> Iterator[str]:
     """Yield what does not go with layers that take texts as if there were no audio."""
     why = 'some layers do not hear the audio, or rope is "none"'
     if vllm_config.cache_config.enable_prefix_caching:
         yield f"- enable_prefix_caching must be off where {why}"
-    if graphs.has_full_cudagraphs():
-        yield f"- cudagraph_mode must be PIECEWISE or NONE where {why}, got {graphs}"

@@ -18,6 +18,9 @@ class Stand(BaseHTTPRequestHandler):
     """Lists a model and answers with the number of messages, in two pieces; "bad" is refused."""
 
     def do_GET(self):
+        if self.server.odd is not None:
+            self.send_json(200, self.server.odd)
+            return
         self.send_json(200, {"object": "list", "data": [{"id": "the-model", "object": "model"}]})
 
     def do_POST(self):
@@ -52,7 +55,7 @@ def server(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with ThreadingHTTPServer(("127.0.0.1", 0), Stand) as stand:
-        stand.requests = []
+        stand.requests, stand.odd = [], None
         stand.url = f"http://127.0.0.1:{stand.server_address[1]}"
         threading.Thread(target=stand.serve_forever, daemon=True).start()
         yield stand
@@ -99,3 +102,17 @@ def test_refused(server, tmp_path, capsys):
         (said,) = capsys.readouterr().err.strip().splitlines()
         assert said.startswith("error: ")
         assert message in said
+
+
+@pytest.mark.parametrize("odd", [[], {"data": []}, {"data": None}, "a page", {}], ids=str)
+def test_what_is_no_such_server(server, tmp_path, capsys, odd):
+    server.odd = odd
+    assert run("ask", "--serve", server.url, "--audio", write(tmp_path / "a.wav", sine()), "What?") == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith(f"error: --serve must be a server that lists a model, got {server.url}/v1: ")
+
+
+def test_no_url(tmp_path, capsys):
+    assert run("ask", "--serve", "http://[::1", "--audio", write(tmp_path / "a.wav", sine()), "What?") == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert "--serve must be a server that lists a model" in said

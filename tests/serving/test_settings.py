@@ -24,7 +24,11 @@ REFUSED = {
     "enable_lora must be off": (None, "lora_config", object()),
     "speculative_config must be unset": (None, "speculative_config", object()),
     "max_num_batched_tokens must be above max_num_seqs, got 8 and 8": ("scheduler_config", "max_num_batched_tokens", 8),
-    "cudagraph_mode must not be FULL": ("compilation_config", "cudagraph_mode", CUDAGraphMode.FULL),
+    "cudagraph_mode must be PIECEWISE or NONE": (
+        "compilation_config",
+        "cudagraph_mode",
+        CUDAGraphMode.FULL_DECODE_ONLY,
+    ),
     "enable_dbo must be off": ("parallel_config", "enable_dbo", True),
     "prefill_context_parallel_size must be 1, got 2": ("parallel_config", "prefill_context_parallel_size", 2),
     "decode_context_parallel_size must be 1, got 2": ("parallel_config", "decode_context_parallel_size", 2),
@@ -86,19 +90,23 @@ def test_windows_and_experts(settings, monkeypatch):
 
 @pytest.mark.parametrize("name", ["delayed", "unrotated"])
 def test_where_texts_go_without_audio_nothing_is_shared(settings, monkeypatch, name):
-    """By default vLLM would cache prefixes and capture whole decoding steps."""
+    """By default vLLM would cache prefixes."""
     ours = settings[name]
     assert not ours.cache_config.enable_prefix_caching
     change(monkeypatch, ours, "cache_config", "enable_prefix_caching", True)
-    change(monkeypatch, ours, "compilation_config", "cudagraph_mode", CUDAGraphMode.FULL_DECODE_ONLY)
-    with pytest.raises(ValueError, match="2 found") as caught:
+    with pytest.raises(ValueError, match="1 found:\n- enable_prefix_caching must be off"):
         check_settings(ours)
-    for said in ("enable_prefix_caching", "cudagraph_mode must be PIECEWISE or NONE"):
-        assert said in str(caught.value)
-    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("lal", "PIECEWISE"), ("delayed", "PIECEWISE"), ("plits", "FULL_AND_PIECEWISE")]
+)
+def test_decoding_is_captured_piecewise(settings, monkeypatch, name, mode):
+    """A full graph is replayed for a step whose requests have a token each, and one of them may be audio."""
+    ours = settings[name]
     change(monkeypatch, ours, "compilation_config", "cudagraph_mode", CUDAGraphMode.FULL_AND_PIECEWISE)
     choose_defaults(ours)
-    assert ours.compilation_config.cudagraph_mode == CUDAGraphMode.PIECEWISE
+    assert ours.compilation_config.cudagraph_mode == CUDAGraphMode[mode]
 
 
 def test_the_stock_settings_keep_prefix_caching(settings):

@@ -4,8 +4,10 @@ import pytest
 import torch
 from support.audio_llm import AUDIO_TOKEN, build_pal, entry, open_gates, processor_of, tone
 from support.samples import TEMPLATE
+from transformers import GenerationConfig
 
 from palkernels.model import Conversation
+from palkernels.model.pal.conversation import NEEDED
 
 ENTRIES = {
     "lal": ([entry("whisper")], {}),
@@ -116,6 +118,31 @@ def test_texts_alone_and_one_answer():
     model = model_of("lal")
     talk = Conversation(model, processor_of(model, chat_template=TEMPLATE))
     assert isinstance(talk.ask("Hello?", **GREEDY), str)
-    for name in ("num_beams", "num_return_sequences"):
-        with pytest.raises(ValueError, match=f"{name} must be 1 in a conversation, got 2"):
-            talk.ask("And?", **GREEDY, **{name: 2})
+    for name, value in (("num_beams", 2), ("num_return_sequences", 2), ("use_cache", False)):
+        message = f"{name} must be {NEEDED[name]} in a conversation, got {value}"
+        with pytest.raises(ValueError, match=message):
+            talk.ask("And?", **GREEDY, **{name: value})
+        with pytest.raises(ValueError, match=message):
+            talk.ask("And?", generation_config=GenerationConfig(do_sample=True, **{name: value}))
+    with pytest.raises(TypeError, match="clips must be a list of clips, got one str"):
+        Conversation(model, talk.processor, "a.wav")
+
+
+def test_what_the_model_would_do_by_itself():
+    """Its own generation config may have beams, and no cache."""
+    model = model_of("lal")
+    want = [talk.ask(question, **GREEDY) for talk in [conversation(model)] for question in QUESTIONS]
+    model.generation_config.use_cache, model.generation_config.num_beams = False, 2
+    talk = conversation(model)
+    assert [talk.ask(question, **GREEDY) for question in QUESTIONS] == want
+
+
+def test_a_model_that_is_moved():
+    """Its states are of another kind then: the clips are encoded anew."""
+    model = model_of("lal")
+    talk = conversation(model)
+    talk.ask(QUESTIONS[0], **GREEDY)
+    model.float()
+    talk.ask(QUESTIONS[1], **GREEDY)
+    talk.ask(QUESTIONS[2], **GREEDY)
+    assert talk._heard["audio_features"].lal.states.dtype == torch.float32

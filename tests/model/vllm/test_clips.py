@@ -1,5 +1,7 @@
 """What a request's clips must be, and how many tokens they become, known before anything is encoded."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -60,3 +62,24 @@ def test_states_of_two_ways_are_refused(processors):
         clips.check_embeds(processors["unified"][1], [states], 7)
     with pytest.raises(AudioError, match="enters in one way"):
         clips.check_embeds(processors["encoders"][1], [states], 20)
+
+
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        (torch.full((2, WIDTH), 1e300, dtype=torch.float64), "within 10,000 of 0, got 1e+300"),
+        (torch.full((2, WIDTH), 3e38), "within 10,000 of 0, got 3e+38"),
+        (torch.full((2, WIDTH), torch.nan), "got NaN or infinity"),
+        (torch.zeros(2, WIDTH).to(torch.float8_e4m3fn), "must be floats"),
+        (torch.zeros(2, WIDTH, requires_grad=True), "without gradients"),
+        (torch.zeros(2, WIDTH, device="meta"), "on the CPU"),
+        (torch.zeros(2, WIDTH).to_sparse(), "must be a plain tensor"),
+        (torch.zeros(2, WIDTH, dtype=torch.int64), "must be floats"),
+        (torch.zeros(WIDTH), "must be floats"),
+        (torch.zeros(0, WIDTH), "1 to 20 tokens, got 0"),
+    ],
+)
+def test_states_that_are_refused(processors, states, message):
+    """What overflows in a layer would spoil the cache's blocks for whoever gets them next."""
+    with pytest.raises(AudioError, match=re.escape(message)):
+        clips.check_embeds(processors["lal"][1], [states], 20)
