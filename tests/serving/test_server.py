@@ -111,12 +111,16 @@ def test_a_stream_says_the_same(client):
     assert len([piece for piece in pieces if piece]) > 1
 
 
-def test_states_given_directly(client, reference):
-    states = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(1))
+def given(states):
+    """The part of a message that holds states instead of a clip."""
     file = io.BytesIO()
     torch.save(states, file)
-    part = {"type": "audio_embeds", "audio_embeds": base64.b64encode(file.getvalue()).decode()}
-    (choice,) = ask(client, [user(part, text("What is it?"))]).choices
+    return {"type": "audio_embeds", "audio_embeds": base64.b64encode(file.getvalue()).decode()}
+
+
+def test_states_given_directly(client, reference):
+    states = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(1))
+    (choice,) = ask(client, [user(given(states), text("What is it?"))]).choices
     processor = reference("lal").processor
     asked = processor.apply_chat_template(
         [user({"type": "audio", "audio": "x"}, text("What is it?"))], add_generation_prompt=True
@@ -136,6 +140,7 @@ WRONG = {
     "too long": ([user(audio(wav(sound(120))), text("?"))], "at most 1023 tokens"),
     "not finite": ([user(audio(wav(np.full(800, np.nan, np.float32))), text("?"))], "finite samples"),
     "an audio token in a text": ([user(audio(wav(CLIPS["short"])), text("<|AUDIO|>?"))], "once for each clip"),
+    "states that overflow": ([user(given(torch.full((20, WIDTH), 3e38)), text("?"))], "within 10,000 of 0"),
     "another rate": ([user(audio(wav(CLIPS["short"], 900)), text("?"))], "sampling rate of 1000 to"),
 }
 
