@@ -204,4 +204,45 @@ def study(
     print(f"Picture: {run(parse(methods, tasks, seeds, sizes), out, jobs, console())}")
 
 
-MODEL_COMMANDS = (init, train, ask, evaluate, demo, study)
+def bench_serving(
+    server_options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- VLLM_OPTION...]", help="Of each server, as in -- --tensor-parallel-size 2.", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A preset as in figure1, whose random weights are served by PLITS and by LAL; or the directory of a "
+            "saved audio LLM, which may be repeated.  [default: llama-3.2-1b; smollm2-135m on a CPU]"
+        ),
+    ] = None,
+    questions: Annotated[str, typer.Option(help="Numbers of questions about each clip.")] = "1,4,32",
+    concurrency: Annotated[str, typer.Option(help="Numbers of requests in flight.")] = "1,8",
+    requests: Annotated[int, typer.Option(help="Requests for each load.")] = 64,
+    seconds: Annotated[float, typer.Option(help="Length of the clips.")] = 10,
+    characters: Annotated[int, typer.Option(help="Of each question; a preset has as many tokens.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 32,
+    encoder: Annotated[str, typer.Option(help="Whisper's size for a preset, as in figure1.")] = "tiny",
+    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32; auto is bf16, or fp32 on a CPU.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of weights and clips.")] = 0,
+    start_seconds: Annotated[float, typer.Option(help="The longest that a server may take to start.")] = 1800,
+    out: Annotated[Path, typer.Option(help="Folder of serving.json and serving.md.")] = Path("serving-out"),
+) -> None:
+    """Serve audio LLMs with vLLM, one after the other, and load each with questions about clips: throughput, time to
+    the first token and from token to token.
+
+    Needs palkernels[vllm,client,bench]. Questions about one clip come one after the other.
+    """
+    from palkernels.bench.numbers import parse_counts
+    from palkernels.bench.serving.serving import run
+    from palkernels.bench.serving.settings import Options, default_model
+
+    clean_up_when_ended()
+    counts = parse_counts("--questions", questions), parse_counts("--concurrency", concurrency)
+    sizes = (requests, seconds, characters, new_tokens, encoder, dtype, seed, start_seconds, out)
+    run(Options(tuple(model or (default_model(),)), *counts, *sizes, tuple(server_options or ())), console())
+
+
+MODEL_COMMANDS = (init, train, ask, evaluate, demo, study, bench_serving)
