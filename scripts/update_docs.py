@@ -26,6 +26,7 @@ from palkernels.bench.report.markdown import to_markdown
 from palkernels.bench.report.points import EAGER_RATE, MEMORY, RATE, Points
 from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OURS, about, against, label
 from palkernels.bench.report.table import Column, Table, change, factor, gib, number
+from palkernels.bench.serving.tables import page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -215,21 +216,11 @@ def microbench(document: Document) -> str:
 GOALS: dict[str, tuple[dict[int, float], dict[str, float]]] = {
     "forward": (
         {64: 0.50, 128: 0.55},
-        {
-            "cat + SDPA (flash)": 1.6,
-            "cat + SDPA (cuDNN)": 1.4,
-            "cat + FlexAttention": 1.7,
-            "2 x SDPA + merge": 1.5,
-        },
+        {"cat + SDPA (flash)": 1.6, "cat + SDPA (cuDNN)": 1.4, "cat + FlexAttention": 1.7, "2 x SDPA + merge": 1.5},
     ),
     "backward": (
         {64: 0.38, 128: 0.38},
-        {
-            "cat + SDPA (flash)": 1.7,
-            "cat + SDPA (cuDNN)": 1.1,
-            "cat + FlexAttention": 1.5,
-            "2 x SDPA + merge": 1.5,
-        },
+        {"cat + SDPA (flash)": 1.7, "cat + SDPA (cuDNN)": 1.1, "cat + FlexAttention": 1.5, "2 x SDPA + merge": 1.5},
     ),
     "decode": ({64: 0.75, 128: 0.75}, {"cat + SDPA (flash)": 2.0, "cat + FlexAttention": 1.5}),
 }
@@ -300,6 +291,7 @@ ENTRIES = (
     Entry("docs/results.md", "serving", serving, SIMULATED[:1]),
     Entry("docs/audio_llm.md", "windows", lambda it: to_markdown(learning.windows(it["rows"])), ("whisper-windows",)),
     Entry("docs/audio_llm.md", "gentle-start", lambda *them: to_markdown(learning.starts(them)), STARTS),
+    Entry("docs/serving.md", "serving-cpu", page, ("serving-cpu",)),
     Entry("docs/kernels.md", "microbench-h200", microbench, ("microbench-h200",)),
     Entry("docs/kernels.md", "microbench-h200-again", timed_again, ("microbench-h200", "microbench-h200-again")),
     Entry("docs/kernels.md", "host", host_times, ("host-stand-in",)),

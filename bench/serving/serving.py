@@ -11,7 +11,15 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from palkernels.bench.errors import UserError
 from palkernels.bench.options import dtype_name
@@ -38,8 +46,7 @@ def run(options: Options, console: Console) -> None:
     """
     check(options)
     check_installed()
-    # Of keys and values, where there is no GPU.
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB of keys and values, where there is no GPU
     with ExitStack() as stack:
         stack.enter_context(writable_folder(options.out, FILES))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="palkernels-serving-")))
@@ -54,8 +61,8 @@ def run(options: Options, console: Console) -> None:
 def _rows(options: Options, models: list[Served], folder: Path, console: Console) -> list[Row]:
     loads = list(points(options))
     rows: list[Row] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    columns += (TimeElapsedColumn(), TimeRemainingColumn())
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns += [TimeElapsedColumn(), TimeRemainingColumn()]
     shown = Console(stderr=True)
     with Progress(*columns, console=shown, disable=not shown.is_terminal) as progress:
         for model in models:
