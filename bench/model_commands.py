@@ -240,9 +240,22 @@ def bench_serving(
     from palkernels.bench.serving.settings import Options, default_model
 
     clean_up_when_ended()
-    counts = parse_counts("--questions", questions), parse_counts("--concurrency", concurrency)
-    sizes = (requests, seconds, characters, new_tokens, encoder, dtype, seed, start_seconds, out)
-    run(Options(tuple(model or (default_model(),)), *counts, *sizes, tuple(server_options or ())), console())
+    options = Options(
+        models=tuple(model or (default_model(),)),
+        questions=parse_counts("--questions", questions),
+        concurrency=parse_counts("--concurrency", concurrency),
+        requests=requests,
+        seconds=seconds,
+        characters=characters,
+        new_tokens=new_tokens,
+        encoder=encoder,
+        dtype=dtype,
+        seed=seed,
+        start_seconds=start_seconds,
+        out=out,
+        serve=tuple(server_options or ()),
+    )
+    run(options, console())
 
 
 MODEL_COMMANDS = (init, train, ask, evaluate, demo, study, bench_serving)
