@@ -84,7 +84,7 @@ def test_questions_about_a_clip_follow_each_other(saved: list[Path], tmp_path: P
     clips = heard[0][-16:]  # behind what warms up: loads of four requests about four clips, one, four and one
     assert [len(set(clips[at : at + 4])) for at in (0, 4, 8, 12)] == [4, 1, 4, 1]
     assert len(set(clips)) == 10
-    said = [question["text"] for _, question in parts[0][-12:-8]]
+    said = sorted(question["text"] for _, question in parts[0][-12:-8])  # those in flight may overtake each other
     assert [text[:2] for text in said] == ["0 ", "1 ", "2 ", "3 "]
     assert {len(text) for text in said} == {64}
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 SERVER = """
-import argparse, json, os, sys
+import argparse, json, os, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,7 +17,7 @@ folder = Path(options.model)
 (folder / "arguments").write_text(json.dumps(sys.argv[1:]))
 if options.behave == "not-start":
     sys.exit("ValueError: weights must be there, got none")
-asked = []
+asked, lock = [], threading.Lock()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -28,8 +28,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        asked.append(request)
-        (folder / "asked").write_text(json.dumps(asked))
+        with lock:
+            asked.append(request)
+            (folder / "asked").write_text(json.dumps(asked))
         if options.behave == "refuse":
             return self.answer(400, json.dumps({"error": {"message": "clips must be shorter", "code": 400}}))
         if options.behave == "die" and len(asked) > 5:
