@@ -138,6 +138,10 @@ WRONG = {
         "base64",
     ),
     "too long": ([user(audio(wav(sound(120))), text("?"))], "at most 1023 tokens"),
+    "longer than vLLM decodes": (
+        [user(audio(wav(np.zeros(601_000, np.float32), 1_000)), text("?"))],
+        "VLLM_MAX_AUDIO_DECODE_DURATION_S",
+    ),
     "not finite": ([user(audio(wav(np.full(800, np.nan, np.float32))), text("?"))], "finite samples"),
     "an audio token in a text": ([user(audio(wav(CLIPS["short"])), text("<|AUDIO|>?"))], "once for each clip"),
     "states that overflow": ([user(given(torch.full((20, WIDTH), 3e38)), text("?"))], "within 10,000 of 0"),

@@ -46,7 +46,7 @@ def make(directory: Path, name: str, family: str = "llama") -> Path:
     tokenizer = byte_tokenizer()
     sizes = {
         "hidden_size": WIDTH, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": len(tokenizer), "max_position_embeddings": 8192,
+        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": len(tokenizer), "max_position_embeddings": 65_536,
         "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
     torch.manual_seed(0)
