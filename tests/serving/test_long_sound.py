@@ -34,7 +34,7 @@ def test_an_hour_is_answered_as_by_hugging_face(directory, reference, hour):
         for text, answer in zip(TEXTS, answers, strict=True):
             (output,) = ask(llm, [prompt_of(Question(text, (hour,)))])
             assert output.prompt_token_ids.count(AUDIO_ID) == TOKENS
-            assert_same(output, answer, closeness=5e-4)  # sums over 45,000 keys in float32
+            assert_same(output, answer, closeness=5e-4)  # over so many keys stock text, too, differs by 1e-4
         assert metric(llm, "vllm:prefix_cache_hits") >= TOKENS - 32
         longer = Question(TEXTS[0], (np.zeros(4_001_000, np.float32),))
         with pytest.raises(Exception, match="at most 4000 s long, the processor's max_bytes"):
