@@ -26,7 +26,7 @@ from palkernels.bench.report.markdown import to_markdown
 from palkernels.bench.report.points import EAGER_RATE, MEMORY, RATE, Points
 from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OURS, about, against, label
 from palkernels.bench.report.table import Column, Table, change, factor, gib, number
-from palkernels.bench.serving.tables import page
+from palkernels.bench.serving.tables import long_sound, long_sound_simulated, page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -292,6 +292,8 @@ ENTRIES = (
     Entry("docs/audio_llm.md", "windows", lambda it: to_markdown(learning.windows(it["rows"])), ("whisper-windows",)),
     Entry("docs/audio_llm.md", "gentle-start", lambda *them: to_markdown(learning.starts(them)), STARTS),
     Entry("docs/serving.md", "serving-cpu", page, ("serving-cpu",)),
+    Entry("docs/serving.md", "long-sound-cpu", long_sound, ("long-sound-cpu",)),
+    Entry("docs/serving.md", "long-sound-simulated", long_sound_simulated, ("long-sound-llama-3.2-1b",)),
     Entry("docs/kernels.md", "microbench-h200", microbench, ("microbench-h200",)),
     Entry("docs/kernels.md", "microbench-h200-again", timed_again, ("microbench-h200", "microbench-h200-again")),
     Entry("docs/kernels.md", "host", host_times, ("host-stand-in",)),

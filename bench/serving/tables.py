@@ -1,16 +1,18 @@
-"""The table of a run, and the page's text around it."""
+"""The table of a run, the page's text around it, and the tables of long sound."""
 
 from __future__ import annotations
 
 import shlex
 from typing import Any
 
-from palkernels.bench.report.document import Row
+from palkernels.bench.report.conditions import short
+from palkernels.bench.report.document import GIB, Row
 from palkernels.bench.report.markdown import to_markdown
+from palkernels.bench.report.points import EAGER_RATE, MEMORY, RATE, Points
 from palkernels.bench.report.roles import label
-from palkernels.bench.report.table import Column, Table, factor, number
+from palkernels.bench.report.table import Column, Table, change, factor, gib, number
 
-__all__ = ["command", "conditions", "page", "table"]
+__all__ = ["command", "conditions", "long_sound", "long_sound_simulated", "page", "table"]
 
 Document = dict[str, Any]
 METHODS = ("plits", "lal")  # what models of a preset are called
@@ -67,6 +69,37 @@ def command(meta: dict[str, Any]) -> str:
 def page(document: Document) -> str:
     """Return conditions, table and command in Markdown."""
     return f"{conditions(document)}:\n\n{to_markdown(table(document))}\nMade by `{command(document['meta'])}`.\n"
+
+
+def long_sound(document: Document) -> str:
+    """Return what scripts/long_sound.py measured, in Markdown."""
+    columns = [Column("minutes"), Column("audio tokens")]
+    columns += [Column(heading, "processor s,") for heading in ("first answer", "second answer")]
+    columns += [Column(heading, "GiB,") for heading in ("peak above the model", "keys and values")]
+    rows = [
+        [
+            f"{row['minutes']}",
+            f"{row['audio_tokens']:,}",
+            *(number(row[f"{turn}_answer_processor_seconds"]) for turn in ("first", "second")),
+            *(gib(row[f"{what}_bytes"] / GIB) for what in ("peak_above_model", "kv")),
+        ]
+        for row in document["rows"]
+    ]
+    return to_markdown(Table("", columns, rows))
+
+
+def long_sound_simulated(document: Document) -> str:
+    """Return what inference with long sound costs a GPU by prediction, in Markdown."""
+    points, gpu = Points(document["rows"]), document["rows"][-1]["device"]
+    columns = [Column("audio tokens"), *(Column(heading, "GiB,") for heading in ("PLITS", "LAL")), Column("change")]
+    columns += [Column(heading, f"{short(gpu)},") for heading in ("captured", "eager")]
+    made = Table("", columns)
+    for count in points.counts("infer"):
+        sizes = [points.value(MEMORY, "infer", method, count) for method in METHODS]
+        less = points.change(MEMORY, "infer", "lal", "plits", count)
+        more = [points.change(key, "infer", "lal", "plits", count, gpu) for key in (RATE, EAGER_RATE)]
+        made.rows.append([f"{count:,}", *map(gib, sizes), change(less), *map(factor, more)])
+    return to_markdown(made)
 
 
 def _figures(row: Row, base: Row | None, on_cpu: bool) -> list[str]:
