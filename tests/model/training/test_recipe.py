@@ -161,11 +161,8 @@ def test_overrides(folder, monkeypatch, tmp_path):
     assert (read.stages[0].lr["connector"], read.stages[1].steps, read.seed) == (1e-4, 7, 3)
     assert read.report_to == ("tensorboard",)
     assert read.output == "/x"  # of the command line, so relative to where it is given
-    found = faults(
-        folder,
-        GOOD,
-        ["stages.2.lr=1", "stages.algin.lr=1", "seed", "stages.0.lr=fast", "model.llm.x=1", "seed=[", "sed=1"],
-    )
+    wrong = "stages.2.lr=1 stages.algin.lr=1 seed stages.0.lr=fast model.llm.x=1 seed=[ sed=1"
+    found = faults(folder, GOOD, wrong.split())
     for fault in (
         "stages.2.lr=1: stages must have an item '2': it may be 0, 1, align, open",
         "stages.algin.lr=1: stages must have an item 'algin': did you mean 'align'?",
