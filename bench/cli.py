@@ -67,3 +67,7 @@ def _run(words: list[str]) -> tuple[int, str | None]:
     if result == process.INTERRUPTED:  # typer returns it by itself, and silently
         return process.INTERRUPTED, "interrupted"
     return (result if isinstance(result, int) else 0), None
+
+
+if __name__ == "__main__":  # python -m palkernels.bench.cli, as launchers of several processes take it
+    main()

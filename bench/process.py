@@ -38,11 +38,17 @@ class _State:
 
 
 def is_the_program(frame: FrameType) -> bool:
-    """Return whether a frame is called, or its module imported, by the outermost code of a program."""
-    caller = frame.f_back
-    while caller is not None and caller.f_code.co_filename.startswith("<frozen importlib"):
-        caller = caller.f_back
-    return caller is not None and caller.f_back is None
+    """Return whether a frame is called, or its module imported, by the outermost code of a program, or of a module that
+    ``python -m`` runs."""
+    caller = _outside(frame.f_back, "<frozen importlib")
+    return caller is not None and _outside(caller.f_back, "<frozen runpy") is None
+
+
+def _outside(frame: FrameType | None, machinery: str) -> FrameType | None:
+    """Return the innermost frame, from one on outwards, that is not of Python's own machinery."""
+    while frame is not None and frame.f_code.co_filename.startswith(machinery):
+        frame = frame.f_back
+    return frame
 
 
 def take_signals() -> None:

@@ -1,7 +1,9 @@
 """The command's help and version: what they say, and that they load nothing slow."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.figure1 import run
@@ -51,3 +53,25 @@ slow = sorted({{"torch", "transformers", "matplotlib", "triton", "numpy"}} & set
 assert not slow, slow
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+
+
+def test_run_as_a_module() -> None:
+    """As `accelerate launch -m` and `torchrun -m` run it: it works, fails and takes Ctrl-C as the command does."""
+    command = [sys.executable, "-P", "-m", "palkernels.bench.cli"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"palkernels {machine.package_version('palkernels')}\n"
+    done = subprocess.run([*command, "train", "none.yaml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: none.yaml: ")
+
+
+def test_signals_are_taken_where_a_module_is_run(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import sys\nfrom palkernels.bench import process\n"
+        "def main():\n    print(process.is_the_program(sys._getframe()))\nmain()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    for way in (["-m", "program"], ["program.py"], ["-c", "import program"]):
+        command = [sys.executable, *way]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == ("False\n" if way[0] == "-c" else "True\n"), way
