@@ -1,5 +1,5 @@
 """Serve an audio LLM with vLLM, ask it over HTTP with OpenAI's client, two questions about one sound, and stop it.
-Needs pip install 'palkernels[vllm]'. The weights here are random: replace the directory by that of a trained model."""
+Needs pip install 'palkernels[vllm,bench]'. The weights are random: take a trained model's directory instead."""
 
 import base64
 import io
@@ -20,36 +20,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import openai
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
-
-from palkernels.model import AUDIO_TOKEN, PalForConditionalGeneration, PalProcessor, byte_tokenizer
 
 RATE = 16_000  # Hz
-WHISPER = {"d_model": 64, "encoder_layers": 1, "encoder_attention_heads": 1, "encoder_ffn_dim": 64}
-ENCODERS = [{"type": "whisper", "config": WHISPER, "integration": "lal", "connector": {"type": "mlp"}}]
-
-
-def save_model(directory: str) -> None:
-    """What `palkernels init` or `palkernels train` writes, small enough for a CPU."""
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,  # of size 32: vLLM's attention on CPUs takes no smaller ones
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = PalForConditionalGeneration.from_parts(
-        AutoModelForCausalLM.from_config(config),
-        ENCODERS,
-        audio_token_id=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
-    )
-    model.save_pretrained(directory)
-    PalProcessor.from_config(tokenizer, model.config).save_pretrained(directory)
 
 
 @contextmanager
@@ -94,7 +66,8 @@ def tone(hertz: float, seconds: float = 1.0) -> dict[str, Any]:
 def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB of keys and values, where there is no GPU
     with tempfile.TemporaryDirectory() as directory:
-        save_model(directory)
+        # `palkernels init` makes a small one; `palkernels train` writes trained ones.
+        subprocess.run([sys.executable, "-m", "palkernels.bench.cli", "init", directory], check=True, stdout=sys.stderr)
         with served(directory) as address:
             client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
             sound = tone(440)

@@ -49,8 +49,8 @@ class Conversation:
         self._heard: dict[str, Any] = {}  # the audio's arguments, once it is encoded
         self._cache: Any = None  # of `_ids`, but perhaps for the last; None: the next question runs the whole text
         self._ids: Tensor | None = None  # (1, T)
-        self._place: Any = None  # the model's device and dtype
         self._text = ""  # what they are of
+        self._place: Any = None  # the model's device and dtype
 
     def ask(self, question: str, **options: Any) -> str:
         """Return the answer to a further question.

@@ -30,8 +30,9 @@ def choose_defaults(vllm_config: VllmConfig) -> None:
         logger.warning("Prefix caching is off: some layers of this model do not hear audio, or do not count it.")
         vllm_config.cache_config.enable_prefix_caching = False
     compilation = vllm_config.compilation_config
+    if compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE:
+        logger.warning("cudagraph_mode is PIECEWISE: a full graph would miss an audio token among decoding requests.")
     if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
-        logger.info("cudagraph_mode is PIECEWISE: a full graph would pass over an audio token among decoding requests.")
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 

@@ -24,14 +24,14 @@ def metric(llm, name):
     return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
 
 
-@pytest.mark.parametrize("name", ["lal", "delayed"])
+@pytest.mark.parametrize("name", ["lal", "delayed", "unrotated"])
 def test_prompts_in_chunks(directory, reference, name):
     """Clips are cut anywhere, and a chunk may hold audio alone."""
     with engine(directory(name), enable_mm_embeds=True, max_num_batched_tokens=48, max_num_seqs=4) as llm:
         assert_all(llm, reference(name))
 
 
-@pytest.mark.parametrize("name", ["lal", "delayed"])
+@pytest.mark.parametrize("name", ["lal", "delayed", "unrotated"])
 def test_requests_that_are_put_off_begin_again(directory, reference, name):
     with engine(directory(name), enable_mm_embeds=True, num_gpu_blocks_override=17, max_model_len=512) as llm:
         cases = [[CLIPS[2], TEXT[i : i + 90]] for i in range(4)]

@@ -132,7 +132,7 @@ def test_states_given_directly(client, reference):
 
 WRONG = {
     "too many": ([user(*[audio(wav(CLIPS["short"]))] * 3, text("?"))], "At most 2 audio"),
-    "no file": ([user(audio(b"RIFF, but no sound"), text("?"))], "nvalid"),
+    "no file": ([user(audio(b"RIFF, but no sound"), text("?"))], "Invalid or (corrupted|unsupported) audio"),
     "not base64": (
         [user({"type": "input_audio", "input_audio": {"data": "%%%", "format": "wav"}}, text("?"))],
         "base64",

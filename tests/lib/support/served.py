@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from palkernels.model import AUDIO_TOKEN, AudioState, PalForConditionalGeneration, PalProcessor, byte_tokenizer
+from palkernels.model import AUDIO_TOKEN, AudioFeatures, PalForConditionalGeneration, PalProcessor, byte_tokenizer
+from palkernels.model.pal.clips import Clips
 
 RATE, NEW, WIDTH = 16_000, 12, 128
 AUDIO_ID = byte_tokenizer().convert_tokens_to_ids(AUDIO_TOKEN)
@@ -110,17 +111,22 @@ class Reference:
         return self._generate(self.model, inputs, new)
 
     def answer_states(self, parts: list[list[int] | torch.Tensor], new: int = NEW) -> Answer:
-        """Answer tokens and states (tokens, d) of clips that stand among them, by the language model alone."""
+        """Answer tokens and a connector's states (tokens, d) of clips that stand among them, which LAL hears."""
         ids, states, places = [], [], []
         for part in parts:
             if isinstance(part, torch.Tensor):
                 states.append(part)
-                places += [len(ids)] * len(part)
+                places.append(len(ids))
             else:
                 ids += part
-        audio = AudioState(torch.cat(states)[None], insert_at=torch.tensor([places])) if states else None
-        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-        return self._generate(self.model.language_model, {**inputs, "audio": audio}, new)
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if states:
+            lengths = torch.tensor([len(clip) for clip in states])
+            clips = Clips(torch.nn.utils.rnn.pad_sequence(states, batch_first=True), lengths)
+            inputs |= {"audio_features": AudioFeatures(lal=clips), "audio_index": torch.arange(len(states))[None]}
+            inputs["insert_at"] = torch.tensor([places])
+        return self._generate(self.model, inputs, new)
 
     def _generate(self, model: Any, inputs: Any, new: int) -> Answer:
         settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new}
