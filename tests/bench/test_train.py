@@ -1,6 +1,8 @@
 """The command train: what it says of a recipe, what a stage will cost, and how it is interrupted."""
 
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -148,3 +150,14 @@ def test_cost(train):
     assert whole.pieces == 20
     assert whole.memory(8) < whole.memory(2) < whole.memory()
     assert 0 < whole.seconds("h200") < whole.seconds("a100-80gb") * 1.01
+
+
+def test_launched_in_several_processes(tmp_path):
+    """By what `accelerate launch` starts them with: each runs the command, and knows how many there are."""
+    runs.make(tmp_path)
+    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["-m", "palkernels.bench.cli", "train", str(tmp_path / "recipe.yaml"), "defaults.batch=2"]
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    message = "stages.1.batch must be a multiple of gradient_accumulation times processes, 2 times 2, got 2"
+    assert message in done.stderr
