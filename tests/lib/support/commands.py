@@ -43,7 +43,16 @@ def terminated_amid_writing() -> None:
     init.write_untrained = slow
 
 
-def _run(words: list[str], written: Connection, errors: Path, prepare: Callable[[], None], encoding: str) -> None:
+def _run(
+    words: list[str],
+    environment: dict[str, str],
+    written: Connection,
+    errors: Path,
+    prepare: Callable[[], None],
+    encoding: str,
+) -> None:
+    os.environ.clear()  # what the fork server found when the first test asked for it
+    os.environ.update(environment)
     process.take_signals()  # as where a program does nothing but run the command
     os.dup2(written.fileno(), 1)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
@@ -59,7 +68,7 @@ class Running:
     def __init__(self, words: list[str], errors: Path, prepare: Callable[[], None], encoding: str) -> None:
         self.errors = errors
         reader, written = FORKED.Pipe(duplex=False)
-        self.process = FORKED.Process(target=_run, args=(words, written, errors, prepare, encoding))
+        self.process = FORKED.Process(target=_run, args=(words, dict(os.environ), written, errors, prepare, encoding))
         self.process.start()
         written.close()
         self.stdout: IO[str] = open(os.dup(reader.fileno()), encoding=encoding)  # noqa: SIM115
