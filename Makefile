@@ -4,8 +4,9 @@
 # make study        how fast each method learns: hours on two cores, resumable, into study-out/
 # make simulate     predict Figure 1 at full size for two GPUs, without a GPU, into simulate-out/
 # make lint         format, types and the direction of imports, on the installed wheel
-# make test         format, then types and imports beside every test, on the installed wheel, with the newest versions
+# make test         format, then types and imports beside the tests, on the installed wheel, with the newest versions
 #                   (constraints.txt); of what can be combined every pair, not everything (tests/lib/support/thorough.py)
+# make test-slow    the few tests that make test leaves out: what is trained, compiled or started in many processes
 # make test-oldest  the tests of kernels and models with the oldest ones (constraints-oldest.txt), in .venv-oldest;
 #                   everything that can be combined
 # make test-serving the tests of serving with vLLM, in .venv-serving (constraints-serving.txt)
@@ -32,7 +33,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: figure1 figure1-all demo study simulate test test-oldest test-serving lint style aot mutants clean
+.PHONY: figure1 figure1-all demo study simulate test test-slow test-oldest test-serving lint style aot mutants clean
 
 figure1: .venv/installed
 	$(BIN)/palkernels figure1
@@ -52,8 +53,11 @@ simulate: .venv/installed
 # The types take half a minute on one core where nothing is known of them yet.
 test: style
 	log=$$(mktemp); ($(types)) > $$log 2>&1 & types=$$!; \
-	PALKERNELS_TEST_WHEEL=1 $(call pytest,$(BIN)); tests=$$?; \
+	PALKERNELS_TEST_WHEEL=1 $(call pytest,$(BIN)) -m 'not slow'; tests=$$?; \
 	wait $$types; types=$$?; cat $$log; rm $$log; exit $$((tests || types))
+
+test-slow: .venv/installed
+	PALKERNELS_TEST_WHEEL=1 $(call pytest,$(BIN)) -m slow
 
 test-oldest: .venv-oldest/installed
 	PALKERNELS_TESTS=all PALKERNELS_TEST_WHEEL=1 $(call pytest,$(OLDEST)) tests/attention tests/kernels tests/projection tests/model

@@ -33,6 +33,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes seconds on a CPU; make test leaves it to make test-slow")
     config.addinivalue_line("markers", "gpu: runs on a GPU too, with --device cuda")
     config.addinivalue_line("markers", "cuda_only: cannot run in the interpreter")
     gc.set_threshold(20_000)  # a twentieth of the time is garbage collection at Python's 700 new objects

@@ -62,6 +62,7 @@ def tree(pattern: str) -> dict[Path, Path]:
     }
 
 
+@pytest.mark.slow
 def test_every_module_imports_alone(tmp_path):
     groups = {"palkernels.no_such_module": ["palkernels.no_such_module"]}
     for installed, path in tree("*.py").items():

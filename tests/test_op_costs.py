@@ -48,6 +48,7 @@ assert not [finder for finder in sys.meta_path if "palkernels" in type(finder)._
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_counter_made_before_the_first_call_counts(order, tmp_path):
     """A counter copies the formulas when it is made; our functions are imported when they are asked for, within it."""
@@ -106,6 +107,7 @@ def test_the_plain_function_does_what_the_operator_does():
     assert plain_function(OPERATORS.audio_kv_backward.default, backward) is not None
 
 
+@pytest.mark.slow
 def test_a_reloaded_package_registers_again(tmp_path):
     reload = "import importlib, palkernels, torch.utils.flop_counter; palkernels.audio_kv; importlib.reload(palkernels)"
     run(reload, tmp_path)

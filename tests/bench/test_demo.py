@@ -48,6 +48,7 @@ def test_the_assets_are_small_and_tell_of_themselves() -> None:
     assert hashlib.sha256(demo.WEIGHTS.read_bytes()).hexdigest() in card
 
 
+@pytest.mark.slow
 @installed
 @pytest.mark.usefixtures("built_once")
 def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,7 @@ def test_interrupted_at_any_time(commands: dict[str, list[str]], out: Path, name
     assert list(out.parent.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_started_in_the_background(commands: dict[str, list[str]], out: Path) -> None:
     """A shell without job control starts what runs in the background with Ctrl-C ignored. Nothing is left behind."""
     shell = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
@@ -149,7 +150,7 @@ def test_a_call_from_another_program_takes_no_signals() -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", [pytest.param("ascii", marks=pytest.mark.slow), "latin-1"])
 def test_any_terminal(
     commands: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:

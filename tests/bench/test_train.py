@@ -56,7 +56,10 @@ def test_train(folder, capsys):
     assert "stages.1.epochs was 0.4, is 1.5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["packed", "a clip of two windows", "float16"])
+@pytest.mark.parametrize(
+    "what",
+    ["packed", *(pytest.param(what, marks=pytest.mark.slow) for what in ("a clip of two windows", "float16"))],
+)
 def test_what_is_predicted_and_trained(tmp_path, what, capsys):
     """Packed rows, clips longer than the encoder's window, and weights that are kept in float16."""
     folder = runs.make(tmp_path)
@@ -152,6 +155,7 @@ def test_cost(train):
     assert 0 < whole.seconds("h200") < whole.seconds("a100-80gb") * 1.01
 
 
+@pytest.mark.slow
 def test_launched_in_several_processes(tmp_path):
     """By what `accelerate launch` starts them with: each runs the command, and knows how many there are."""
     runs.make(tmp_path)

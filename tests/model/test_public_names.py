@@ -47,6 +47,7 @@ print(*sorted({name.split(".")[2] for name in sys.modules if name.startswith("pa
     assert rooms == ["auto", "causal_lm"]
 
 
+@pytest.mark.slow
 def test_auto_classes_load_a_saved_audio_llm(tmp_path: Path) -> None:
     """Each of them, as the first thing after `import palkernels.model`."""
     model = build_pal(entry("whisper", "plits"))

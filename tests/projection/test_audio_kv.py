@@ -47,7 +47,11 @@ def test_half_precision(device, impl, dtype):
 
 
 @pytest.mark.parametrize("impl", ["triton", "sdpa"])
-@pytest.mark.parametrize("features", [(), EVERYTHING, ("partial_rope", "k_norm_weight")], ids=len)
+@pytest.mark.parametrize(
+    "features",
+    [(), EVERYTHING, pytest.param(("partial_rope", "k_norm_weight"), marks=pytest.mark.slow)],
+    ids=len,
+)
 def test_gradcheck(impl, features):
     tensors, numbers = arguments(*features, rows=1, tokens=3, width=5, heads=2, dim=6, dtype=torch.float64)
 

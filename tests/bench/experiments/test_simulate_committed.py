@@ -49,8 +49,18 @@ def test_training_memory_of_llama_1b() -> None:
     assert lal <= 0.35 * plits
 
 
+QUICK = ("plits", "lal")
+
+
 @pytest.mark.parametrize(
-    ("name", "audio_tokens"), [*((name, 512) for name in (*DEFAULT_METHODS, *LEVERS)), ("lal", 1500)]
+    ("name", "audio_tokens"),
+    [
+        *(
+            pytest.param(name, 512, marks=() if name in QUICK else pytest.mark.slow)
+            for name in (*DEFAULT_METHODS, *LEVERS)
+        ),
+        pytest.param("lal", 1500, marks=pytest.mark.slow),
+    ],
 )
 def test_as_committed(name: str, audio_tokens: int) -> None:
     """A change in the model layer or the operators that costs memory or work shows here; where it is meant, the

@@ -91,7 +91,7 @@ def test_the_same_settings_give_the_same_bytes_and_more_of_them_begin_with_the_s
     assert not set(clips.values()) & set(contents(tmp_path / "other" / "direction").values())
 
 
-@pytest.mark.parametrize("files", [1, 20, 70, 110])
+@pytest.mark.parametrize("files", [1, *(pytest.param(files, marks=pytest.mark.slow) for files in (20, 70)), 110])
 def test_a_killed_run_goes_on_to_the_same_bytes(made, tmp_path, files):
     folder = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-c", RUN, str(folder)])

@@ -43,6 +43,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lal", "plits"])
 def test_a_slice_is_learnt(folder, method):
     """Of voices that it never heard, the model knows at least four of five words after 160 samples."""

@@ -19,6 +19,7 @@ def package(name: str) -> Path:
     return Path(found.origin).parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (is_gguf_available() and is_accelerate_available()), reason="pip install gguf accelerate")
 def test_smollm2_answers() -> None:
     """Text alone: LAL changes nothing where there is no audio, and the new rows change no answer."""

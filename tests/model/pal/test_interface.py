@@ -186,6 +186,7 @@ def test_a_forward_by_hand_remembers(name):
             assert model(ids[:, -3:] * 0 + 9, past_key_values=cache).logits.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plits+lal", "flamingo"])
 @torch.no_grad()
 def test_whole_graphs(name):

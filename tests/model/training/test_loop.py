@@ -94,6 +94,7 @@ def test_kept_states_change_nothing(folder, losses, tmp_path):
         torch.testing.assert_close([x["loss"] for x in lines(tmp_path / output)], losses, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_two_processes_are_one(folder, losses, how, tmp_path):
     """Also over a checkpoint, where the last step of an epoch has too few samples to give each process one. Processes
