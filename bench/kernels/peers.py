@@ -1,6 +1,7 @@
 """Peers: what users would call instead of this library for the same results, each with its backend pinned and named.
 
-Attention peers concatenate keys and values inside what is timed, which is their way to take audio.
+Attention peers concatenate keys and values inside what is timed, which is their way to take audio; but for the one that
+finds them in pages, as a server does.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = ["OURS", "PEERS", "Peer", "Run", "peers_of"]
 
 Run = Callable[[dict[str, Any]], list[Tensor]]
 OURS = "palkernels"
+PAGE = 16  # tokens, vLLM's own choice
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,42 @@ def _flashinfer(case: Case) -> Run:
     return run
 
 
+def _in_pages(case: Case) -> Run:
+    """Attend over keys and values in pages, audio and text together, as vLLM calls FlashInfer: they are written there
+    once, when a set of inputs is first seen, as they are in serving."""
+    flashinfer: Any = importlib.import_module("flashinfer")
+    keys = case.audio + case.text
+    pages = -(-keys // PAGE)  # of each row
+    workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=case.device)
+    counts = torch.arange(case.batch + 1, dtype=torch.int32, device=case.device)
+    order = torch.randperm(case.batch * pages, generator=torch.Generator().manual_seed(0))  # as a server's are, in time
+    order = order.to(case.device, torch.int32)
+    last = torch.full((case.batch,), keys - (pages - 1) * PAGE, dtype=torch.int32, device=case.device)
+    table, sizes = (counts * pages, order, last), (case.heads, case.kv_heads, case.head_dim, PAGE)
+    if case.queries == 1:
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+        wrapper.plan(*table, *sizes, q_data_type=case.dtype, kv_data_type=case.dtype)
+    else:
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+        wrapper.plan(counts * case.queries, *table, *sizes, causal=True, q_data_type=case.dtype)
+
+    def paged(x: Tensor) -> Tensor:
+        store = x.new_zeros(case.batch * pages, PAGE, case.kv_heads, case.head_dim)
+        rows = F.pad(x, (0, 0, 0, 0, 0, pages * PAGE - keys))
+        store[order.long()] = rows.reshape_as(store)
+        return store
+
+    def run(inputs: dict[str, Any]) -> list[Tensor]:
+        if "pages" not in inputs:
+            _, key, value = _tokens_first(inputs)
+            inputs["pages"] = paged(key), paged(value)
+        query = inputs["query"].transpose(1, 2).flatten(0, 1)
+        out = wrapper.run(query, inputs["pages"])
+        return [out.view(case.batch, case.queries, case.heads, case.head_dim).transpose(1, 2)]
+
+    return run
+
+
 def _eager_projection(case: Case) -> Run:
     """Project as a decoder layer does, in plain PyTorch, layer by layer."""
 
@@ -195,6 +233,7 @@ PEERS = (
     Peer("flash-attn-3", "cat + flash-attn 3", _flash_attn("flash_attn_interface"), module="flash_attn_interface"),
     Peer("flash-attn-4", "cat + flash-attn 4", _flash_attn("flash_attn.cute"), module="flash_attn.cute"),
     Peer("flashinfer", "cat + FlashInfer", _flashinfer, has_gradients=False, module="flashinfer"),
+    Peer("flashinfer-paged", "FlashInfer, in pages", _in_pages, has_gradients=False, module="flashinfer"),
     Peer("sdpa", "cat + SDPA (PyTorch's choice)", _sdpa(None), devices=("cpu",)),
     Peer("eager", "RMSNorm, Linear, RoPE (eager)", _eager_projection, is_projection=True, devices=("cuda", "cpu")),
     Peer("modules", "Llama's modules (transformers)", _layer_modules, is_projection=True, devices=("cuda", "cpu")),

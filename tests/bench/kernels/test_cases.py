@@ -1,9 +1,12 @@
 """The microbenchmark's cases: what they count, their inputs, and peers that compute the same."""
 
 import contextlib
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from palkernels.bench.instruments import timing
 from palkernels.bench.instruments.rates import Rates
@@ -87,3 +90,55 @@ def test_peers_compute_the_same(monkeypatch, key, op):
     peer = next(peer for peer in peers.PEERS if peer.key == key)
     found = case.with_its_gradients(case.inputs(1), peer.prepare(case))
     assert relative_error(found, case.truth(case.inputs(1))) < 1e-5
+
+
+class Paged:
+    """FlashInfer's wrappers of attention over pages, by their documentation, in plain PyTorch."""
+
+    def __init__(self, workspace, layout, use_tensor_cores=False):
+        assert (workspace.dtype, layout) == (torch.uint8, "NHD")
+
+    def run(self, query, cache):
+        outputs = []
+        for row, of_row in enumerate(query.tensor_split(self.rows[1:-1].tolist())):
+            pages = self.pages[self.starts[row] : self.starts[row + 1]]
+            unused = self.page_size - int(self.last[row])
+            keys, values = (x[pages].flatten(0, 1)[: -unused or None].transpose(0, 1) for x in cache)
+            mask = torch.ones(len(of_row), keys.shape[1], dtype=torch.bool).tril(keys.shape[1] - len(of_row))
+            given = of_row.transpose(0, 1), keys, values
+            attended = scaled_dot_product_attention(*(x[None] for x in given), attn_mask=mask, enable_gqa=True)
+            outputs.append(attended[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+
+class PagedPrefill(Paged):
+    def plan(
+        self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads,
+        head_dim_qk, page_size, causal=False, q_data_type="float16",
+    ):  # fmt: skip
+        assert causal
+        self.rows, self.starts, self.pages = qo_indptr, paged_kv_indptr, paged_kv_indices
+        self.last, self.page_size = paged_kv_last_page_len, page_size
+
+
+class PagedDecode(Paged):
+    def plan(
+        self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, q_data_type="float16",
+        kv_data_type=None,
+    ):  # fmt: skip
+        self.rows, self.starts, self.pages = torch.arange(len(indptr)), indptr, indices
+        self.last, self.page_size = last_page_len, page_size
+
+
+@pytest.mark.parametrize("shape", ["3,4,2,9,20,16", "2,4,2,12,20,16"])
+@pytest.mark.parametrize("op", ["forward", "decode"])
+def test_keys_in_pages(monkeypatch, op, shape):
+    """Pages of one row lie anywhere, and the last one may not be full."""
+    wrappers = {"BatchPrefillWithPagedKVCacheWrapper": PagedPrefill, "BatchDecodeWithPagedKVCacheWrapper": PagedDecode}
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(**wrappers))
+    case = shape_case(op, shape, torch.float32, CPU)
+    peer = next(peer for peer in peers.PEERS if peer.key == "flashinfer-paged")
+    run, inputs = peer.prepare(case), case.inputs(1)
+    truth = case.truth(inputs)
+    for _ in range(2):
+        assert relative_error(run(inputs), truth) < 1e-5
