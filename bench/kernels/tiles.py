@@ -148,7 +148,7 @@ def _print(selection: Selection, compiled: list[aot.Compiled], console: Console)
     columns = [Column(heading, text=True) for heading in ("kernel", "gradients", "features")]
     columns += [Column(heading, "tile") for heading in ("head dim", "block_m x block_n", "warps", "stages")]
     columns += [Column(heading, "registers") for heading in ("limit", "used")]
-    columns += [Column(heading) for heading in ("shared bytes", "stack bytes", "wgmma")]
+    columns += [Column(heading) for heading in ("shared bytes", "stack bytes", "wgmma", "ptxas")]
     table = Table(f"sm_{selection.arch}, {selection.dtype}", columns)
     for row in compiled:
         tile = row.tile
@@ -166,6 +166,7 @@ def _print(selection: Selection, compiled: list[aot.Compiled], console: Console)
                 f"{row.shared_bytes:,}",
                 str(row.stack_bytes),
                 str(row.wgmma),
+                "serialised" if row.serialised else "",
             ]
         )
     print_table(table, console)

@@ -8,17 +8,16 @@ driver, and TRITON_INTERPRET, which replaces the compiler when kernels are defin
 
 import argparse
 import contextlib
+import io
+import itertools
 import json
 import re
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -36,6 +35,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # power of two, or 7, as Qwen2.5-7B has them.
 GROUPS = {"none": 4, "padding": 7, "all": 4}
 FEATURES = tuple(GROUPS)
+# How models lay out (B, H, T, D) in memory: as their projections leave it, and as caches keep it.
+LAYOUTS = ("BTHD", "BHTD")
 HEAD_DIMS = tuple(sorted({head_dim for _, head_dim in tiles.TILES["forward"][80]}))
 
 
@@ -56,38 +57,46 @@ class Compiled:
     wgmma: int  # Hopper's matrix instructions
     async_copies: int
     transposed_register_dots: int
+    serialised: str  # why ptxas carries out the wgmma one after another; "" where it does not
 
 
 def compile_kernel(
     kernel: str, capability: int, dtype: torch.dtype, head_dim: int, tile: tiles.Tile, features: str
 ) -> list[Compiled]:
-    """Compile one kernel; an entry per launch: above head dim 128 dK and dV take one each."""
+    """Compile one kernel; an entry per launch: above head dim 128 dK and dV take one each.
+
+    The layouts of memory share what is compiled; one that compiled to code of its own would have an entry too.
+    """
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET must not be set where kernels are compiled")
     driver.set_active(_Compiler(capability))
-    with tiles.use(**{kernel: tile}):
-        launches = _launches(kernel, dtype, head_dim, tile.block_m, features)
     compiled = []
-    for gradients, launch in launches.items():
-        binary = launch.compile()
-        registers, stack = _resources(binary.asm["cubin"])
-        compiled.append(
-            Compiled(
-                kernel=kernel,
-                gradients=gradients,
-                capability=capability,
-                dtype=str(dtype).removeprefix("torch."),
-                head_dim=head_dim,
-                features=features,
-                tile=tile,
-                registers=registers,
-                stack_bytes=stack,
-                shared_bytes=binary.metadata.shared,
-                wgmma=binary.asm["ptx"].count("wgmma.mma_async"),
-                async_copies=len(re.findall(r"cp\.async\.c[ga]|cp\.async\.bulk\.tensor", binary.asm["ptx"])),
-                transposed_register_dots=transposed_register_dots(binary.asm["ttgir"]),
+    for layout in LAYOUTS:
+        with tiles.use(**{kernel: tile}):
+            launches = _launches(kernel, dtype, head_dim, tile.block_m, features, layout)
+        for gradients, launch in launches.items():
+            binary, log = _compile(launch)
+            if not log:  # compiled already, for the other layout
+                continue
+            registers, stack = resources(log)
+            compiled.append(
+                Compiled(
+                    kernel=kernel,
+                    gradients=gradients,
+                    capability=capability,
+                    dtype=str(dtype).removeprefix("torch."),
+                    head_dim=head_dim,
+                    features=features,
+                    tile=tile,
+                    registers=registers,
+                    stack_bytes=stack,
+                    shared_bytes=binary.metadata.shared,
+                    wgmma=binary.asm["ptx"].count("wgmma.mma_async"),
+                    async_copies=len(re.findall(r"cp\.async\.c[ga]|cp\.async\.bulk\.tensor", binary.asm["ptx"])),
+                    transposed_register_dots=transposed_register_dots(binary.asm["ttgir"]),
+                    serialised=serialised(log),
+                )
             )
-        )
     return compiled
 
 
@@ -132,8 +141,8 @@ def compile_projection(capability: int, dtype: torch.dtype) -> list[dict[str, ob
             "finish_gradient": projection.finish_gradient_launch(keys, keys, layer, keys, sums),
         }
         for kernel, launch in launches.items():
-            binary = launch.compile()
-            registers, stack = _resources(binary.asm["cubin"])
+            binary, log = _compile(launch)
+            registers, stack = resources(log)
             reports.append(
                 {"kernel": kernel, "capability": capability, "dtype": str(dtype).removeprefix("torch."),
                  "width": width, "head_dim": head_dim, "registers": registers, "stack_bytes": stack,
@@ -142,14 +151,18 @@ def compile_projection(capability: int, dtype: torch.dtype) -> list[dict[str, ob
     return reports
 
 
-def _launches(kernel: str, dtype: torch.dtype, head_dim: int, num_rows: int, features: str) -> dict[str, Launch]:
-    """Launches of the kernel at usual strides, for the gradients of all five tensors in backward."""
+def _launches(
+    kernel: str, dtype: torch.dtype, head_dim: int, num_rows: int, features: str, layout: str
+) -> dict[str, Launch]:
+    """Launches of the kernel at the strides of a layout, for the gradients of all five tensors in backward."""
     batch, kv_heads, num_keys, num_audio = 8, 8, 256, 1504
     group = GROUPS[features]
     num_queries = max(num_rows // group, 1)
     padded = features != "none"
 
-    def floats(heads: int, tokens: int) -> Tensor:  # (B, H, T, D) as models have it: heads innermost but one
+    def floats(heads: int, tokens: int) -> Tensor:
+        if layout == "BHTD":
+            return torch.empty(batch, heads, tokens, head_dim, dtype=dtype, device="meta")
         return torch.empty(batch, tokens, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
 
     def integers(*shape: int) -> Tensor | None:
@@ -187,13 +200,19 @@ def _launches(kernel: str, dtype: torch.dtype, head_dim: int, num_rows: int, fea
 
 
 class _Compiler:
-    """Stands in for Triton's GPU driver: it says what to compile for, and cannot launch."""
+    """Stands in for Triton's GPU driver: it says what to compile for, and cannot launch.
+
+    Each is another device, for which Triton, which keeps what it has compiled by device, has compiled nothing yet.
+    """
+
+    _count = itertools.count()
 
     def __init__(self, capability: int):
         self.capability = capability
+        self.device = next(self._count)
 
     def get_current_device(self) -> int:
-        return self.capability  # Triton keeps what it has compiled per device
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -207,17 +226,30 @@ def transposed_register_dots(ttgir: str) -> int:
     return len(re.findall(r"tt\.trans .*: tensor<[^>]*, #mma", ttgir))
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread, and bytes of stack per thread."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if usage is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {text}")
-    return int(usage[1]), int(usage[2])
+def _compile(launch: Launch) -> tuple[Any, str]:
+    """The compiled kernel, and what ptxas said about it; nothing where this device has it already.
+
+    Triton's cache on disk keeps no log: it is not used.
+    """
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        binary = launch.compile()
+    return binary, log.getvalue()
+
+
+def resources(log: str) -> tuple[int, int]:
+    """Registers, and bytes of stack, of a thread, from the log of ``ptxas -v``."""
+    registers, stack = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes stack frame", log)
+    if registers is None or stack is None:
+        raise RuntimeError(f"ptxas must say what a kernel uses, got {log!r}")
+    return int(registers[1]), int(stack[1])
+
+
+def serialised(log: str) -> str:
+    """Why ptxas serialises a kernel's wgmma, by its log (warnings C7510 and on); "" where it does not."""
+    reasons = re.findall(r"^.*(?:\(C75\d\d\)|wgmma.* serialized).*$", log, re.MULTILINE)
+    return "; ".join(reason.removeprefix("ptxas info    : ") for reason in reasons)
 
 
 def main() -> None:
@@ -238,9 +270,7 @@ def main() -> None:
             continue
         chosen = (tuple(x) for x in (arguments.kernels, arguments.head_dims, arguments.features))
         for variant in shipped_variants(capability, dtypes, *chosen):
-            with contextlib.redirect_stdout(sys.stderr):  # Triton prints the code that it cannot compile
-                variants = compile_kernel(*variant)
-            for compiled in variants:
+            for compiled in compile_kernel(*variant):
                 print(json.dumps(asdict(compiled)), flush=True)
 
 

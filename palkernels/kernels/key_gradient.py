@@ -23,6 +23,7 @@ from palkernels.kernels.primitives import (
     load_rows,
     packed_rows,
     per_row,
+    settled,
     softcap_slope,
     split_program,
     store_rows,
@@ -69,13 +70,13 @@ def add_query_tile(
     if visible is not None:
         weights = tl.where(visible, weights, 0.0)
     if WITH_VALUE:
-        dvalue = dot(weights.to(douts.dtype), douts, dvalue)
+        dvalue = settled(dot(weights.to(douts.dtype), douts, dvalue))
     if WITH_KEY:
         dweights = dot(values, tl.trans(douts), None)
         dscores = weights * (dweights - delta[None, :]) * softcap_slope(scores, SOFTCAP)
         if visible is not None:  # again: what no query sees may hold NaN, which times 0 is NaN
             dscores = tl.where(visible, dscores, 0.0)
-        dkey = dot(dscores.to(queries.dtype), queries, dkey)
+        dkey = settled(dot(dscores.to(queries.dtype), queries, dkey))
     return dkey, dvalue
 
 

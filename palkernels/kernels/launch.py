@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from palkernels.arguments import Call
+from palkernels.kernels import primitives
 from palkernels.kernels.operands import Sizes, Visibility
 from palkernels.kernels.tiles import Tile
 
-# Decided when the kernels are defined: setting the variable later does not reach them.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = bool(primitives.INTERPRETED)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import triton.language as tl
 from palkernels.kernels.tiles import padded_head_dim
 
 padded = triton.constexpr_function(padded_head_dim)
+# Decided when the kernels are defined: setting the variable later does not reach them.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -76,6 +78,19 @@ def per_row(ptr, row, kv_head, t, member, sizes, GROUP: tl.constexpr):
 def dot(left, right, accumulator):
     """``left @ right + accumulator`` (None: without), in float32, or float64 for float64 inputs; IEEE, never TF32."""
     return tl.dot(left, right, accumulator, input_precision="ieee", out_dtype=accumulator_type(left))
+
+
+@triton.jit
+def settled(product):
+    """A float32 product, as it is, that stays where it has been computed.
+
+    It goes through a move that the compiler cannot see past and that the assembler removes. Without it the compiler may
+    move accumulators about between the products of a pipelined loop, and ptxas then carries these out one by one.
+    """
+    if INTERPRETED:
+        return product
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [product], tl.float32, is_pure=True, pack=1)
 
 
 @triton.constexpr_function

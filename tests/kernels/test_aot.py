@@ -10,7 +10,7 @@ from support import thorough
 from support.ahead import CAPABILITIES, DTYPES, EVERYTHING, OPTIONS, variants
 from support.compiled import compile_ahead, run_compiling
 
-from palkernels.kernels import tiles
+from palkernels.kernels import aot, tiles
 from palkernels.kernels.aot import SHARED_MEMORY, shipped_variants
 
 SUPPORT = Path(__file__).parents[1] / "lib" / "support"
@@ -112,6 +112,33 @@ def test_hopper_uses_its_tensor_cores(compiled):
     assert all(row["wgmma"] > 0 for row in full)
     # Only decoding has smaller tiles: a few rows are no work for it.
     assert {row["kernel"] for row in compiled[90] if row["dtype"] != "float32" and row not in full} == {"decode"}
+
+
+def test_no_products_are_serialised(compiled):
+    """ptxas serialises wgmma where it cannot keep several of them in flight, and the kernel then waits for each."""
+    assert [row for rows in compiled.values() for row in rows if row["serialised"]] == []
+
+
+LOG = """\
+ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma \
+instructions defining accumulator registers of a wgmma between start and end of the pipeline stage in the function 'k'
+ptxas info    : 11 bytes gmem
+ptxas info    : Compiling entry function 'k' for 'sm_90a'
+ptxas info    : Function properties for k
+    56 bytes stack frame, 76 bytes spill stores, 80 bytes spill loads
+ptxas info    : Used 121 registers, used 1 barriers
+"""
+
+
+def test_the_log_of_ptxas_is_read():
+    assert aot.resources(LOG) == (121, 56)
+    reason, _, rest = LOG.partition("\n")
+    assert aot.serialised(LOG) == reason.removeprefix("ptxas info    : ")
+    assert aot.serialised(rest) == ""
+    assert aot.serialised(LOG.replace("(C7515)", "(C7510)")).startswith("(C7510)")
+    assert aot.serialised(LOG.replace("(C7515) ", "")).startswith("Potential")
+    with pytest.raises(RuntimeError, match="ptxas must say what a kernel uses, got 'nothing'"):
+        aot.resources("nothing")
 
 
 def test_the_kernels_of_audio_kv(tmp_path):

@@ -57,6 +57,7 @@ def printed(row: dict[str, Any]) -> list[str]:
         f"{row['shared_bytes']:,}",
         str(row["stack_bytes"]),
         str(row["wgmma"]),
+        "serialised" if row["serialised"] else "",
     ]
 
 
@@ -83,7 +84,8 @@ def lines(selection: command.Selection) -> list[str]:
         split = kernel == "key_gradient" and tiles.splits_key_gradient(head_dim)
         for gradients in ("dK", "dV") if split else ("dK dV" if kernel == "key_gradient" else "",):
             variant = (kernel, gradients, arch, selection.dtype, head_dim, features, tile)
-            found.append(json.dumps(asdict(aot.Compiled(*variant, 97, 8, 4096, 12, 3, 0))))
+            reason = "(C7515) Potential Performance Loss" if features == "all" else ""
+            found.append(json.dumps(asdict(aot.Compiled(*variant, 97, 8, 4096, 12, 3, 0, reason))))
     return found
 
 
