@@ -9,6 +9,7 @@
     states        a clip's states as vLLM's encoder cache holds them
     decoder       a step: audio's keys and values to their slots, then the stock decoder on the text
     runs          runs of text rows, and the attention metadata for them alone
+    foretelling   which hidden states the token behind audio follows from
     counting      how much audio each request has heard, where some layers must not count it
     projection    a layer's keys and values of audio
 

@@ -13,7 +13,6 @@ token t of a request in slot t of its block table. With rope="none" text has its
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from palkernels.model.pal import PalConfig
 from palkernels.model.vllm.counting import AudioCounts
+from palkernels.model.vllm.foretelling import LastStates, carry_over
 from palkernels.model.vllm.projection import audio_keys_and_values, check_layer
-from palkernels.model.vllm.runs import Run, TextRows, as_if_text, remembering_backend, text_runs
+from palkernels.model.vllm.runs import TextRows, as_if_text, remembering_backend, text_runs
 from palkernels.model.vllm.settings import must_count
 
 __all__ = ["LalDecoder"]
@@ -65,6 +65,7 @@ class LalDecoder:
         self.width, self.dtype = config.text_config.hidden_size, vllm_config.model_config.dtype
         self.most_runs = vllm_config.scheduler_config.max_num_seqs
         self.counts: AudioCounts | None = None
+        self.last_states: LastStates | None = None
         self.names = [attention.layer_name for attention in attentions]
         self.deaf = [name for number, name in enumerate(self.names) if number not in self.hearing]
         for number, attention in enumerate(attentions):
@@ -98,9 +99,7 @@ class LalDecoder:
     ) -> Tensor:
         """Return hidden states (N, d) of the rows of a step.
 
-        An audio row has none of its own. The last one before a text row holds those of the text before the audio, from
-        which the token behind it follows; they are NaN where that text ran in an earlier step or is not there. Nobody
-        reads them but for log-probabilities of the prompt.
+        Those of audio rows are what :mod:`palkernels.model.vllm.foretelling` says.
 
         Args:
             input_ids: (N,); None where there are embeddings.
@@ -112,15 +111,31 @@ class LalDecoder:
         context = get_forward_context()
         if context.attn_metadata is None:  # a run that measures memory or captures
             return self._stock(input_ids, positions, inputs_embeds)
-        if audio is None and not self.counted:
-            return self._stock(input_ids, positions, inputs_embeds)
         builder, common = context.attn_metadata[self.names[0]].lal  # full attention only: one KV cache group
         before = self._before(builder, common, positions, audio) if self.counted else None
-        if audio is None:
-            assert before is not None
-            return self._without_audio(context, builder, common, before, input_ids, positions, inputs_embeds)
-        assert inputs_embeds is not None
-        assert states is not None
+        if audio is not None:
+            assert inputs_embeds is not None
+            assert states is not None
+            hidden = self._with_audio(context, builder, common, before, positions, inputs_embeds, audio, states)
+        elif before is not None:
+            hidden = self._without_audio(context, builder, common, before, input_ids, positions, inputs_embeds)
+        else:
+            hidden = self._stock(input_ids, positions, inputs_embeds)
+        self._states_of(hidden).put_prompts(common, hidden)
+        return hidden
+
+    def _with_audio(
+        self,
+        context: ForwardContext,
+        builder: Any,
+        common: CommonAttentionMetadata,
+        before: Tensor | None,
+        positions: Tensor,
+        inputs_embeds: Tensor,
+        audio: np.ndarray,
+        states: Tensor,
+    ) -> Tensor:
+        """Return hidden states of a step with audio rows."""
         self._write(context, positions, audio, states)
         hidden = torch.zeros_like(inputs_embeds)
         passes = [] if audio.all() else text_runs(common, audio, self.most_runs)
@@ -129,8 +144,16 @@ class LalDecoder:
             changed, places = self._context_of(context, builder, text, positions[text.rows], before)
             with override_forward_context(changed):
                 hidden[text.rows] = self.model(None, places, None, inputs_embeds=inputs_embeds[text.rows])
-        _carry_over(hidden, [run for runs in passes for run in runs])
+        all_runs = [run for runs in passes for run in runs]
+        block_size = builder.kv_cache_spec.block_size
+        carry_over(hidden, common, audio, all_runs, positions, self._states_of(hidden), block_size)
         return hidden
+
+    def _states_of(self, hidden: Tensor) -> LastStates:
+        """Return what is remembered of earlier steps."""
+        if self.last_states is None:
+            self.last_states = LastStates(self.most_runs, hidden)
+        return self.last_states
 
     def _stock(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Tensor:
         hidden: Tensor = self.model(input_ids, positions, None, inputs_embeds=inputs_embeds)
@@ -219,14 +242,3 @@ def _eager(context: ForwardContext, metadata: Any, slots: Any) -> ForwardContext
         batch_descriptor=None,
         is_padding=None,
     )
-
-
-def _carry_over(hidden: Tensor, runs: Sequence[Run]) -> None:
-    """Let the last row of audio hold the hidden states of the text before it, where text follows or may follow."""
-    pairs = [(run.first - 1, run.above) for run in runs if run.before]
-    last_runs = {run.request: run for run in sorted(runs, key=lambda run: run.first)}
-    pairs += [(run.last + run.behind - 1, run.last - 1) for run in last_runs.values() if run.behind]
-    if not pairs:
-        return
-    rows, above = torch.tensor(pairs).to(hidden.device).unbind(1)
-    hidden[rows] = hidden[above.clamp(min=0)].masked_fill((above < 0).unsqueeze(1), torch.nan)

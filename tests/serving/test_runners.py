@@ -11,10 +11,12 @@ from support.served import QUESTIONS, RATE, Reference, ask, assert_same, engine,
 # vLLM's build for CPUs uses Triton where it finds a backend of that name. The interpreter needs none, so any will do.
 BY_THE_RUNNER_OF_GPUS = """
 import sys, types
+from math import isfinite
 from pathlib import Path
 from triton.backends import backends
 backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True), compiler=None)
 from support.served import QUESTIONS, Reference, ask, assert_same, engine, prompt_of
+from vllm import SamplingParams
 directory = Path(sys.argv[1])
 reference = Reference(directory)
 with engine(directory, max_num_batched_tokens=48, max_num_seqs=4) as llm:
@@ -23,6 +25,9 @@ with engine(directory, max_num_batched_tokens=48, max_num_seqs=4) as llm:
         outputs = ask(llm, [prompt_of(question) for question in QUESTIONS.values()], new=6)
         for question, output in zip(QUESTIONS.values(), outputs):
             assert_same(output, reference.answer(question, new=6))
+    params = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    (output,) = llm.generate([prompt_of(QUESTIONS["windows"])], params, use_tqdm=False)  # its clip takes two steps
+    assert all(isfinite(entry.logprob) for entries in output.prompt_logprobs[1:] for entry in entries.values())
 print("the same")
 """
 

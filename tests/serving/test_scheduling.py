@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.served import QUESTIONS, WIDTH, ask, assert_same, engine, prompt_of, prompt_of_states
+from support.served import AUDIO_ID, QUESTIONS, WIDTH, ask, assert_same, engine, prompt_of, prompt_of_states
+from vllm import SamplingParams
 
 TEXT = torch.randint(3, 250, (200,), generator=torch.Generator().manual_seed(5)).tolist()
 CLIPS = [torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(tokens)) for tokens in (300, 77, 33)]
@@ -29,6 +30,20 @@ def test_prompts_in_chunks(directory, reference, name):
     """Clips are cut anywhere, and a chunk may hold audio alone."""
     with engine(directory(name), enable_mm_embeds=True, max_num_batched_tokens=48, max_num_seqs=4) as llm:
         assert_all(llm, reference(name))
+
+
+@pytest.mark.parametrize("name", ["lal", "delayed", "unrotated"])
+def test_log_probabilities_of_prompts_in_chunks(directory, reference, name):
+    """A token behind a clip follows from the text before the clip, in whichever step that ran."""
+    cases = [[TEXT[:5], CLIPS[0], TEXT[5:12]], *CASES[1:3], [TEXT[60:64], CLIPS[2], CLIPS[1], TEXT[64:70]]]
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=3)
+    with engine(directory(name), enable_mm_embeds=True, max_num_batched_tokens=48, max_num_seqs=4) as llm:
+        outputs = llm.generate([prompt_of_states(parts) for parts in cases], params, use_tqdm=False)
+    for parts, output in zip(cases, outputs, strict=True):
+        texts = [(place, token) for place, token in enumerate(output.prompt_token_ids) if token != AUDIO_ID]
+        expected = reference(name).foretell_states(parts)
+        for row, (place, token) in enumerate(texts[1:]):
+            assert abs(output.prompt_logprobs[place][token].logprob - float(expected[row, token])) < 1e-4, place
 
 
 @pytest.mark.parametrize("name", ["lal", "delayed", "unrotated"])

@@ -115,6 +115,14 @@ def test_clips_by_address(client, running, site):
     assert others == [sent, sent]
 
 
+def test_log_probabilities_of_a_prompt_whose_clip_takes_several_steps(client):
+    """Not a number would be no JSON."""
+    messages = [user(text("Listen: "), audio(wav(sound(25, 7))), text("What is it?"))]
+    answer = ask(client, messages, extra_body={"prompt_logprobs": 1})
+    assert answer.usage.prompt_tokens > 256  # of a step
+    assert len(answer.prompt_logprobs) == answer.usage.prompt_tokens
+
+
 WRONG_ADDRESSES = {
     "outside": ("file://{log}", openai.BadRequestError, "must be a subpath of `--allowed-local-media-path"),
     "above": ("file://{files}/../log", openai.BadRequestError, "must be a subpath of `--allowed-local-media-path"),

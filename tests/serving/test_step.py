@@ -21,7 +21,6 @@ from support.served import (
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from palkernels.model import AudioState
 from palkernels.model.vllm import decoder
 
 TEXT = list(range(10, 60))
@@ -126,24 +125,22 @@ def test_states_given_directly(llm, reference):
 
 def test_log_probabilities_of_a_prompt_with_audio(llm, reference):
     """The token behind a clip follows from the text before it, as without vLLM."""
-    before, behind, clip = TEXT[:6], TEXT[6:11], states(40, 40)
+    parts = [TEXT[:6], states(40, 40), TEXT[6:11]]
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=5)
-    (output,) = llm.generate([prompt_of_states([before, clip, behind])], params, use_tqdm=False)
-    model = reference("lal").model.language_model
-    audio = AudioState(clip[None], insert_at=torch.tensor([len(before)]))
-    with torch.no_grad():
-        expected = model(torch.tensor([[*before, *behind]]), audio=audio).logits[0].log_softmax(-1)
+    (output,) = llm.generate([prompt_of_states(parts)], params, use_tqdm=False)
+    expected = reference("lal").foretell_states(parts)
     places = [*range(1, 6), *range(46, 51)]  # of the tokens that others foretell
-    tokens = [*before[1:], *behind]
-    for row, (place, token) in enumerate(zip(places, tokens, strict=True)):
+    for row, (place, token) in enumerate(zip(places, TEXT[1:11], strict=True)):
         assert abs(output.prompt_logprobs[place][token].logprob - float(expected[row, token])) < 1e-4, place
 
 
-def test_log_probabilities_behind_a_clip_that_nothing_foretells_are_nan(llm):
+def test_behind_a_clip_that_nothing_foretells_all_tokens_are_as_likely(llm, reference):
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
     (output,) = llm.generate([prompt_of_states([states(40, 41), TEXT[:3]])], params, use_tqdm=False)
-    assert np.isnan(output.prompt_logprobs[40][TEXT[0]].logprob)
-    assert np.isfinite(output.prompt_logprobs[41][TEXT[1]].logprob)
+    tokens = reference("lal").model.config.text_config.vocab_size
+    assert output.prompt_logprobs[40][TEXT[0]].logprob == pytest.approx(-np.log(tokens))
+    expected = reference("lal").foretell_states([states(40, 41), TEXT[:3]])
+    assert abs(output.prompt_logprobs[41][TEXT[1]].logprob - float(expected[0, TEXT[1]])) < 1e-4
 
 
 def test_layers_are_known_by_what_they_do(llm, model, monkeypatch):

@@ -112,6 +112,15 @@ class Reference:
 
     def answer_states(self, parts: list[list[int] | torch.Tensor], new: int = NEW) -> Answer:
         """Answer tokens and a connector's states (tokens, d) of clips that stand among them, which LAL hears."""
+        return self._generate(self.model, self._inputs_of_states(parts), new)
+
+    def foretell_states(self, parts: list[list[int] | torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities (text tokens, vocabulary) of what follows each text token of such a prompt."""
+        with torch.no_grad():
+            logits: torch.Tensor = self.model(**self._inputs_of_states(parts)).logits
+        return logits[0].log_softmax(-1)
+
+    def _inputs_of_states(self, parts: list[list[int] | torch.Tensor]) -> dict[str, Any]:
         ids, states, places = [], [], []
         for part in parts:
             if isinstance(part, torch.Tensor):
@@ -126,7 +135,7 @@ class Reference:
             clips = Clips(torch.nn.utils.rnn.pad_sequence(states, batch_first=True), lengths)
             inputs |= {"audio_features": AudioFeatures(lal=clips), "audio_index": torch.arange(len(states))[None]}
             inputs["insert_at"] = torch.tensor([places])
-        return self._generate(self.model, inputs, new)
+        return inputs
 
     def _generate(self, model: Any, inputs: Any, new: int) -> Answer:
         settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new}
