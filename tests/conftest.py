@@ -2,6 +2,7 @@
 
 pytest                  on a CPU; the Triton kernels run in Triton's interpreter
 pytest --device cuda    on a GPU: the tests marked gpu, compiled
+pytest --passed FILE    without the tests that FILE names; those that pass are added to it
 """
 
 import gc
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.limits import pytest_runtest_protocol, restore_default_signals
+from support.passed import Passed
 
 __all__ = ["pytest_runtest_protocol"]  # every test's limit of time
 
@@ -30,12 +32,15 @@ multiprocessing.set_forkserver_preload(["support.sharded", "support.parallel", "
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where the kernels run")
+    parser.addoption("--passed", type=Path, help="tests named in this file are left out, and what passes is added")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes seconds on a CPU; make test leaves it to make test-slow")
     config.addinivalue_line("markers", "gpu: runs on a GPU too, with --device cuda")
     config.addinivalue_line("markers", "cuda_only: cannot run in the interpreter")
+    if config.getoption("--passed") is not None:
+        config.pluginmanager.register(Passed(config))
     gc.set_threshold(20_000)  # a twentieth of the time is garbage collection at Python's 700 new objects
     if config.getoption("--device") == "cpu":  # must be chosen before triton is imported
         os.environ["TRITON_INTERPRET"] = "1"
