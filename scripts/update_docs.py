@@ -10,14 +10,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from palkernels.bench.kernels.output import timed_twice
+from palkernels.bench.kernels import pages
 from palkernels.bench.kernels.peers import OURS as OUR_KERNELS
 from palkernels.bench.methods import DEFAULT_METHODS
 from palkernels.bench.report import learning, plot, predictions, tables
@@ -59,7 +59,7 @@ def headline(measurement: Document, simulation: Document, kernels: Document) -> 
             gain = f"**{change(less)}** memory, **{factor(more)}** throughput"
             table.rows.append([name, f"{short(GPU)}, {how}", f"{label(BASELINE)}: {figures[0]}", figures[1], gain])
     peer = "cat + SDPA (flash)"
-    timed = _timed(kernels)
+    timed = pages.timed(kernels)
     ours, theirs = (timed["forward", model, name] for name in (OUR_KERNELS, peer))
     microseconds = [f"{number(1e6 * row['p50_seconds'])} us" for row in (theirs, ours)]
     on = f"{short(kernels['machine_info']['gpu'])}, measured"
@@ -99,6 +99,17 @@ def measured(document: Document) -> str:
     return f"{conditions}\n\n{to_markdown(table)}\nMade by `{command(meta)}`.\n"
 
 
+def on_gpus(documents: dict[str, Document], shown: Container[str]) -> str:
+    """Figure 1 on further GPUs, with its picture; `shown` stand elsewhere."""
+    text = ""
+    for name, document in sorted(documents.items()):
+        if name not in shown:
+            where = document["meta"]["gpu"] or document["meta"]["device_name"]
+            text += f"### Measured on {where}\n\n![{title(document['meta'])}](../bench/results/{name}.png)\n\n"
+            text += f"{measured(document)}\n"
+    return text
+
+
 def predicted(measurement: Document, simulation: Document) -> str:
     points = Points(measurement["rows"]), Points(simulation["rows"])
     return to_markdown(predictions.memory(*points, LENGTH, GPU))
@@ -134,17 +145,6 @@ def simulated(*documents: Document) -> str:
         "with captured graphs and in eager mode:"
     )
     return f"{conditions}\n\n{to_markdown(table)}"
-
-
-def timed_again(before: Document, now: Document) -> str:
-    return to_markdown(timed_twice(_timed(before), _timed(now), before["datetime"][:10]))
-
-
-def host_times(document: Document) -> str:
-    """The host's time of a call."""
-    table = Table("", [Column("", text=True), Column("", text=True), Column("us")])
-    table.rows = [[row["op"], row["implementation"], f"{row['host_microseconds']:.0f}"] for row in document["rows"]]
-    return to_markdown(table)
 
 
 def every_method(document: Document) -> str:
@@ -189,77 +189,9 @@ def short_clips(document: Document) -> str:
     return f"{conditions}\n\n{to_markdown(table)}"
 
 
-def microbench(document: Document) -> str:
-    """The run's conditions, and a row for each model and operation: our time, and how much longer each peer takes."""
-    machine, timed = document["machine_info"], _timed(document)
-    ceilings, versions, sizes = machine["ceilings"], machine["versions"], document["benchmarks"][0]["params"]
-    peers = list(dict.fromkeys(name for *_, name in timed if name != OUR_KERNELS))
-    table = Table("", [Column("", text=True), Column("", text=True), *map(Column, ("us", "limit", *peers))])
-    for (operation, model, name), ours in timed.items():
-        if name == OUR_KERNELS:
-            slower = [timed.get((operation, model, peer), {}).get("slower_than_ours") for peer in peers]
-            multiples = ["" if multiple is None else f"{multiple:.2f}x" for multiple in slower]
-            cells = [f"{1e6 * ours['p50_seconds']:.1f}", f"{ours['share_of_limit']:.0%}"]
-            table.rows.append([model, operation, *cells, *multiples])
-    conditions = (
-        f"{machine['gpu']}, CUDA {machine['cuda']}, torch {versions['torch']}, triton {versions['triton']}, "
-        f"{sizes['dtype']}, {sizes['audio_tokens']} audio and {sizes['text_tokens']} text tokens, "
-        f"{document['datetime'][:10]}; batch 8, of decoding 12. Ceilings measured in the same run: "
-        f"{ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s, {ceilings['bytes_per_second'] / 1e12:.2f} TB/s. Our "
-        "median time, its share of the limit, and how many times longer each peer takes:"
-    )
-    return f"{conditions}\n\n{to_markdown(table)}"
-
-
-# The kernels' goals by operation: shares of the limit by head dim, and how many times longer peers are to take. The
-# share of decoding is meant for 75 MB and more, which only the 3B shape moves.
-GOALS: dict[str, tuple[dict[int, float], dict[str, float]]] = {
-    "forward": (
-        {64: 0.50, 128: 0.55},
-        {"cat + SDPA (flash)": 1.6, "cat + SDPA (cuDNN)": 1.4, "cat + FlexAttention": 1.7, "2 x SDPA + merge": 1.5},
-    ),
-    "backward": (
-        {64: 0.38, 128: 0.38},
-        {"cat + SDPA (flash)": 1.7, "cat + SDPA (cuDNN)": 1.1, "cat + FlexAttention": 1.5, "2 x SDPA + merge": 1.5},
-    ),
-    "decode": ({64: 0.75, 128: 0.75}, {"cat + SDPA (flash)": 2.0, "cat + FlexAttention": 1.5}),
-}
-
-
-def goals(document: Document) -> str:
-    """Where each preset stands; what is short of its goal is bold."""
-    timed = _timed(document)
-    head_dims = {row["params"]["model"]: row["params"]["head_dim"] for row in document["benchmarks"]}
-    models = list(dict.fromkeys(model for _, model, _ in timed))
-    table = Table("", [Column("", text=True), Column("goal"), *map(Column, models)])
-
-    def add(heading: str, wanted: list[float], reached: list[float], unit: str = "") -> None:
-        written = [f"{x:.2f}{unit}" for x in reached]
-        cells = [text if x >= goal else f"**{text}**" for text, x, goal in zip(written, reached, wanted, strict=True)]
-        goal = " / ".join(f"{goal:g}{unit}" for goal in dict.fromkeys(wanted))
-        table.rows.append([heading, goal, *cells])
-
-    for operation, (shares, peers) in GOALS.items():
-        reached = [timed[operation, model, OUR_KERNELS]["share_of_limit"] for model in models]
-        add(f"{operation}, share of the limit", [shares[head_dims[model]] for model in models], reached)
-        for peer, goal in peers.items():
-            slower = [timed[operation, model, peer]["slower_than_ours"] for model in models]
-            add(f"{operation}, {peer}", [goal] * len(models), slower, "x")
-    return to_markdown(table)
-
-
 def _compared(points: Points) -> list[str]:
     """Return the methods of Figure 1."""
     return [name for name in points.methods("train") if name not in LEVERS]
-
-
-def _timed(document: Document) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """Return a microbenchmark's figures by operation, model and implementation, as far as it ran."""
-    return {
-        (row["params"]["op"], row["params"]["model"], row["name"]): row["extra_info"]
-        for row in document["benchmarks"]
-        if "p50_seconds" in row["extra_info"]
-    }
 
 
 @dataclass(frozen=True)
@@ -271,8 +203,12 @@ class Entry:
     write: Callable[..., str]
     results: tuple[str, ...]
     picture: str = ""
+    pattern: str = ""  # of the names of all results that it takes, instead
 
 
+GPUS = "[a-z0-9]+"  # as scripts/gpu_results.py names them
+FIGURE1 = f"figure1-{GPUS}"
+KERNELS = f"({'|'.join(pages.KERNEL_RESULTS)})-{GPUS}"
 SIMULATED = ("simulate-llama-3.2-1b", "simulate-llama-3.2-3b", "simulate-qwen2.5-1.5b")
 STARTS = ("gentle-start", "gentle-start-all")
 ENTRIES = (
@@ -281,6 +217,7 @@ ENTRIES = (
     Entry("docs/results.md", "figure1-h200", measured, ("figure1-h200",)),
     Entry("docs/results.md", "predicted", predicted, ("figure1-h200", SIMULATED[0])),
     Entry("docs/results.md", "predicted-rates", predicted_rates, ("figure1-h200", SIMULATED[0])),
+    Entry("docs/results.md", "figure1-gpus", on_gpus, (), pattern=FIGURE1),
     Entry("docs/results.md", "figure1-cpu", measured, ("figure1-cpu",)),
     Entry("docs/results.md", "figure1-cpu-llama", measured, ("figure1-cpu-llama-3.2-1b",)),
     Entry("docs/results.md", "short-clips", short_clips, ("figure1-cpu-clips",)),
@@ -294,16 +231,23 @@ ENTRIES = (
     Entry("docs/serving.md", "serving-cpu", page, ("serving-cpu",)),
     Entry("docs/serving.md", "long-sound-cpu", long_sound, ("long-sound-cpu",)),
     Entry("docs/serving.md", "long-sound-simulated", long_sound_simulated, ("long-sound-llama-3.2-1b",)),
-    Entry("docs/kernels.md", "microbench-h200", microbench, ("microbench-h200",)),
-    Entry("docs/kernels.md", "microbench-h200-again", timed_again, ("microbench-h200", "microbench-h200-again")),
-    Entry("docs/kernels.md", "host", host_times, ("host-stand-in",)),
-    Entry("bench/LOG.md", "goals-h200", goals, ("microbench-h200",)),
+    Entry("docs/kernels.md", "microbench-h200", pages.microbench, ("microbench-h200",)),
+    Entry("docs/kernels.md", "microbench-h200-again", pages.timed_again, ("microbench-h200", "microbench-h200-again")),
+    Entry("docs/kernels.md", "kernels-gpus", pages.on_gpus, (), pattern=KERNELS),
+    Entry("docs/kernels.md", "host", pages.host_times, ("host-stand-in",)),
+    Entry("bench/LOG.md", "goals-h200", pages.goals, ("microbench-h200",)),
 )
-PICTURES = ("figure1-cpu", "figure1-h200", *SIMULATED)
+SHOWN = {name for entry in ENTRIES for name in entry.results}
+
+
+def with_picture(name: str) -> bool:
+    return name in SIMULATED or re.fullmatch(FIGURE1, name) is not None
 
 
 def content(entry: Entry, documents: dict[str, Document]) -> str:
     """Return what stands between an entry's marks."""
+    if entry.pattern:
+        return entry.write({name: x for name, x in documents.items() if re.fullmatch(entry.pattern, name)}, SHOWN)
     present = [documents[name] for name in entry.results if name in documents]
     if len(present) < len(entry.results):
         return ""
@@ -332,7 +276,7 @@ def main() -> None:
             path.write_text(new)
         elif new != old:
             sys.exit(f"{entry.page} must be as scripts/update_docs.py writes it, got another table {entry.mark}")
-    for name in filter(documents.__contains__, PICTURES):
+    for name in filter(with_picture, documents):
         picture = RESULTS / f"{name}.png"
         if not check:
             picture.write_bytes(plot.render(documents[name]))

@@ -1,5 +1,6 @@
 """What scripts/update_docs.py writes from results."""
 
+import copy
 import importlib.util
 import json
 from dataclasses import replace
@@ -136,3 +137,49 @@ def test_where_connectors_begin_is_told_by_the_least_and_the_most_of_all_seeds()
     assert [line.split(" | ")[1] for line in lines[2:]] == ["sink", "random"] * 2
     losses = [row["first_loss"] for row in documents["gentle-start"]["rows"] if row["initialization"] == "random"]
     assert f"| random | {min(losses):.1f} to {max(losses):.1f} | " in lines[3]
+
+
+def written(mark, documents):
+    (entry,) = (entry for entry in update_docs.ENTRIES if entry.mark == mark)
+    return update_docs.content(entry, documents)
+
+
+def of(gpu, name, **versions):
+    """A result as if it were of another GPU."""
+    document = copy.deepcopy(result(name))
+    document["machine_info"]["gpu"] = gpu
+    document["machine_info"]["versions"] |= versions
+    return document
+
+
+def test_kernels_on_another_gpu_have_a_section():
+    documents = {
+        "microbench-h100": of("NVIDIA H100 80GB HBM3", "microbench-h200-again", ptxas="12.8"),
+        "ptxas-h100": of("NVIDIA H100 80GB HBM3", "microbench-h200-again", ptxas="13.5"),
+        "flash-attn-4-h100": of("NVIDIA H100 80GB HBM3", "microbench-h200-again"),
+        "host-h100": result("host-stand-in"),
+    }
+    text = written("kernels-gpus", documents)
+    assert text.startswith("### More on the GPU H100\n\nNVIDIA H100 80GB HBM3, CUDA 13.0, torch ")
+    assert "\nBeside flash-attn 4, in a run of its own:\n\n|  |  | us | cat + SDPA (flash) |" in text
+    assert "|  |  | us, ptxas 12.8 | us, ptxas 13.5 |" in text
+    assert "\nThe host's time of a call:\n\n|" in text
+
+
+def test_what_stands_elsewhere_is_not_repeated():
+    documents = {"microbench-h200": result("microbench-h200"), "ptxas-h200": of("NVIDIA H200", "microbench-h200")}
+    text = written("kernels-gpus", documents)
+    assert text.startswith("### More on the GPU H200\n\nTriton's own ptxas and a newer one:\n\n")
+    assert written("kernels-gpus", {"microbench-h200": result("microbench-h200")}) == ""
+    assert written("figure1-gpus", {"figure1-h200": result("figure1-h200")}) == ""
+
+
+def test_figure_1_on_another_gpu_has_a_section_and_a_picture():
+    document = result("figure1-h200")
+    document["meta"] |= {"gpu": "NVIDIA H100 80GB HBM3"}
+    text = written("figure1-gpus", {"figure1-h100": document, "figure1-h200": result("figure1-h200")})
+    assert text.startswith("### Measured on NVIDIA H100 80GB HBM3\n\n![llama-3.2-1b, all 16 layers")
+    assert "(../bench/results/figure1-h100.png)" in text
+    assert "| train | 1,500 |" in text
+    assert update_docs.with_picture("figure1-h100")
+    assert not update_docs.with_picture("figure1-cpu-clips")

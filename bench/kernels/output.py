@@ -14,11 +14,11 @@ from palkernels.bench import machine
 from palkernels.bench.instruments.rates import Rates
 from palkernels.bench.kernels.cases import Case
 from palkernels.bench.kernels.measurement import Measurement, times_ours
-from palkernels.bench.kernels.peers import OURS
 from palkernels.bench.options import dtype_name
 from palkernels.bench.report.table import Column, Table
+from palkernels.bench.versions import find_assembler
 
-__all__ = ["CAPTION", "about", "document", "notes", "table", "timed_twice"]
+__all__ = ["CAPTION", "about", "document", "notes", "table"]
 
 CAPTION = "'slower' is the time over palkernels'. 'limit': the least time at the ceilings, over the time."
 
@@ -27,6 +27,9 @@ def about(device: torch.device, ceilings: Rates) -> dict[str, Any]:
     """Describe the machine, before anything can break it. `ceilings` are the rates that it reaches at best."""
     on_gpu = device.type == "cuda"
     versions = {x: machine.package_version(x) for x in ("palkernels", "torch", "triton", "pytest-benchmark")}
+    if on_gpu:
+        major, minor = torch.cuda.get_device_capability(device)
+        versions["ptxas"] = find_assembler(10 * major + minor).version
     return {
         "node": "",
         "system": platform.system(),
@@ -119,23 +122,3 @@ def document(
         "datetime": datetime.now(UTC).isoformat(),
         "version": machine_info["versions"]["pytest-benchmark"],
     }
-
-
-Timed = dict[tuple[str, str, str], dict[str, Any]]  # by operation, model and implementation: the `extra_info`
-
-
-def timed_twice(before: Timed, now: Timed, date: str, peer: str = "cat + SDPA (flash)") -> Table:
-    """Return a row for each model and operation that was timed twice: our time and a peer's multiple on `date` and
-    again, and the host's time of both in the second run."""
-    columns = [Column("", text=True), Column("", text=True)]
-    columns += [Column(when, group) for group in ("us", peer) for when in (date, "again")]
-    columns += [Column("host us"), Column("host us", peer)]
-    table = Table("", columns)
-    for (operation, model, name), ours in now.items():
-        if name == OURS:
-            old, theirs = before[operation, model, name], [x[operation, model, peer] for x in (before, now)]
-            cells = [f"{1e6 * row['p50_seconds']:.1f}" for row in (old, ours)]
-            cells += [f"{row['slower_than_ours']:.2f}x" for row in theirs]
-            cells += [f"{1e6 * row['host_seconds']:.0f}" for row in (ours, theirs[1])]
-            table.rows.append([model, operation, *cells])
-    return table

@@ -122,7 +122,10 @@ class Run:
             self._note(stage, entry | {"status": MISSING, "missing": missing})
             return
         self._note(stage, entry | {"status": CUT, "cuts": entry["cuts"] + 1})  # so it is if this process is killed
-        variables = dict(stage.variables) | ({"TRITON_PTXAS_PATH": str(self.ptxas)} if stage.with_ptxas else {})
+        variables = dict(stage.variables)
+        if stage.with_ptxas:
+            names = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")  # Triton takes the second from sm_100 on
+            variables |= dict.fromkeys(names, str(self.ptxas))
         command = [*stage.program, self.options.python, *(x.replace("{out}", str(self.out)) for x in stage.command)]
         if stage.resume and (self.out / stage.output).exists():
             command.append(stage.resume)
