@@ -25,6 +25,7 @@ __all__ = ["OURS", "PEERS", "Peer", "Run", "peers_of"]
 Run = Callable[[dict[str, Any]], list[Tensor]]
 OURS = "palkernels"
 PAGE = 16  # tokens, vLLM's own choice
+FLASH_ATTN_2 = "flash_attn.flash_attn_interface"  # flash_attn alone is there with flash-attn 4, too
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ PEERS = (
     Peer("sdpa-efficient", "cat + SDPA (efficient)", _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
     Peer("two-sdpa", "2 x SDPA + merge", _two_calls),
     Peer("flex", "cat + FlexAttention", _flex),
-    Peer("flash-attn-2", "cat + flash-attn 2", _flash_attn("flash_attn"), module="flash_attn"),
+    Peer("flash-attn-2", "cat + flash-attn 2", _flash_attn(FLASH_ATTN_2), module=FLASH_ATTN_2),
     Peer("flash-attn-3", "cat + flash-attn 3", _flash_attn("flash_attn_interface"), module="flash_attn_interface"),
     Peer("flash-attn-4", "cat + flash-attn 4", _flash_attn("flash_attn.cute"), module="flash_attn.cute"),
     Peer("flashinfer", "cat + FlashInfer", _flashinfer, has_gradients=False, module="flashinfer"),

@@ -20,8 +20,10 @@ class Passed:
     def _read(self) -> list[str]:
         if not self.path.exists():
             return []
-        whole, _, _ = self.path.read_text().rpartition("\n")  # a line that was cut is none
-        return whole.splitlines()
+        lines = self.path.read_text().splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):  # pytest was killed amid the line
+            self.path.write_text("".join(lines[:-1]))
+        return [line[:-1] for line in lines if line.endswith("\n")]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
