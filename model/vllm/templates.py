@@ -1,7 +1,8 @@
 """Chat templates as vLLM uses them, which hands content on in parts where a template goes through parts.
 
 To one that takes strings vLLM would give a clip's token on a line of its own, which no training has seen. So a template
-gets a head that brings messages into the form that it takes, as ``PalProcessor.apply_chat_template`` does.
+gets a head that brings messages into the form that it takes, as ``PalProcessor.apply_chat_template`` does, and one that
+refuses texts with the audio token in them: where a request has no clip, vLLM asks nobody else.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,19 @@ from palkernels.model.pal.messages import ChatTemplate, template_source
 
 __all__ = ["in_parts", "register_processor"]
 
+# A TemplateError, to which a server answers 400.
+CHECK = """
+{%- for message in messages -%}
+    {%- if message['content'] is string -%}
+        {%- set checked = [message['content']] -%}
+    {%- else -%}
+        {%- set checked = (message['content'] or []) | selectattr('type', 'equalto', 'text') | map(attribute='text') -%}
+    {%- endif -%}
+    {%- for text in checked if AUDIO_TOKEN in text -%}
+        {{- raise_exception("a message's text must not hold " ~ AUDIO_TOKEN ~ ", which stands for a clip") -}}
+    {%- endfor -%}
+{%- endfor -%}
+"""
 # Brings a message's parts into one string, or into parts of text alone.
 HEAD = """
 {%- set shaped = namespace(messages=[], parts=[]) -%}
@@ -34,7 +48,9 @@ HEAD = """
 
 
 def in_parts(source: str, audio_token: str, special_tokens: Mapping[str, Any]) -> str:
-    """Return a template that renders as a given one does, and goes through parts, of text and of audio.
+    """Return a template that renders as a given one does, but goes through parts of text and of audio.
+
+    It refuses texts with the audio token in them.
 
     Args:
         source: the template.
@@ -42,13 +58,14 @@ def in_parts(source: str, audio_token: str, special_tokens: Mapping[str, Any]) -
         special_tokens: the tokenizer's, by name, which templates may use.
     """
     form = ChatTemplate(source, audio_token, special_tokens).form
+    check = CHECK.replace("AUDIO_TOKEN", repr(audio_token))
     if form.parts and form.audio:
-        return source
+        return check + source
     part, content = "text", "shaped.parts | join"
     if form.parts:
         part, content = "{'type': 'text', 'text': text}", "shaped.parts"
     head = HEAD.replace("PART", part).replace("CONTENT", content).replace("AUDIO_TOKEN", repr(audio_token))
-    return head + source
+    return check + head + source
 
 
 class PalProcessor(pal.PalProcessor):

@@ -81,7 +81,12 @@ WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
         "VLLM_MAX_AUDIO_DECODE_DURATION_S",
     ),
     "not finite": ([user(audio(wav(np.full(800, np.nan, np.float32))), text("?"))], "finite samples"),
-    "an audio token in a text": ([user(audio(wav(SHORT)), text("<|AUDIO|>?"))], "once for each clip"),
+    "an audio token in a text": ([user(audio(wav(SHORT)), text("<|AUDIO|>?"))], r"must not hold <\|AUDIO\|>"),
+    "an audio token and no clip": ([user(text("<|AUDIO|>?"))], r"must not hold <\|AUDIO\|>"),
+    "an audio token in an answer": (
+        [user(text("?")), {"role": "assistant", "content": "<|AUDIO|>"}, user(text("?"))],
+        r"must not hold <\|AUDIO\|>",
+    ),
     "states that overflow": ([user(given(torch.full((20, WIDTH), 3e38)), text("?"))], "within 10,000 of 0"),
     "another rate": ([user(audio(wav(SHORT, 900)), text("?"))], "sampling rate of 1000 to"),
 }

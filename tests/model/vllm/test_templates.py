@@ -1,6 +1,7 @@
 """Chat templates for vLLM, which hands content on in parts: they render what the processor renders without vLLM."""
 
 import pytest
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from palkernels.model import AUDIO_TOKEN, byte_tokenizer
@@ -48,3 +49,16 @@ def test_parts_are_rendered_as_without_vllm(name):
     ours = in_parts(source, AUDIO_TOKEN, special)
     rendered = render_jinja_template([parts], chat_template=ours, **special)[0][0]
     assert rendered == expected
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("parts", [False, True])
+def test_an_audio_token_in_a_text_is_refused_as_without_vllm(name, role, parts):
+    written = f"Hear {AUDIO_TOKEN}"
+    conversation = [*CONVERSATION, {"role": role, "content": [text("And:"), text(written)] if parts else written}]
+    special = byte_tokenizer().special_tokens_map
+    with pytest.raises(ValueError, match=r"got '<\|AUDIO\|>' in a text"):
+        conversations_of(conversation, AUDIO_TOKEN)
+    with pytest.raises(TemplateError, match=r"text must not hold <\|AUDIO\|>"):
+        render_jinja_template([conversation], chat_template=in_parts(TEMPLATES[name], AUDIO_TOKEN, special), **special)
