@@ -228,6 +228,10 @@ def bench_serving(
     dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32; auto is bf16, or fp32 on a CPU.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of weights and clips.")] = 0,
     start_seconds: Annotated[float, typer.Option(help="The longest that a server may take to start.")] = 1800,
+    serve: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Load a server of vLLM's that runs already, instead.", show_default=False),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of serving.json and serving.md.")] = Path("serving-out"),
 ) -> None:
     """Serve audio LLMs with vLLM, one after the other, and load each with questions about clips: throughput, time to
@@ -241,7 +245,7 @@ def bench_serving(
 
     clean_up_when_ended()
     options = Options(
-        models=tuple(model or (default_model(),)),
+        models=tuple(model or (() if serve else (default_model(),))),
         questions=parse_counts("--questions", questions),
         concurrency=parse_counts("--concurrency", concurrency),
         requests=requests,
@@ -254,6 +258,7 @@ def bench_serving(
         start_seconds=start_seconds,
         out=out,
         serve=tuple(server_options or ()),
+        url=serve,
     )
     run(options, console())
 

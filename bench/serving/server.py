@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -13,38 +14,41 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from palkernels.bench.errors import UserError
+from palkernels.bench.errors import UserError, one_line
 
-__all__ = ["Server", "check_installed", "serve"]
+__all__ = ["Server", "StartedServer", "check_installed", "running_server", "serve"]
 
 NAME = "model"  # what requests call the model
+NO_KEY = "none"
 SECONDS_TO_STOP, SECONDS_TO_END = 60, 3
 LAST_LINES, LONGEST = 12, 2_000  # of the log and characters, in an error
 HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 
 
-def check_installed() -> None:
-    """Raise where this environment has no vLLM, or no client of OpenAI's.
+def check_installed(starts: bool) -> None:
+    """Raise where this environment has no client of OpenAI's, or no vLLM where it starts servers.
 
     Raises:
         UserError: one is missing.
     """
-    for package, extra in (("vllm", "vllm"), ("openai", "client")):
+    for package, extra in (("vllm", "vllm"), ("openai", "client"))[not starts :]:
         if find_spec(package) is None:
             raise UserError(f"bench-serving needs the package {package}: pip install 'palkernels[{extra},bench]'")
 
 
 class Server:
-    """A server that runs.
+    """A server of vLLM's that runs.
 
     Attributes:
         url: Where it speaks OpenAI's protocol.
-        process: It.
+        model: What requests call its model.
+        key: What it wants to know of who asks.
     """
 
-    def __init__(self, address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.address, self.process, self.url, self.log = address, process, f"{address}/v1", log
+    def __init__(self, address: str, model: str, key: str = NO_KEY) -> None:
+        self.address, self.model, self.key, self.url = address, model, key, f"{address}/v1"
 
     def is_ready(self) -> bool:
         """Return whether it takes requests."""
@@ -63,6 +67,27 @@ class Server:
         )
         return hits, queries
 
+    def processor_seconds(self) -> float | None:
+        """Return the seconds of all cores that its processes have taken, None if they are not this one's to count."""
+        return None
+
+    def ended(self) -> str | None:
+        """Return how it ended, or None if it has not."""
+        return None if self.is_ready() else "no answer"
+
+
+class StartedServer(Server):
+    """A server that this process has started.
+
+    Attributes:
+        process: It.
+        log: What it prints.
+    """
+
+    def __init__(self, address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        super().__init__(address, NAME)
+        self.process, self.log = process, log
+
     def processor_seconds(self) -> float:
         """Return the seconds of all cores that its processes have taken, as /proc counts them."""
         ticks = 0
@@ -73,11 +98,11 @@ class Server:
                     ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK")
 
-    def ends(self) -> bool:
-        """Return whether it has ended, or does so within a moment: connections are closed before."""
+    def ended(self) -> str | None:
+        """Return how it ended, or does so within a moment, as connections are closed before; None if it has not."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(SECONDS_TO_END)
-        return self.process.returncode is not None
+        return None if self.process.returncode is None else self.last_words()
 
     def last_words(self) -> str:
         """Return how it ended, if it has, and what it printed last, of errors alone if there are any."""
@@ -88,8 +113,36 @@ class Server:
         return f"{'no end' if code is None else f'exit code {code}'}: {said}"
 
 
+def running_server(url: str) -> tuple[Server, str]:
+    """Return a server that runs already, and its release of vLLM. A key that it wants is in OPENAI_API_KEY.
+
+    Args:
+        url: Of the server, with or without the protocol's "/v1".
+
+    Raises:
+        UserError: there is no server of vLLM's.
+    """
+    address, key = url.rstrip("/").removesuffix("/v1"), os.environ.get("OPENAI_API_KEY") or NO_KEY
+    try:
+        server = Server(address, str(_asked(f"{address}/v1/models", key)["data"][0]["id"]), key)
+        version = str(_asked(f"{address}/version", key)["version"])
+        server.cached_tokens()
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        got = f"{address}: {one_line(error, with_type=True)}"
+        raise UserError(f"--serve must be a server of vLLM's, with its figures under /metrics, got {got}") from error
+    return server, version
+
+
+def _asked(url: str, key: str) -> Any:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
 @contextmanager
-def serve(directory: Path, dtype: str, options: Sequence[str], log: Path, start_seconds: float) -> Iterator[Server]:
+def serve(
+    directory: Path, dtype: str, options: Sequence[str], log: Path, start_seconds: float
+) -> Iterator[StartedServer]:
     """Start a server for a saved model and stop it, with all of its processes, at the end, whatever that is.
 
     Raises:
@@ -105,7 +158,7 @@ def serve(directory: Path, dtype: str, options: Sequence[str], log: Path, start_
     ]  # fmt: skip
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        server = Server(f"http://127.0.0.1:{port}", process, log)
+        server = StartedServer(f"http://127.0.0.1:{port}", process, log)
         try:
             deadline = time.monotonic() + start_seconds
             while not server.is_ready():

@@ -33,6 +33,7 @@ class Options:
     start_seconds: float
     out: Path
     serve: tuple[str, ...] = ()
+    url: str | None = None  # of a server that runs already, which is loaded instead
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def check(options: Options) -> None:
         raise UserError(f"--requests must be a multiple of every number of --questions, got {uneven[0]}")
     if not 0.1 <= options.seconds <= 600:
         raise UserError(f"--seconds must be from 0.1 to 600, which is vLLM's own limit, got {options.seconds:g}")
+    if options.url is not None and (options.models or options.serve):
+        raise UserError("--serve must come without --model and options of a server, as it is of one that runs already")
     for word in options.serve:
         if (name := word.partition("=")[0].replace("_", "-")) in FIXED:
             raise UserError(f"options of the server must not have {name}, which the command sets, got {word!r}")

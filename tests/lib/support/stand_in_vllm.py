@@ -24,14 +24,19 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         counts = f'vllm:prefix_cache_hits_total{{engine="0"}} {25 * len(asked)}.0\\n'
         counts += f'vllm:prefix_cache_queries_total{{engine="0"}} {100 * len(asked)}.0\\n'
-        self.answer(200, counts if self.path == "/metrics" else "")
+        pages = {"/metrics": counts, "/version": '{"version": "0.32.9"}'}
+        pages["/v1/models"] = '{"data": [{"id": "the model"}]}' if self.has_key() else "{}"
+        self.answer(200, pages.get(self.path, ""))
+
+    def has_key(self):
+        return options.behave != "ask-for-key" or self.headers["Authorization"] == "Bearer the key"
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with lock:
             asked.append(request)
             (folder / "asked").write_text(json.dumps(asked))
-        if options.behave == "refuse":
+        if options.behave == "refuse" or not self.has_key():
             return self.answer(400, json.dumps({"error": {"message": "clips must be shorter", "code": 400}}))
         if options.behave == "die" and len(asked) > 5:
             print("MemoryError: no more", flush=True)
