@@ -92,6 +92,14 @@ def figure1(
             help="Clips that fill a part of the encoder's window, or none.  [default: 0.8,3,30; 0.8,3 on a CPU]"
         ),
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compiled/--no-compiled",
+            help="Measure generation of PLITS and LAL with compiled steps, too.",
+            show_default=False,
+        ),
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for figure1.json, .csv, .png and .html.")] = Path("figure1-out"),
     seed: Annotated[int | None, typer.Option(help="Seed of all random weights and of the text.  [default: 0]")] = None,
     encoder_checkpoint: Annotated[
@@ -113,7 +121,8 @@ def figure1(
     clips = None if clip_seconds is None else parse_seconds("--clip-seconds", clip_seconds)
     measuring = _left_out_if_none(
         clip_seconds=clips, audio=audio, device=device, dtype=dtype, repeats=repeats, seed=seed,
-        encoder_checkpoint=encoder_checkpoint, encoder_size=encoder_size, resume=resume or None,
+        encoder_checkpoint=encoder_checkpoint, encoder_size=encoder_size, compiled=compiled or None,
+        resume=resume or None,
     )  # fmt: skip
     if simulate:
         if measuring:

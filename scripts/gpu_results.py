@@ -19,7 +19,8 @@ from palkernels.bench.kernels.pages import KERNEL_RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a stage writes in OUTDIR, by its name.
-WRITTEN = {"figure1": "figure1/figure1.json", **{name: f"{name}.json" for name in KERNEL_RESULTS}}
+FIGURES = ("figure1", "compiled")
+WRITTEN = {**{name: f"{name}/figure1.json" for name in FIGURES}, **{name: f"{name}.json" for name in KERNEL_RESULTS}}
 
 
 def card(gpu: str) -> str:
@@ -38,7 +39,7 @@ def collect(out: Path) -> tuple[dict[str, bytes], dict[str, str]]:
     for name, file in WRITTEN.items():
         status = stages.get(name, {}).get("status", "not begun")
         path = out / file
-        cut_with_points = name == "figure1" and status == "cut" and path.exists()
+        cut_with_points = name in FIGURES and status == "cut" and path.exists()
         if status == "done" or (cut_with_points and json.loads(path.read_text())["rows"]):
             taken[name] = path.read_bytes()
         if status != "done":

@@ -21,6 +21,7 @@ from palkernels.bench.kernels import pages
 from palkernels.bench.kernels.peers import OURS as OUR_KERNELS
 from palkernels.bench.methods import DEFAULT_METHODS
 from palkernels.bench.report import learning, plot, predictions, tables
+from palkernels.bench.report.compiled import compiled
 from palkernels.bench.report.conditions import command, depth, host, rates, short, title
 from palkernels.bench.report.markdown import to_markdown
 from palkernels.bench.report.points import EAGER_RATE, MEMORY, RATE, Points
@@ -107,6 +108,18 @@ def on_gpus(documents: dict[str, Document], shown: Container[str]) -> str:
             where = document["meta"]["gpu"] or document["meta"]["device_name"]
             text += f"### Measured on {where}\n\n![{title(document['meta'])}](../bench/results/{name}.png)\n\n"
             text += f"{measured(document)}\n"
+    return text
+
+
+def compiled_on_gpus(documents: dict[str, Document], _: Container[str]) -> str:
+    """Generation with compiled steps, GPU by GPU."""
+    text = ""
+    for _, document in sorted(documents.items()):
+        table, meta = compiled(document.get("compiled", [])), document["meta"]
+        if table is not None:
+            where = meta["gpu"] or meta["device_name"]
+            text += f"{meta['model']}, {depth(meta)}, on {where}, {meta['date'][:10]}. {table.title}:\n\n"
+            text += f"{to_markdown(table)}\n"
     return text
 
 
@@ -208,6 +221,7 @@ class Entry:
 
 GPUS = "[a-z0-9]+"  # as scripts/gpu_results.py names them
 FIGURE1 = f"figure1-{GPUS}"
+COMPILED = f"compiled-{GPUS}"
 KERNELS = f"({'|'.join(pages.KERNEL_RESULTS)})-{GPUS}"
 SIMULATED = ("simulate-llama-3.2-1b", "simulate-llama-3.2-3b", "simulate-qwen2.5-1.5b")
 STARTS = ("gentle-start", "gentle-start-all")
@@ -218,6 +232,7 @@ ENTRIES = (
     Entry("docs/results.md", "predicted", predicted, ("figure1-h200", SIMULATED[0])),
     Entry("docs/results.md", "predicted-rates", predicted_rates, ("figure1-h200", SIMULATED[0])),
     Entry("docs/results.md", "figure1-gpus", on_gpus, (), pattern=FIGURE1),
+    Entry("docs/results.md", "compiled-gpus", compiled_on_gpus, (), pattern=COMPILED),
     Entry("docs/results.md", "figure1-cpu", measured, ("figure1-cpu",)),
     Entry("docs/results.md", "figure1-cpu-llama", measured, ("figure1-cpu-llama-3.2-1b",)),
     Entry("docs/results.md", "short-clips", short_clips, ("figure1-cpu-clips",)),

@@ -30,6 +30,7 @@ from torch import Tensor
 from palkernels.bench import machine
 from palkernels.bench.clip import bundled_clip
 from palkernels.bench.errors import UserError, one_line
+from palkernels.bench.experiments.compiled import measure_compiled
 from palkernels.bench.experiments.measure import SERVING, Bench, measure_point, measure_serving
 from palkernels.bench.experiments.optimizer import LEARNING_RATE
 from palkernels.bench.experiments.settings import Options, Settings, fit_time, reductions, run_conditions, settle
@@ -76,7 +77,7 @@ def run(options: Options, console: Console) -> Path:
             bench = _build(options, settings, waveform)
             settings = bench.settings = fit_time(options, settings, _total_seconds(bench, rates))
             document: dict[str, Any] = {"meta": _meta(options, settings, bench, audio_file), "rows": [], "serving": []}
-            document["short_clips"] = []
+            document |= {"compiled": [], "short_clips": []}
             if before is not None:
                 settings = bench.settings = _resume(document, before, settings)
             _introduce(document["meta"], bench, rates, console)
@@ -114,6 +115,7 @@ def _resume(document: dict[str, Any], before: dict[str, Any], settings: Settings
     document |= {
         "rows": [row for rows in whole for row in rows],
         "serving": before.get("serving", []),
+        "compiled": before.get("compiled", []),
         "short_clips": before.get("short_clips", []),
         "meta": {**old, "complete": False},
     }
@@ -202,6 +204,13 @@ def _sweep(bench: Bench, rates: Rates, console: Console, document: dict[str, Any
             if (clips, questions) not in served:
                 serving += measure_serving(bench, clips, questions)
                 _say(progress.console, f"serving, {questions} questions about {clips} clips: done")
+                results.write_all(out, {FILES[0]: results.json_text(document)})
+        compiled = document["compiled"]
+        for count in settings.audio_tokens if settings.compiled else ():
+            progress.update(task, description=f"compiled, {count} audio tokens")
+            if count not in {row["audio_tokens"] for row in compiled}:
+                compiled += measure_compiled(bench, count)
+                _say(progress.console, f"compiled, {count} audio tokens: done")
                 results.write_all(out, {FILES[0]: results.json_text(document)})
         bench.release_training()
         clips = document["short_clips"]

@@ -26,7 +26,7 @@ from palkernels.bench.report.serving import serving_row
 from palkernels.model.encoders.whisper import WhisperAudioEncoder
 from palkernels.op_costs import plain_function, scratch_bytes
 
-__all__ = ["COMPARED", "SERVING", "Bench", "measure_point", "measure_serving"]
+__all__ = ["COMPARED", "SERVING", "Bench", "infer", "measure_point", "measure_serving"]
 
 COMPARED = (BASELINE, OURS)  # in serving, and against length
 SERVING = ((1, 1), (1, 8), (1, 32), (12, 12))  # clips, and questions about them
@@ -152,8 +152,8 @@ def measure_serving(bench: Bench, clips: int, questions: int) -> list[results.Ro
             if batch is None or current.status != "ok":
                 continue
             with _recording_memory(bench, current), method.ready(bench.model) as current.impl:
-                one = _seconds(lambda: _infer(bench, method, batch, 1), settings.device)  # noqa: B023
-                whole = _seconds(lambda: _infer(bench, method, batch), settings.device)  # noqa: B023
+                one = _seconds(lambda: infer(bench, method, batch, 1), settings.device)  # noqa: B023
+                whole = _seconds(lambda: infer(bench, method, batch), settings.device)  # noqa: B023
                 if turn:  # the first is the warm-up
                     first[method.name].append(one)
                     current.samples.append(whole - one)
@@ -201,7 +201,7 @@ def _take_turn(bench: Bench, method: Method, mode: str, batch: Batch, series: _S
         if mode == "train":
             _check_loss(_train_step(bench, method, batch), method, bench.settings)
         else:
-            _infer(bench, method, batch)
+            infer(bench, method, batch)
 
     with _recording_memory(bench, series):
         if mode == "train" and bench.optimizer is None:
@@ -230,7 +230,8 @@ def _check_loss(loss: Tensor, method: Method, settings: Settings) -> None:
 
 
 @torch.no_grad()
-def _infer(bench: Bench, method: Method, batch: Batch, new_tokens: int | None = None) -> Tensor:
+def infer(bench: Bench, method: Method, batch: Batch, new_tokens: int | None = None) -> Tensor:
+    """Return the tokens of one generation; called inside the method's `ready`."""
     new_tokens = new_tokens or bench.settings.new_tokens
     tokens = method.generate(bench.model, bench.connector, batch, new_tokens)
     wanted = (batch.input_ids.shape[0], new_tokens)

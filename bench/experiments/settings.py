@@ -47,6 +47,7 @@ class Options:
     encoder_size: str = "tiny"
     serving: bool | None = None
     clip_seconds: tuple[float, ...] | None = None
+    compiled: bool = False
     resume: bool = False
 
 
@@ -95,6 +96,7 @@ class Settings:
     seed: int
     serving: bool
     clip_seconds: tuple[float, ...]  # of clips that fill a part of the encoder's window
+    compiled: bool  # generation with compiled steps, too
 
     @property
     def dtype_name(self) -> str:
@@ -133,6 +135,7 @@ def settle(options: Options) -> Settings:
         seed=options.seed,
         serving=not on_cpu if options.serving is None else options.serving,
         clip_seconds=defaults.clip_seconds if options.clip_seconds is None else options.clip_seconds,
+        compiled=options.compiled,
     )
     check_length(llm, max(settings.audio_tokens) + options.text_tokens + settings.new_tokens)
     return settings

@@ -11,6 +11,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from palkernels.bench.report import charts, conditions, plot, tables
+from palkernels.bench.report.compiled import compiled
 from palkernels.bench.report.conditions import mode_title, short
 from palkernels.bench.report.points import EAGER_SECONDS, MEMORY, SECONDS, Points
 from palkernels.bench.report.roles import BASELINES, LEVERS, MODES, OURS, about, label
@@ -47,7 +48,7 @@ def report_page(document: dict[str, Any]) -> str:
     for count, points in by_text.items():
         suffixes = (f", {count:,} text tokens", str(count)) if len(by_text) > 1 else ("", "")
         sections += _point_sections(meta, points, *suffixes)
-    sections += [_lengths(document), _serving(document), _short_clips(document)]
+    sections += [_lengths(document), _serving(document), _compiled(document), _short_clips(document)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -167,6 +168,12 @@ def _serving(document: dict[str, Any]) -> Section | None:
         "Questions about clips, answered in one batch; LAL keeps a clip's keys and values once for all its questions."
     ]
     return None if table is None else Section("serving", "Serving", words, tables=[table])
+
+
+def _compiled(document: dict[str, Any]) -> Section | None:
+    table = compiled(document.get("compiled", []))
+    words = ["With a static cache transformers compiles the steps behind the prompt; on a GPU each is one CUDA graph."]
+    return None if table is None else Section("compiled", "Compiled generation", words, tables=[table])
 
 
 def _short_clips(document: dict[str, Any]) -> Section | None:

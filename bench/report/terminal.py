@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from palkernels.bench.report import tables
+from palkernels.bench.report.compiled import compiled
 from palkernels.bench.report.conditions import host, is_simulated
 from palkernels.bench.report.points import Points
 from palkernels.bench.report.roles import BASELINE, MODES, label
@@ -34,10 +35,11 @@ def print_points(document: dict[str, Any], console: Console) -> None:
                     if table is not None:
                         print_table(table, console)
                         console.print()
-    clips = tables.short_clips(document.get("short_clips", []))
-    if clips is not None:
-        print_table(clips, console)
-        console.print()
+    generated = compiled(document.get("compiled", []))
+    for table in (generated, tables.short_clips(document.get("short_clips", []))):
+        if table is not None:
+            print_table(table, console)
+            console.print()
     for note in _notes(document):
         console.print(Text(note))
 

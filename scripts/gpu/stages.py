@@ -10,6 +10,8 @@ __all__ = ["PEERS", "Stage", "stages"]
 PALKERNELS = ("-c", "from palkernels.bench.cli import main; main()")
 MICROBENCH = (*PALKERNELS, "microbench", "--device", "cuda", "--audio-tokens", "1500", "--seconds", "0.05")
 ATTENTION = ("--op", "forward", "--op", "backward", "--op", "decode")
+COMPILED = (*PALKERNELS, "figure1", "--device", "cuda", "--methods", "plits,lal", "--audio-tokens", "1500")
+COMPILED += ("--compiled", "--no-serving", "--clip-seconds", "none")
 FIGURE1 = (*PALKERNELS, "figure1", "--device", "cuda", "--methods", "all", "--audio-tokens", "512,1500")
 WORKERS = str(max(1, (os.cpu_count() or 1) - 2))
 # -v names every test as it ends: the log says which are left.
@@ -73,6 +75,10 @@ def stages(new: list[str]) -> list[Stage]:
         ),
         Stage(
             "figure1", 185, (*FIGURE1, "--repeats", "3", "--out", "{out}/figure1"), "figure1/figure1.json",
+            goes_on=True, resume="--resume",
+        ),
+        Stage(
+            "compiled", 200, (*COMPILED, "--repeats", "3", "--out", "{out}/compiled"), "compiled/figure1.json",
             goes_on=True, resume="--resume",
         ),
         Stage("tests", 170, (*PYTEST, *TESTS), goes_on=True),

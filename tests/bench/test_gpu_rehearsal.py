@@ -126,19 +126,20 @@ def test_tests_that_have_passed_are_not_run_again(rehearsed):
 def test_what_was_measured_becomes_results_and_pages(rehearsed, tmp_path, capsys):
     gpu_results.main([str(rehearsed.out), "--results", str(tmp_path)])
     printed = capsys.readouterr().out.splitlines()
-    names = ["figure1-h100", "microbench-h100", "flash-attn-4-h100", "host-h100"]
-    assert printed[:4] == [f"{name}.json" for name in names]
-    assert "flashinfer: missing" in printed[4:]
+    names = ["figure1-h100", "compiled-h100", "microbench-h100", "flash-attn-4-h100", "host-h100"]
+    assert printed[:5] == [f"{name}.json" for name in names]
+    assert "flashinfer: missing" in printed[5:]
     documents = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert sorted(documents) == sorted(names)
     pages = {entry.mark: update_docs.content(entry, documents) for entry in update_docs.ENTRIES if entry.pattern}
     assert pages["figure1-gpus"].startswith("### Measured on ")
+    assert "| 16 | LAL |" in pages["compiled-gpus"]
     kernels = pages["kernels-gpus"]
     assert kernels.startswith("### More on the GPU H100\n\n")
     assert "| smollm2-135m | decode |" in kernels
     assert "Beside flash-attn 4, in a run of its own:" in kernels
     assert "The host's time of a call:" in kernels
-    with pytest.raises(SystemExit, match=r"--replace be given, got figure1-h100.json, microbench-h100.json"):
+    with pytest.raises(SystemExit, match=r"--replace be given, got figure1-h100.json, compiled-h100.json, "):
         gpu_results.main([str(rehearsed.out), "--results", str(tmp_path)])
     gpu_results.main([str(rehearsed.out), "--results", str(tmp_path), "--replace"])
 
@@ -150,13 +151,14 @@ def test_what_is_cut_gives_no_result_but_the_points_of_figure_1(rehearsed, tmp_p
     for name in ("figure1", "microbench"):
         entries["stages"][name]["status"] = "cut"
     (out / "stages.json").write_text(json.dumps(entries))
-    (out / "figure1").mkdir()
-    for name in ("microbench.json", "host.json", "flash-attn-4.json", "figure1/figure1.json"):
+    for name in ("figure1", "compiled"):
+        (out / name).mkdir()
+    for name in ("microbench.json", "host.json", "flash-attn-4.json", "figure1/figure1.json", "compiled/figure1.json"):
         (out / name).write_bytes((rehearsed.out / name).read_bytes())
     (tmp_path / "results").mkdir()
     gpu_results.main([str(out), "--results", str(tmp_path / "results"), "--card", "h100b"])
     assert {path.name for path in (tmp_path / "results").iterdir()} == {
-        "figure1-h100b.json", "host-h100b.json", "flash-attn-4-h100b.json",
+        "figure1-h100b.json", "compiled-h100b.json", "host-h100b.json", "flash-attn-4-h100b.json",
     }  # fmt: skip
     printed = capsys.readouterr().out.splitlines()
     assert "microbench: cut" in printed

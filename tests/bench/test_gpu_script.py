@@ -34,7 +34,7 @@ for word; do
 done
 """
 SANITIZER = ["memcheck", "racecheck", "initcheck", "synccheck"]
-ORDER = ["doctor", "launches", "microbench", "host", "figure1", "tests", *SANITIZER]  # without wheels
+ORDER = ["doctor", "launches", "microbench", "host", "figure1", "compiled", "tests", *SANITIZER]  # without wheels
 
 
 class Machine:

@@ -1,6 +1,7 @@
 """`palkernels figure1` through its command line, on a model small enough for seconds."""
 
 import csv
+import functools
 import io
 import json
 import math
@@ -18,7 +19,7 @@ from support.figure1 import FILES, run, small, tiny_config
 from support.towers import SMALL_TOWERS, whisper_checkpoint
 
 from palkernels.bench import machine, presets
-from palkernels.bench.experiments import figure1, measure
+from palkernels.bench.experiments import compiled, figure1, measure
 from palkernels.bench.experiments.settings import Options
 from palkernels.bench.methods import DEFAULT_METHODS, METHODS, Method
 from palkernels.bench.methods.lal import Lal
@@ -245,6 +246,27 @@ def test_clips_that_fill_a_part_of_the_window(tiny: Path, tmp_path: Path, capsys
     assert "Whole models, training: batch 2, 16 text tokens" in capsys.readouterr().out
     assert run(*small(tiny, out), *arguments, "--resume") == 0
     assert json.loads((out / "figure1.json").read_text())["short_clips"] == rows  # measured once
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_generation_with_compiled_steps(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "CompileConfig", functools.partial(compiled.CompileConfig, backend="eager"))
+    out = tmp_path / "out"
+    arguments = ["--audio-tokens", 16, "--repeats", 2, "--new-tokens", 5, "--compiled"]
+    assert run(*small(tiny, out), *arguments) == 0
+    rows = json.loads((out / "figure1.json").read_text())["compiled"]
+    assert [(row["method"], row["audio_tokens"]) for row in rows] == [("plits", 16), ("lal", 16)]
+    assert all(row["status"] == "ok" for row in rows)
+    for row in rows:
+        assert row["graphs"] >= 1  # compiled while it warmed up, and not since
+        for key in ("samples_per_second", "compiled_samples_per_second"):
+            assert len(row[key]["samples"]) == 2
+            assert row[key]["p50"] > 0
+    assert "Generation with compiled steps: batch 2, 16 text tokens, 5 new tokens" in capsys.readouterr().out
+    assert run(*small(tiny, out), *arguments, "--resume") == 0
+    assert json.loads((out / "figure1.json").read_text())["compiled"] == rows  # measured once
 
 
 @pytest.mark.parametrize("text", ["0", "31", "1,x", "nan"])

@@ -1,9 +1,12 @@
 """Tables say what the points are; figures are written alike everywhere."""
 
+from typing import Any
+
 import pytest
 from support import documents
 
 from palkernels.bench.report import tables
+from palkernels.bench.report.compiled import compiled
 from palkernels.bench.report.markdown import to_markdown
 from palkernels.bench.report.points import MEMORY, RATE, Points
 from palkernels.bench.report.table import Column, Table, change, gib, number
@@ -53,6 +56,22 @@ def test_markdown() -> None:
         r"| a\|b | 1.00 | 2 |",
         "| c | out of memory |  |",
     ]
+
+
+def test_compiled_generation() -> None:
+    def row(method: str, eager: float, rate: float, status: str = "ok") -> dict[str, Any]:
+        sizes = {"audio_tokens": 1500, "text_tokens": 128, "new_tokens": 32, "batch_size": 12, "dtype": "bfloat16"}
+        rates = {"samples_per_second": {"p50": eager}, "compiled_samples_per_second": {"p50": rate}}
+        return {"method": method, "status": status, **sizes, **rates}
+
+    table = compiled([row("plits", 20.0, 50.0), row("lal", 10.0, 200.0, "compiled 1 times while timed")])
+    assert table is not None
+    assert table.title == "Generation with compiled steps: batch 12, 128 text tokens, 32 new tokens, bfloat16"
+    assert table.rows == [
+        ["1,500", "PLITS", "20.0", "50.0", "2.50x", "", "ok"],
+        ["1,500", "LAL", "10.0", "200", "20.00x", "4.00x", "compiled 1 times while timed"],
+    ]
+    assert compiled([]) is None
 
 
 def test_clips_that_fill_a_part_of_the_window() -> None:

@@ -6,6 +6,7 @@ is given twice, the last one holds.
 """
 
 import contextlib
+import functools
 import json
 import os
 import runpy
@@ -39,7 +40,8 @@ def small(words: list[str], model: str) -> list[str]:
     words = ["cpu" if word == "cuda" else word for word in words]
     if "figure1" in words:
         sizes = ["--text-tokens", "16", "--new-tokens", "2", "--repeats", "2", "--dtype", "fp32"]
-        sizes += ["--clip-seconds", "none", "--methods", "plits,lal", "--audio-tokens", "16,256", "--model", model]
+        counts = "16" if "--compiled" in words else "16,256"
+        sizes += ["--clip-seconds", "none", "--methods", "plits,lal", "--audio-tokens", counts, "--model", model]
         resume = [word for word in words if word == "--resume"]
         return [*(word for word in words if word != "--resume"), *sizes, *resume]
     if "--host" in words:
@@ -79,9 +81,12 @@ def _serve(address: str, model: str) -> None:
     import transformers.models.llama.modeling_llama
     import transformers.models.whisper.modeling_whisper  # noqa: F401
 
+    from palkernels.bench.experiments import compiled
     from support.commands import without_pictures
     from support.interpreter import make_quick
 
+    # What a compiler would make of it takes half a minute.
+    compiled.CompileConfig = functools.partial(compiled.CompileConfig, backend="eager")
     make_quick()
     without_pictures()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
