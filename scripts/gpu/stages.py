@@ -22,6 +22,7 @@ PEERS = {  # as in bench/kernels/peers.py, which is not installed yet where this
     "flash-attn-3": "flash_attn_interface",
     "flash-attn-4": "flash_attn.cute",
     "flashinfer": "flashinfer",
+    "flashinfer-paged": "flashinfer",
 }
 
 

@@ -87,9 +87,10 @@ def points(log: list[str]) -> list[str]:
     return [line for line in log if " audio tokens: " in line]
 
 
+@pytest.mark.slow
 def test_every_stage_runs_to_its_end(rehearsed):
     assert rehearsed.code == 0, rehearsed.printed
-    missing = {"flash-attn-2", "flash-attn-3", "flashinfer", "ptxas"}
+    missing = {"flash-attn-2", "flash-attn-3", "flashinfer", "flashinfer-paged", "ptxas"}
     assert rehearsed.ended() == {x.name: "missing" if x.name in missing else "done" for x in stages}
     for stage in stages:
         if stage.output and stage.name not in missing:
@@ -98,6 +99,7 @@ def test_every_stage_runs_to_its_end(rehearsed):
     assert rehearsed.log("memcheck") == ["--error-exitcode 1 scripts/launches.py  for memcheck"]
 
 
+@pytest.mark.slow
 def test_figure_1_goes_on_where_it_was_killed(rehearsed):
     ended, said = rehearsed.killed
     assert ended["figure1"] == "cut"
@@ -108,6 +110,7 @@ def test_figure_1_goes_on_where_it_was_killed(rehearsed):
     assert len(points(rehearsed.log("figure1"))) - said == POINTS - len(rehearsed.kept)
 
 
+@pytest.mark.slow
 def test_tests_that_have_passed_are_not_run_again(rehearsed):
     path, state = rehearsed.out / "passed.txt", rehearsed.out / "stages.json"
     passed = path.read_text().splitlines()
@@ -123,6 +126,7 @@ def test_tests_that_have_passed_are_not_run_again(rehearsed):
     assert path.read_text().splitlines() == passed
 
 
+@pytest.mark.slow
 def test_what_was_measured_becomes_results_and_pages(rehearsed, tmp_path, capsys):
     gpu_results.main([str(rehearsed.out), "--results", str(tmp_path)])
     printed = capsys.readouterr().out.splitlines()
@@ -144,6 +148,7 @@ def test_what_was_measured_becomes_results_and_pages(rehearsed, tmp_path, capsys
     gpu_results.main([str(rehearsed.out), "--results", str(tmp_path), "--replace"])
 
 
+@pytest.mark.slow
 def test_what_is_cut_gives_no_result_but_the_points_of_figure_1(rehearsed, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
