@@ -177,17 +177,20 @@ def study(
         str | None,
         typer.Option(help="lal, lal-delayed, plits, plits-pooled, pal-unified, flamingo.  [default: all]"),
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of the sounds, learnt together.  [default: eight]")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of the sounds, learnt together.  [default: words,languages,voices,timbre,order]"),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Of connectors and of the order of samples.")] = "0,1,2",
     train: Annotated[int | None, typer.Option(help="Questions of each task to learn from.  [default: 240]")] = None,
     test: Annotated[int | None, typer.Option(help="Questions of each task to be asked.  [default: 40]")] = None,
     align: Annotated[
-        int | None, typer.Option(help="Samples of the first stage, of the connector alone.  [default: 960]")
+        int | None, typer.Option(help="Samples of the first stage, of the connector alone.  [default: 720]")
     ] = None,
     joint: Annotated[
-        int | None, typer.Option(help="Samples of the second stage, of the language model, too.  [default: 960]")
+        int | None, typer.Option(help="Samples of the second stage, of the language model, too.  [default: 480]")
     ] = None,
-    every: Annotated[int | None, typer.Option(help="Samples between two tests.  [default: 480]")] = None,
+    every: Annotated[int | None, typer.Option(help="Samples between two tests.  [default: 240]")] = None,
     jobs: Annotated[
         int | None, typer.Option(help="Runs at a time, each on one thread.  [default: one a processor]", min=1)
     ] = None,

@@ -13,7 +13,9 @@ from palkernels.bench.study.sounds.registry import TASKS
 
 __all__ = ["STUDIED_TASKS", "Settings", "Where", "parse"]
 
-STUDIED_TASKS = ("words", "numbers", "languages", "direction", "count", "timbre", "order", "loudness")
+# What a connector of Whisper tiny begins to know after some hundred samples; of numbers, direction, count and loudness
+# it knows no more than chance then.
+STUDIED_TASKS = ("words", "languages", "voices", "timbre", "order")
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,12 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     train: int = 240
     test: int = 40
-    align: int = 960
-    joint: int = 960
-    batch: int = 8
-    every: int = 480
-    connector_lr: float = 1e-3
-    joint_lr: float = 5e-4
+    align: int = 720
+    joint: int = 480
+    batch: int = 2  # with larger ones it takes more samples to the same accuracy
+    every: int = 240
+    connector_lr: float = 7e-4
+    joint_lr: float = 3e-4
     llm_lr: float = 1e-4
     window_seconds: float = 4.0
 
