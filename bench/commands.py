@@ -249,8 +249,15 @@ def microbench(
     host: Annotated[
         bool, typer.Option("--host", help="The host's time of a call instead; without a GPU on a stand-in for one.")
     ] = False,
+    sweep: Annotated[
+        str | None, typer.Option(help="forward, backward or decode: try the tiles near the shipped ones instead.")
+    ] = None,
+    compile_only: Annotated[
+        bool, typer.Option("--compile-only", help="With --sweep: time nothing, which needs no GPU.")
+    ] = False,
     json: Annotated[
-        Path | None, typer.Option(help="File for the results, as pytest-benchmark writes them; other with --host.")
+        Path | None,
+        typer.Option(help="File for the results, as pytest-benchmark writes them; other with --host or --sweep."),
     ] = None,
 ) -> None:
     """Time the kernels beside what else computes the same, and against this machine's limit.
@@ -260,7 +267,26 @@ def microbench(
 
     With --host, measure what a call takes of the host's time, before and while the GPU computes. It takes --device,
     where cpu is the stand-in, --seconds, by default 1, and --json.
+
+    With --sweep, compile the tiles that differ little from the shipped one, and time those that fit. It takes --model,
+    --audio-tokens, by default 1500, --dtype, --device, --seconds and --json.
     """
+    if compile_only and sweep is None:
+        raise UserError("--compile-only must be given with --sweep, got it without --sweep")
+    if sweep is not None:
+        excluded: dict[str, Any] = {
+            "op": op, "shape": shape, "peers": peers, "tile": tile, "once": once or None, "host": host or None,
+        }  # fmt: skip
+        if stray := _left_out_if_none(**excluded):
+            raise UserError(f"--sweep must not be given with --{next(iter(stray))}")
+        from palkernels.bench.kernels import sweep as sweeping
+
+        clean_up_when_ended()
+        counts = None if audio_tokens is None else parse_counts("--audio-tokens", audio_tokens)
+        models = tuple(model) if model else None
+        chosen = sweeping.Options(sweep, models, counts, dtype, device, seconds, compile_only, json)
+        sweeping.run(chosen, _console())
+        return
     if host:
         excluded = {
             "model": model, "op": op, "audio-tokens": audio_tokens, "shape": shape, "peers": peers, "tile": tile,

@@ -166,6 +166,21 @@ def test_kernels_on_another_gpu_have_a_section():
     assert "\nThe host's time of a call:\n\n|" in text
 
 
+def test_a_sweep_shows_the_shipped_tile_and_the_fastest():
+    tiles = [
+        {"block_m": m, "block_n": 64, "num_warps": 8, "num_stages": 3, "max_registers": 128} for m in (128, 64, 32)
+    ]
+    rows = [
+        {"model": "llama-3.2-1b", "kernel": "forward", "tile": tile, "microseconds": time}
+        for tile, time in zip(tiles, (39.3, 37.0, None), strict=True)
+    ]
+    text = written("kernels-gpus", {"sweep-forward-h100": {"rows": rows}})
+    assert text.splitlines()[-1] == (
+        "| llama-3.2-1b | forward | 128 x 64, 8 warps, 3 stages, 128 registers | 39.3 | "
+        "64 x 64, 8 warps, 3 stages, 128 registers | 37.0 | 2 |"
+    )
+
+
 def test_what_stands_elsewhere_is_not_repeated():
     documents = {"microbench-h200": result("microbench-h200"), "ptxas-h200": of("NVIDIA H200", "microbench-h200")}
     text = written("kernels-gpus", documents)

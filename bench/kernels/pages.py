@@ -13,6 +13,7 @@ __all__ = ["KERNEL_RESULTS", "goals", "host_times", "microbench", "on_gpus", "ti
 
 # What scripts/gpu_results.py makes results of, and what of that is about the kernels.
 KERNEL_RESULTS = ("microbench", *(peer.key for peer in PEERS if peer.module is not None), "ptxas", "host")
+KERNEL_RESULTS += ("sweep-forward", "sweep-backward", "sweep-decode")
 
 Document = dict[str, Any]
 Timed = dict[tuple[str, str, str], dict[str, Any]]  # by operation, model and implementation: the `extra_info`
@@ -47,6 +48,32 @@ def microbench(document: Document) -> str:
         "median time, its share of the limit, and how many times longer each peer takes:"
     )
     return f"{conditions}\n\n{to_markdown(table)}"
+
+
+def _fastest(rows: list[dict[str, Any]]) -> str:
+    """A row for each kernel and model of a sweep, whose first tile is the shipped one."""
+    columns = [Column("", text=True), Column("", text=True)]
+    columns += [Column(heading, group) for group in ("shipped", "fastest") for heading in ("tile", "us")]
+    table = Table("", [*columns, Column("tiles timed")])
+    sweeps: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        sweeps.setdefault((row["model"], row["kernel"]), []).append(row)
+    for (model, kernel), tried in sweeps.items():
+        timed_ones = [row for row in tried if row["microseconds"] is not None]
+        if timed_ones:
+            both = (tried[0], min(timed_ones, key=lambda row: float(row["microseconds"])))
+            cells = [text for row in both for text in (_tile(row["tile"]), _microseconds(row))]
+            table.rows.append([model, kernel, *cells, str(len(timed_ones))])
+    return to_markdown(table)
+
+
+def _tile(tile: dict[str, Any]) -> str:
+    limit = "" if tile["max_registers"] is None else f", {tile['max_registers']} registers"
+    return f"{tile['block_m']} x {tile['block_n']}, {tile['num_warps']} warps, {tile['num_stages']} stages{limit}"
+
+
+def _microseconds(row: dict[str, Any]) -> str:
+    return "" if row["microseconds"] is None else f"{row['microseconds']:.1f}"
 
 
 def timed_again(before: Document, now: Document) -> str:
@@ -91,6 +118,10 @@ def on_gpus(documents: dict[str, Document], shown: Container[str]) -> str:
                 )
         if "ptxas" in found and "microbench" in found:
             parts.append(_assembled(found["microbench"], found["ptxas"]))
+        sweeps = [found[what]["rows"] for what in KERNEL_RESULTS if what.startswith("sweep-") and what in found]
+        swept = [row for rows in sweeps for row in rows]
+        if any(row["microseconds"] is not None for row in swept):
+            parts.append(f"Of the tiles near the shipped one, the fastest:\n\n{_fastest(swept)}")
         if "host" in found:
             parts.append(f"The host's time of a call:\n\n{host_times(found['host'])}")
         if parts:

@@ -9,6 +9,7 @@ __all__ = ["PEERS", "Stage", "stages"]
 
 PALKERNELS = ("-c", "from palkernels.bench.cli import main; main()")
 MICROBENCH = (*PALKERNELS, "microbench", "--device", "cuda", "--audio-tokens", "1500", "--seconds", "0.05")
+SWEEP = (*PALKERNELS, "microbench", "--device", "cuda", "--audio-tokens", "1500", "--seconds", "0.03", "--sweep")
 ATTENTION = ("--op", "forward", "--op", "backward", "--op", "decode")
 COMPILED = (*PALKERNELS, "figure1", "--device", "cuda", "--methods", "plits,lal", "--audio-tokens", "1500")
 COMPILED += ("--compiled", "--no-serving", "--clip-seconds", "none")
@@ -62,6 +63,10 @@ def stages(new: list[str]) -> list[Stage]:
         )
         for peer, module in PEERS.items()
     ]  # fmt: skip
+    sweeps = [
+        Stage(f"sweep-{op}", 150, (*SWEEP, op, "--json", f"{{out}}/sweep-{op}.json"), f"sweep-{op}.json")
+        for op in ("forward", "backward", "decode")
+    ]
     control = ("--peers", "sdpa-flash")  # the same with either ptxas
     others = ("--peers", "sdpa-flash,sdpa-cudnn,sdpa-efficient,two-sdpa,flex,eager,modules")
     return [
@@ -84,6 +89,7 @@ def stages(new: list[str]) -> list[Stage]:
         ),
         Stage("tests", 170, (*PYTEST, *TESTS), goes_on=True),
         *peers,
+        *sweeps,
         Stage(
             "ptxas", 90, (*MICROBENCH, *ATTENTION, *control, "--json", "{out}/ptxas.json"), "ptxas.json",
             with_ptxas=True,

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -131,8 +132,9 @@ def test_what_was_measured_becomes_results_and_pages(rehearsed, tmp_path, capsys
     gpu_results.main([str(rehearsed.out), "--results", str(tmp_path)])
     printed = capsys.readouterr().out.splitlines()
     names = ["figure1-h100", "compiled-h100", "microbench-h100", "flash-attn-4-h100", "host-h100"]
-    assert printed[:5] == [f"{name}.json" for name in names]
-    assert "flashinfer: missing" in printed[5:]
+    names += [f"sweep-{op}-h100" for op in ("forward", "backward", "decode")]
+    assert printed[:8] == [f"{name}.json" for name in names]
+    assert "flashinfer: missing" in printed[8:]
     documents = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert sorted(documents) == sorted(names)
     pages = {entry.mark: update_docs.content(entry, documents) for entry in update_docs.ENTRIES if entry.pattern}
@@ -151,20 +153,15 @@ def test_what_was_measured_becomes_results_and_pages(rehearsed, tmp_path, capsys
 @pytest.mark.slow
 def test_what_is_cut_gives_no_result_but_the_points_of_figure_1(rehearsed, tmp_path, capsys):
     out = tmp_path / "out"
-    out.mkdir()
-    entries = json.loads((rehearsed.out / "stages.json").read_text())
-    for name in ("figure1", "microbench"):
+    shutil.copytree(rehearsed.out, out)
+    entries = json.loads((out / "stages.json").read_text())
+    for name in ("figure1", "microbench", "sweep-decode"):
         entries["stages"][name]["status"] = "cut"
     (out / "stages.json").write_text(json.dumps(entries))
-    for name in ("figure1", "compiled"):
-        (out / name).mkdir()
-    for name in ("microbench.json", "host.json", "flash-attn-4.json", "figure1/figure1.json", "compiled/figure1.json"):
-        (out / name).write_bytes((rehearsed.out / name).read_bytes())
     (tmp_path / "results").mkdir()
     gpu_results.main([str(out), "--results", str(tmp_path / "results"), "--card", "h100b"])
-    assert {path.name for path in (tmp_path / "results").iterdir()} == {
-        "figure1-h100b.json", "compiled-h100b.json", "host-h100b.json", "flash-attn-4-h100b.json",
-    }  # fmt: skip
+    names = ("compiled", "figure1", "flash-attn-4", "host", "sweep-backward", "sweep-forward")
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [f"{name}-h100b.json" for name in names]
     printed = capsys.readouterr().out.splitlines()
     assert "microbench: cut" in printed
     assert "figure1: cut: the points that it has are taken" in printed

@@ -34,7 +34,18 @@ for word; do
 done
 """
 SANITIZER = ["memcheck", "racecheck", "initcheck", "synccheck"]
-ORDER = ["doctor", "launches", "microbench", "host", "figure1", "compiled", "tests", *SANITIZER]  # without wheels
+SWEEPS = ["sweep-forward", "sweep-backward", "sweep-decode"]
+ORDER = [
+    "doctor",
+    "launches",
+    "microbench",
+    "host",
+    "figure1",
+    "compiled",
+    "tests",
+    *SWEEPS,
+    *SANITIZER,
+]  # without wheels
 
 
 class Machine:
