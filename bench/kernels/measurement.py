@@ -28,6 +28,7 @@ __all__ = [
     "our_peer",
     "relative_error",
     "times_ours",
+    "works",
 ]
 
 # ||result - truth|| / ||truth|| that a correct result stays below.
@@ -87,13 +88,13 @@ def measure(case: Case, checked: Case, truth: list[Tensor], peer: Peer, seconds:
     except Exception as problem:  # whatever another library raises on a shape that it cannot take
         if peer.key == OURS:
             raise
-        if not _works(case.device):
+        if not works(case.device):
             return Measurement(case, peer.name, f"{BROKEN}: {one_line(problem)[:80]}")
         return Measurement(case, peer.name, f"failed: {one_line(problem)[:80]}")
     return Measurement(case, peer.name, "ok", error, tuple(samples), host)
 
 
-def _works(device: torch.device) -> bool:
+def works(device: torch.device) -> bool:
     """Say whether the device still computes: after an illegal access it never does again in this process."""
     try:
         machine.sync(device)

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from palkernels import plans
 from palkernels.bench import machine
-from palkernels.bench.errors import UserError
+from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.kernels.candidates import Row, candidates, compile_all
 from palkernels.bench.kernels.cases import Case, model_cases
-from palkernels.bench.kernels.measurement import SEED, measure, our_peer
+from palkernels.bench.kernels.measurement import SEED, measure, our_peer, works
 from palkernels.bench.kernels.microbench import MODELS, SECONDS
 from palkernels.bench.options import dtype_name, parse_device, parse_dtype
 from palkernels.bench.presets import PRESETS
@@ -134,16 +135,24 @@ def _timed(options: Options, kernel: str, case: Case, compiled: list[tuple[tiles
             row: Row = {"model": case.model, "op": case.op, "audio_tokens": case.audio, "kernel": kernel}
             row |= {"tile": asdict(tile), "launches": launches, "status": _against(launches), "microseconds": None}
             if truth is not None and not row["status"]:
-                plans.forget_all()
-                with tiles.use(**{kernel: tile}):
-                    measured = measure(case, case, truth, our_peer(), options.seconds or SECONDS)
-                row["status"] = measured.status
-                if measured.samples:
-                    row["microseconds"] = 1e6 * measured.percentile(50)
+                row |= _measured(kernel, tile, case, truth, options.seconds or SECONDS)
             yield row
             progress.advance(task)
     if truth is not None:
         machine.release_memory(case.device)
+
+
+def _measured(kernel: str, tile: tiles.Tile, case: Case, truth: list[Tensor], seconds: float) -> Row:
+    """Return the time of a tile, or why it has none."""
+    plans.forget_all()
+    try:
+        with tiles.use(**{kernel: tile}):
+            measured = measure(case, case, truth, our_peer(), seconds)
+    except Exception as problem:  # Triton's, on a tile that this GPU cannot launch
+        if not works(case.device):
+            raise
+        return {"status": f"failed: {one_line(problem)[:80]}"}
+    return {"status": measured.status, "microseconds": 1e6 * measured.percentile(50) if measured.samples else None}
 
 
 def _against(launches: list[Row]) -> str:

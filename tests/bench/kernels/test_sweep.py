@@ -75,6 +75,25 @@ def test_a_tile_is_checked_and_timed_by_itself(monkeypatch):
     assert [row["microseconds"] is not None for row in rows] == [True, True, False]
 
 
+def test_a_tile_that_cannot_be_launched_stops_no_other(monkeypatch):
+    measure = sweep.measure
+
+    def launched(*given):
+        if tiles.overrides["forward"] != SHIPPED:
+            raise RuntimeError("out of resource: shared memory")
+        return measure(*given)
+
+    monkeypatch.setattr(sweep, "measure", launched)
+    case = shape_case("forward", "1,4,2,9,20,16", torch.float32, torch.device("cpu"))
+    compiled = [(tiles.Tile(32, 64, 4, 3), [USED]), (SHIPPED, [USED])]
+    rows = list(sweep._timed(sweep.Options("forward", seconds=0.001), "forward", case, compiled))
+    assert [row["status"] for row in rows] == ["failed: out of resource: shared memory", "ok"]
+    assert rows[0]["microseconds"] is None
+    monkeypatch.setattr(sweep, "works", lambda device: False)
+    with pytest.raises(RuntimeError, match="out of resource"):
+        list(sweep._timed(sweep.Options("forward", seconds=0.001), "forward", case, compiled))
+
+
 def test_compile_only_needs_no_gpu(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sweep, "compile_all", lambda *given: ((tile, [USED]) for tile in given[4]))
     path = tmp_path / "new" / "rows.json"
