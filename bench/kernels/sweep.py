@@ -181,7 +181,7 @@ def _table(kernel: str, case: Case, rows: list[Row]) -> Table:
         most = [str(max((x[key] for x in used), default="")) for key in ("registers", "stack_bytes", "shared_bytes")]
         time = "" if row["microseconds"] is None else f"{row['microseconds']:.1f}"
         remarks = ["shipped"] if tile == shipped else []
-        remarks += ["serialised"] if any(x.get("serialised") for x in used) else []
+        remarks += ["serialised"] if any(x["serialised"] for x in used) else []
         remarks += [row["status"]] if row["status"] not in ("", "ok") else []
         table.rows.append([*("" if x is None else str(x) for x in sizes), *most, time, ", ".join(remarks)])
     return table
