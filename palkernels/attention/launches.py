@@ -57,17 +57,19 @@ def backward(
     """
     from palkernels.attention import repetition
     from palkernels.kernels.backward import backward_launches
+    from palkernels.kernels.statistics import empty_statistics
 
     gradients = {
         name: torch.empty_like(tensor) if need else None
         for need, (name, tensor) in zip(needed, call.floats().items(), strict=True)
     }
     lse = lse.contiguous()  # as it was; who saved it meanwhile may have laid it out anew
-    delta = torch.empty_like(lse)
-    launches = backward_launches(call, out, lse, dout, dlse, delta, gradients, _capability(call.query))
+    capability = _capability(call.query)
+    statistics = empty_statistics(call, lse, capability)
+    launches = backward_launches(call, out, lse, dout, dlse, statistics, gradients, capability)
     compiled = [launch.run() for launch in launches]
     if seen is not None and None not in compiled:
-        plan = repetition.backward_plan((*tensors, delta, *gradients.values()), needed, launches, compiled)
+        plan = repetition.backward_plan((*tensors, statistics, *gradients.values()), needed, launches, compiled)
         if plan is not None:
             plans.BACKWARD.keep(seen, plan)
     return [gradient for gradient in gradients.values() if gradient is not None]

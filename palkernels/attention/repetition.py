@@ -74,6 +74,7 @@ class BackwardPlan(NamedTuple):
 
     launches: tuple[ReadyLaunch, ...]
     needed: tuple[bool, ...]
+    num_statistics: int
 
     def run(self, operands: Sequence[Tensor | None]) -> list[Tensor] | None:
         """The needed gradients, in order; None, and nothing is launched, as in :meth:`ForwardPlan.run`.
@@ -85,8 +86,9 @@ class BackwardPlan(NamedTuple):
             torch.empty_like(x) if need and x is not None else None
             for need, x in zip(self.needed, operands, strict=False)
         ]
-        delta = torch.empty_like(lse)  # in a name, so that it lives until everything is launched
-        if not repeat(self.launches, (*operands, delta, *gradients), lse.device):
+        # In a name, so that it lives until everything is launched.
+        statistics = torch.empty(self.num_statistics, dtype=lse.dtype, device=lse.device)
+        if not repeat(self.launches, (*operands, statistics, *gradients), lse.device):
             return None
         return [gradient for gradient in gradients if gradient is not None]
 
@@ -121,11 +123,12 @@ def backward_plan(
 ) -> BackwardPlan | None:
     """The plan of a backward pass that has run, if it can be repeated.
 
-    ``operands`` are the call's tensors, the output, its LSE, the gradients of both, delta, and the gradients of the
-    five float tensors.
+    ``operands`` are the call's tensors, the output, its LSE, the gradients of both, the statistics of its rows, and the
+    gradients of the five float tensors.
     """
     repeated = _ready(launches, compiled, operands)
-    return None if repeated is None else BackwardPlan(repeated, tuple(needed))
+    statistics: Any = operands[-1 - len(needed)]
+    return None if repeated is None else BackwardPlan(repeated, tuple(needed), statistics.numel())
 
 
 def _ready(

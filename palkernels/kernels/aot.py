@@ -27,6 +27,7 @@ from palkernels.kernels.backward import backward_launches
 from palkernels.kernels.decode import decode_launch
 from palkernels.kernels.forward import forward_launch
 from palkernels.kernels.launch import INTERPRETED, Launch
+from palkernels.kernels.statistics import empty_statistics
 
 # Shared memory one program may use, bytes. Ampere's table also serves the consumer GPUs, which have the least.
 SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448}
@@ -73,7 +74,7 @@ def compile_kernel(
     compiled = []
     for layout in LAYOUTS:
         with tiles.use(**{kernel: tile}):
-            launches = _launches(kernel, dtype, head_dim, tile.block_m, features, layout)
+            launches = _launches(kernel, capability, dtype, head_dim, tile.block_m, features, layout)
         for gradients, launch in launches.items():
             binary, log = _compile(launch)
             if not log:  # compiled already, for the other layout
@@ -152,7 +153,7 @@ def compile_projection(capability: int, dtype: torch.dtype) -> list[dict[str, ob
 
 
 def _launches(
-    kernel: str, dtype: torch.dtype, head_dim: int, num_rows: int, features: str, layout: str
+    kernel: str, capability: int, dtype: torch.dtype, head_dim: int, num_rows: int, features: str, layout: str
 ) -> dict[str, Launch]:
     """Launches of the kernel at the strides of a layout, for the gradients of all five tensors in backward."""
     batch, kv_heads, num_keys, num_audio = 8, 8, 256, 1504
@@ -192,8 +193,8 @@ def _launches(
         return {"": decode_launch(call, out, lse, capability=None)}
     gradients: dict[str, Tensor | None] = {name: torch.empty_like(getattr(call, name)) for name in FLOATS}
     dlse = lse if padded else None
-    delta = torch.empty_like(lse)
-    query_launch, *key_launches = backward_launches(call, out, lse, out, dlse, delta, gradients, capability=None)
+    statistics = empty_statistics(call, lse, capability)
+    query_launch, *key_launches = backward_launches(call, out, lse, out, dlse, statistics, gradients, capability)
     if kernel == "query_gradient":
         return {"": query_launch}
     return dict(zip(("dK", "dV") if len(key_launches) == 2 else ("dK dV",), key_launches, strict=True))

@@ -16,36 +16,36 @@ from palkernels.kernels.keys import audio_row, load_visible_from, next_reader, t
 from palkernels.kernels.launch import Launch, attention_launch
 from palkernels.kernels.operands import UNSPECIALISED, Matrix, Sizes
 from palkernels.kernels.primitives import (
-    LOG2_E,
     accumulator_type,
     base2_scores,
     dot,
     load_rows,
     packed_rows,
-    per_row,
     settled,
     softcap_slope,
     split_program,
     store_rows,
 )
+from palkernels.kernels.statistics import row_block, row_statistics, tile_statistics
 
 
 @triton.jit
 def load_query_tile(
-    query, dout, lse_ptr, delta_ptr, first, text, kv_head, sizes,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    query, dout, statistics, first, begin, text, kv_head,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, ROW_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Queries t (M,), Q and dO (M, BLOCK_D), base-2 LSE and delta (M,); all zero beyond the last query."""
+    """Queries t (M,), Q and dO (M, BLOCK_D), base-2 LSE (M,) and pointers to delta of packed rows from ``first`` on.
+
+    ``first`` is a multiple of BLOCK_M. Q and dO are zero beyond the last query, and before query ``begin`` unless that
+    is None.
+    """
     t, member, row_ok = packed_rows(first, text.num_queries, GROUP, BLOCK_M)
+    if begin is not None:
+        row_ok = row_ok & (t >= begin)
     queries = load_rows(query, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
     douts = load_rows(dout, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
-    pointers = per_row(lse_ptr, text, kv_head, t, member, sizes, GROUP)
-    base2_lse = tl.load(pointers, mask=row_ok, other=0.0) * LOG2_E
-    delta = base2_lse  # stands in where it is not used
-    if delta_ptr is not None:
-        pointers = per_row(delta_ptr, text, kv_head, t, member, sizes, GROUP)
-        delta = tl.load(pointers, mask=row_ok, other=0.0)
-    return t, queries, douts, base2_lse, delta
+    lses, deltas = tile_statistics(statistics, first, BLOCK_M, ROW_BLOCK)
+    return t, queries, douts, tl.load(lses), deltas
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def add_query_tile(
     queries,
     douts,
     base2_lse,
-    delta,
+    deltas,
     visible,
     WITH_KEY: tl.constexpr,
     WITH_VALUE: tl.constexpr,
@@ -72,6 +72,7 @@ def add_query_tile(
     if WITH_VALUE:
         dvalue = settled(dot(weights.to(douts.dtype), douts, dvalue))
     if WITH_KEY:
+        delta = tl.load(deltas)
         dweights = dot(values, tl.trans(douts), None)
         dscores = weights * (dweights - delta[None, :]) * softcap_slope(scores, SOFTCAP)
         if visible is not None:  # again: what no query sees may hold NaN, which times 0 is NaN
@@ -91,10 +92,8 @@ def add_text_row(
     window,
     query,
     dout,
-    lse_ptr,
-    delta_ptr,
+    statistics,  # the text row's, from row_statistics
     kv_head,
-    sizes,
     WITH_KEY: tl.constexpr,
     WITH_VALUE: tl.constexpr,
     SCALE: tl.constexpr,
@@ -102,39 +101,40 @@ def add_text_row(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
 ):
     """Add the share of one text row: of its queries that see any key of the block, a tile of packed rows at a time."""
     first_position = text.end - text.num_queries  # of query 0
-    masked_end = 0
+    masked_end = 0  # a multiple of BLOCK_M, as the first row is
     end = text.num_queries * GROUP
     if seen_from is not None:
         earliest = tl.min(tl.where(valid, seen_from, text.end), axis=0)
         latest = tl.max(tl.where(valid, seen_from, 0), axis=0)
-        begin = tl.minimum(tl.maximum(earliest - first_position, 0), text.num_queries) * GROUP
+        begin = tl.minimum(tl.maximum(earliest - first_position, 0), text.num_queries)
+        start = begin * GROUP // BLOCK_M * BLOCK_M
         if window is None:  # from the query that sees the whole block on, no mask is needed
-            partly = tl.maximum(tl.minimum(latest - first_position, text.num_queries) * GROUP - begin, 0)
-            masked_end = tl.minimum(begin + tl.cdiv(partly, BLOCK_M) * BLOCK_M, end)
+            partly = tl.maximum(tl.minimum(latest - first_position, text.num_queries) * GROUP, begin * GROUP)
+            masked_end = tl.cdiv(partly, BLOCK_M) * BLOCK_M
         else:
-            end = tl.minimum(end, tl.maximum(latest + window - first_position, 0) * GROUP)
-            masked_end = end
-        for first in range(begin, masked_end, BLOCK_M):
-            t, queries, douts, base2_lse, delta = load_query_tile(
-                query, dout, lse_ptr, delta_ptr, first, text, kv_head, sizes, GROUP, HEAD_DIM, BLOCK_M
+            masked_end = tl.minimum(end, tl.maximum(latest + window - first_position, 0) * GROUP)
+        for first in range(start, masked_end, BLOCK_M):
+            t, queries, douts, base2_lse, deltas = load_query_tile(
+                query, dout, statistics, first, begin, text, kv_head, GROUP, HEAD_DIM, BLOCK_M, ROW_BLOCK
             )
             position = first_position + t
             age = position[None, :] - seen_from[:, None]
             visible = age >= 0 if window is None else (age >= 0) & (age < window)
             gradients = add_query_tile(
-                gradients, keys, values, queries, douts, base2_lse, delta, visible, WITH_KEY, WITH_VALUE,
+                gradients, keys, values, queries, douts, base2_lse, deltas, visible, WITH_KEY, WITH_VALUE,
                 SCALE, SOFTCAP,
             )  # fmt: skip
     if window is None or seen_from is None:
         for first in range(masked_end, end, BLOCK_M):
-            t, queries, douts, base2_lse, delta = load_query_tile(
-                query, dout, lse_ptr, delta_ptr, first, text, kv_head, sizes, GROUP, HEAD_DIM, BLOCK_M
+            t, queries, douts, base2_lse, deltas = load_query_tile(
+                query, dout, statistics, first, None, text, kv_head, GROUP, HEAD_DIM, BLOCK_M, ROW_BLOCK
             )
             gradients = add_query_tile(
-                gradients, keys, values, queries, douts, base2_lse, delta, None, WITH_KEY, WITH_VALUE, SCALE, SOFTCAP
+                gradients, keys, values, queries, douts, base2_lse, deltas, None, WITH_KEY, WITH_VALUE, SCALE, SOFTCAP
             )
     return gradients
 
@@ -154,9 +154,9 @@ def store_gradients(
 
 @triton.jit
 def audio_block(
-    query, dout, lse_ptr, delta_ptr, key, value, dkey, dvalue, visibility, sizes, program, num_blocks,
+    query, dout, statistics, key, value, dkey, dvalue, visibility, sizes, program, num_blocks,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROW_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of audio tokens, from every text row that reads them."""
     block, kv_head, row = split_program(program, num_blocks, sizes.num_kv_heads)
@@ -176,8 +176,9 @@ def audio_block(
         if visibility.visible_from is not None:
             seen_from = load_visible_from(visibility, text, audio, token, valid)
         gradients = add_text_row(
-            gradients, keys, values, seen_from, valid, text, None, query, dout, lse_ptr, delta_ptr,
-            kv_head, sizes, dkey.ptr is not None, dvalue.ptr is not None, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M,
+            gradients, keys, values, seen_from, valid, text, None, query, dout,
+            row_statistics(statistics, text, batch, kv_head, sizes, GROUP, ROW_BLOCK),
+            kv_head, dkey.ptr is not None, dvalue.ptr is not None, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, ROW_BLOCK,
         )  # fmt: skip
         batch = next_reader(visibility, row, batch + 1, sizes)
     store_gradients(gradients, valid, dkey, dvalue, audio, audio.num_tokens, kv_head, token, SCALE, HEAD_DIM)
@@ -185,9 +186,9 @@ def audio_block(
 
 @triton.jit
 def text_block(
-    query, dout, lse_ptr, delta_ptr, key, value, dkey, dvalue, visibility, sizes, program,
+    query, dout, statistics, key, value, dkey, dvalue, visibility, sizes, program,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROW_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of text keys, from their own row's queries."""
     block, kv_head, batch = split_program(program, tl.cdiv(sizes.num_keys, BLOCK_N), sizes.num_kv_heads)
@@ -198,8 +199,9 @@ def text_block(
     values = load_rows(value, text, kv_head, token, 0, valid, HEAD_DIM)
     zeros = tl.zeros(keys.shape, dtype=accumulator_type(keys))
     gradients = add_text_row(
-        (zeros, zeros), keys, values, token, valid, text, sizes.window, query, dout, lse_ptr, delta_ptr,
-        kv_head, sizes, dkey.ptr is not None, dvalue.ptr is not None, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M,
+        (zeros, zeros), keys, values, token, valid, text, sizes.window, query, dout,
+        row_statistics(statistics, text, batch, kv_head, sizes, GROUP, ROW_BLOCK),
+        kv_head, dkey.ptr is not None, dvalue.ptr is not None, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, ROW_BLOCK,
     )  # fmt: skip
     store_gradients(gradients, valid, dkey, dvalue, text, text.num_keys, kv_head, token, SCALE, HEAD_DIM)
 
@@ -208,8 +210,7 @@ def text_block(
 def key_gradient_kernel(
     query,  # Matrix (B, Hkv * GROUP, T, D)
     dout,
-    lse_ptr,  # (B, Hkv * GROUP, T), contiguous
-    delta_ptr,  # the same, or None where no key needs a gradient
+    statistics,  # see palkernels.kernels.statistics
     key,  # Matrix (B, Hkv, S, D)
     value,
     dkey,  # Matrix (B, Hkv, S, D), or all None, as the three below
@@ -234,6 +235,7 @@ def key_gradient_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
 ):
     # One program: BLOCK_N keys of one (audio row, K/V head), or of one (text row, K/V head). Audio comes first: its
     # programs are the longer ones.
@@ -247,22 +249,21 @@ def key_gradient_kernel(
         audio_programs = num_audio_rows * num_kv_heads * num_blocks
         if program < audio_programs:
             audio_block(
-                query, dout, lse_ptr, delta_ptr, audio_key, audio_value, daudio_key, daudio_value, visibility, sizes,
-                program, num_blocks, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
+                query, dout, statistics, audio_key, audio_value, daudio_key, daudio_value, visibility, sizes,
+                program, num_blocks, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, ROW_BLOCK,
             )  # fmt: skip
     if dkey.ptr is not None or dvalue.ptr is not None:  # noqa: SIM102 (known when compiling; the next is not)
         if program >= audio_programs:
             text_block(
-                query, dout, lse_ptr, delta_ptr, key, value, dkey, dvalue, visibility, sizes,
-                program - audio_programs, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
+                query, dout, statistics, key, value, dkey, dvalue, visibility, sizes,
+                program - audio_programs, SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, ROW_BLOCK,
             )  # fmt: skip
 
 
 def key_gradient_launch(
     call: Call,
-    lse: Tensor,
     dout: Tensor,
-    delta: Tensor | None,
+    statistics: Tensor,
     gradients: dict[str, Tensor | None],
     capability: int | None,
 ) -> Launch:
@@ -283,8 +284,8 @@ def key_gradient_launch(
         call,
         Matrix.of(call.query),
         Matrix.of(dout),
-        lse,
-        delta,
+        statistics,
         *(Matrix.of(tensor) for tensor in (call.key, call.value, dkey, dvalue)),
         *(Matrix.of(tensor) for tensor in (call.audio_key, call.audio_value, daudio_key, daudio_value)),
+        ROW_BLOCK=row_block(call, capability),
     )

@@ -37,8 +37,8 @@ class Launch:
         return self.kernel.warmup(*self.arguments, grid=(max(self.num_programs, 1),), **self.constants)
 
 
-def attention_launch(kernel: Any, num_programs: int, tile: Tile, call: Call, *tensors: Any) -> Launch:
-    """A launch of a kernel that takes ``tensors``, then what the attention kernels have in common."""
+def attention_launch(kernel: Any, num_programs: int, tile: Tile, call: Call, *tensors: Any, **constants: Any) -> Launch:
+    """A launch of a kernel that takes ``tensors``, what the attention kernels have in common, and ``constants``."""
     sizes = Sizes(
         num_queries=call.num_queries,
         num_keys=call.num_keys,
@@ -61,6 +61,7 @@ def attention_launch(kernel: Any, num_programs: int, tile: Tile, call: Call, *te
             "HEAD_DIM": call.head_dim,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
+            **constants,
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
             "maxnreg": tile.max_registers,

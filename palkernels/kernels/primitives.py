@@ -69,7 +69,7 @@ def store_rows(matrix, row, head, token, member, token_ok, values, HEAD_DIM: tl.
 
 @triton.jit
 def per_row(ptr, row, kv_head, t, member, sizes, GROUP: tl.constexpr):
-    """Pointers (R,) into a contiguous (B, Hkv * GROUP, T) tensor: the LSE, its gradient, delta."""
+    """Pointers (R,) into a contiguous (B, Hkv * GROUP, T) tensor: the LSE, its gradient."""
     base = ptr + tl.cast(row.batch * sizes.num_kv_heads + kv_head, tl.int64) * (GROUP * sizes.text_tokens) + row.first
     return base + (member * sizes.text_tokens + t)
 

@@ -24,6 +24,7 @@ from palkernels.kernels.primitives import (
     split_program,
     store_rows,
 )
+from palkernels.kernels.statistics import row_block, row_statistics, tile_statistics
 
 
 @triton.jit
@@ -48,10 +49,10 @@ def query_gradient_kernel(
     audio_value,
     out,  # Matrix as query
     dout,
-    dquery,  # or all None: only delta is written
-    lse_ptr,  # (B, Hkv * GROUP, T), contiguous, as the two below
+    dquery,  # or all None: only the statistics are written
+    lse_ptr,  # (B, Hkv * GROUP, T), contiguous, as the next
     dlse_ptr,  # or None
-    delta_ptr,
+    statistics,  # see palkernels.kernels.statistics
     visibility,
     num_queries,
     num_keys,
@@ -68,16 +69,17 @@ def query_gradient_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
 ):
-    # One program: BLOCK_M packed query rows of one (text row, K/V head), as in forward.
+    # One program: BLOCK_M packed query rows of one (text row, K/V head), as in forward, to the end of the last block.
     sizes = Sizes(
         num_queries, num_keys, num_audio, num_audio_rows, num_batches, num_kv_heads, text_tokens, audio_tokens, window
     )
-    num_tiles = tl.cdiv(num_queries * GROUP, BLOCK_M)
+    num_tiles = tl.cdiv(num_queries * GROUP, ROW_BLOCK) * (ROW_BLOCK // BLOCK_M)
     tile, kv_head, batch = split_program(tl.program_id(0), num_tiles, num_kv_heads)
     text = text_row(visibility, batch, sizes)
     audio = audio_read_by(visibility, batch, sizes)
-    if tile * BLOCK_M >= text.num_queries * GROUP:  # a packed row shorter than the longest
+    if tile * BLOCK_M >= tl.cdiv(text.num_queries * GROUP, ROW_BLOCK) * ROW_BLOCK:  # shorter than the longest
         return
     t, member, row_ok = packed_rows(tile * BLOCK_M, text.num_queries, GROUP, BLOCK_M)
 
@@ -87,11 +89,14 @@ def query_gradient_kernel(
     delta = tl.sum(outputs.to(acc_type) * douts.to(acc_type), axis=1)
     if dlse_ptr is not None:
         delta -= tl.load(per_row(dlse_ptr, text, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0)
-    tl.store(per_row(delta_ptr, text, kv_head, t, member, sizes, GROUP), delta, mask=row_ok)
+    base2_lse = tl.load(per_row(lse_ptr, text, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0) * LOG2_E
+    blocks = row_statistics(statistics, text, batch, kv_head, sizes, GROUP, ROW_BLOCK)
+    lses, deltas = tile_statistics(blocks, tile * BLOCK_M, BLOCK_M, ROW_BLOCK)
+    tl.store(lses, base2_lse)
+    tl.store(deltas, delta)
 
     if dquery.ptr is not None:
         queries = load_rows(query, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
-        base2_lse = tl.load(per_row(lse_ptr, text, kv_head, t, member, sizes, GROUP), mask=row_ok, other=0.0) * LOG2_E
         gradient = visit_keys(
             tl.zeros(queries.shape, dtype=acc_type), add_key_block, (queries, douts, base2_lse, delta),
             tile, t, text, audio, kv_head, key, value, audio_key, audio_value, visibility, window,
@@ -106,14 +111,17 @@ def query_gradient_launch(
     lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
-    delta: Tensor,
+    statistics: Tensor,
     dquery: Tensor | None,
     capability: int | None,
 ) -> Launch:
-    """The launch that fills ``delta`` (B, Hq, T), and ``dquery`` unless that is None."""
+    """The launch that fills ``statistics``, and ``dquery`` unless that is None."""
     num_rows = call.group * call.num_queries
     tile = tiles.choose("query_gradient", capability, call.query.dtype, call.head_dim, call.is_intricate)
-    num_programs = call.num_batches * call.num_kv_heads * triton.cdiv(num_rows, tile.block_m)
+    rows = row_block(call, capability)
+    num_programs = call.num_batches * call.num_kv_heads * triton.cdiv(num_rows, rows) * (rows // tile.block_m)
     matrices = (Matrix.of(tensor) for tensor in (*call.floats().values(), out, dout, dquery))
     dlse = None if dlse is None else dlse.contiguous()
-    return attention_launch(query_gradient_kernel, num_programs, tile, call, *matrices, lse, dlse, delta)
+    return attention_launch(
+        query_gradient_kernel, num_programs, tile, call, *matrices, lse, dlse, statistics, ROW_BLOCK=rows
+    )

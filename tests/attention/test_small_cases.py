@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from support.kernel_runs import attention, strict
+from support.kernel_runs import attention, nan_statistics, strict
 
 from palkernels import lal_attention
 from palkernels.kernels import decode, tiles
@@ -21,7 +21,7 @@ INSERTED = [[(7 * token * (row + 2)) % 40 for token in range(33)] for row in ran
 
 @pytest.fixture(autouse=True)
 def small_tiles():
-    with tiles.use(tiles.Tile(16, 16, 4, 1)):
+    with tiles.use(tiles.Tile(16, 16, 4, 1)), nan_statistics():
         yield
 
 
@@ -90,6 +90,18 @@ def test_against_the_definition(name):
     case = build(name)
     for which, got, want in zip(NAMES, attention(case, "triton"), attention(case, "reference"), strict=True):
         assert max_error(got, want) <= 1e-10, which
+
+
+@pytest.mark.parametrize("name", ["index", "padding", "everything"])
+@pytest.mark.parametrize("rows", [(16, 64), (64, 16)], ids=str)
+def test_kernels_of_different_tiles(name, rows):
+    """The queries' gradient writes each row's statistics where the keys' gradient reads them."""
+    query, key = (tiles.Tile(block_m, 16, 4, 1) for block_m in rows)
+    case = build(name)
+    with tiles.use(query_gradient=query, key_gradient=key):
+        got = attention(case, "triton")
+    for which, mine, want in zip(NAMES, got, attention(case, "reference"), strict=True):
+        assert max_error(mine, want) <= 1e-10, which
 
 
 def test_large_scores():

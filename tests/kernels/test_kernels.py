@@ -248,7 +248,7 @@ def test_cuda_graph():
 
 @pytest.mark.cuda_only
 def test_training_allocates_outputs_and_gradients_only():
-    """The peak over forward and backward: out, LSE, delta and five gradients, and no temporary of their size."""
+    """The peak over forward and backward: out, LSE, two numbers a row and five gradients, and nothing of their size."""
     case = lal_case(
         batch=8, heads=32, kv_heads=8, queries=128, keys=128, audio=1500, dim=64,
         features=("index",), audio_rows=2, dtype=torch.bfloat16, device="cuda",
@@ -263,5 +263,5 @@ def test_training_allocates_outputs_and_gradients_only():
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     lse = 8 * 32 * 128 * 4
-    needed = out.nbytes + 2 * lse + sum(x.nbytes for x in grads)
+    needed = out.nbytes + 3 * lse + sum(x.nbytes for x in grads)
     assert peak <= needed + 2**20

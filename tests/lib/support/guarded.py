@@ -16,6 +16,7 @@ from palkernels.arguments import FLOATS, INTEGERS, Call, Projection
 from palkernels.kernels import decode, projection, tiles
 from palkernels.kernels.backward import backward_launches
 from palkernels.kernels.forward import forward_launch
+from palkernels.kernels.statistics import empty_statistics
 from palkernels.projection import steps
 from palkernels.testing import FEATURES, lal_case, max_error
 from support.interpreter import make_quick
@@ -66,9 +67,8 @@ def run(side: str, features: tuple[str, ...], seed: int) -> None:
 
     grads = {name: guarded(torch.empty_like(x), side) for name, x in zip(FLOATS, tensors, strict=True)}
     dlse = guarded(torch.zeros_like(lse), side)
-    for launch in backward_launches(
-        call, got, got_lse, guarded(dout, side), dlse, torch.empty_like(lse), grads, capability=None
-    ):
+    statistics = guarded(empty_statistics(call, lse, capability=None), side)
+    for launch in backward_launches(call, got, got_lse, guarded(dout, side), dlse, statistics, grads, capability=None):
         launch.run()
     for name, x in zip(FLOATS, want_grads, strict=True):
         assert max_error(grads[name], x) <= 1e-4, (case.name, name)
@@ -94,9 +94,8 @@ def run_packed(side: str) -> None:
     assert max_error(out[0].transpose(0, 1), want) <= 1e-4
     assert max_error(lse[0], want_lse) <= 1e-4
     grads = {name: heads_first(torch.empty_like(x)) for name, x in zip(FLOATS, leaves, strict=True)}
-    for launch in backward_launches(
-        call, out, lse, heads_first(dout), None, torch.empty_like(lse), grads, capability=None
-    ):
+    statistics = guarded(empty_statistics(call, lse, capability=None), side)
+    for launch in backward_launches(call, out, lse, heads_first(dout), None, statistics, grads, capability=None):
         launch.run()
     for name, x in zip(FLOATS, want_grads, strict=True):
         assert max_error(grads[name][0].transpose(0, 1), x) <= 1e-4, name

@@ -2,9 +2,11 @@
 
 import contextlib
 
+import pytest
 import torch
 
 from palkernels import lal_attention
+from palkernels.kernels import statistics
 from palkernels.testing import LalCase
 from support import eager, interpreter
 
@@ -28,6 +30,15 @@ def attention(case: LalCase, impl: str, seed: int = 0, with_lse: bool = True) ->
 def arithmetic(dtype, device):
     """Return the context in which the kernels can compute in this dtype: the interpreter alone has no bfloat16."""
     return interpreter.bfloat16() if dtype == torch.bfloat16 and device == "cpu" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def nan_statistics():
+    """Fill the memory of the rows' statistics with NaN first: none may be read that has not been written."""
+    empty = statistics.empty_statistics
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(statistics, "empty_statistics", lambda *arguments: empty(*arguments).fill_(float("nan")))
+        yield
 
 
 @contextlib.contextmanager
