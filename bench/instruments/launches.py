@@ -39,10 +39,10 @@ def _forward(**_: Any) -> Launches:
 
 def _backward(*, query: Tensor, needed: Sequence[bool], **_: Any) -> Launches:
     """dQ, which leaves what the keys' gradient needs, and dK and dV, which part at wide heads."""
-    of_query, of_key, of_value, of_audio_key, of_audio_value = needed
+    _, of_key, of_value, of_audio_key, of_audio_value = needed
     keys, values = of_key or of_audio_key, of_value or of_audio_value
     split = keys and values and splits_key_gradient(query.shape[-1])
-    return 0, (of_query or keys) + (keys or values) + split
+    return 0, any(needed) + (keys or values) + split
 
 
 def _project(*, k_norm_weight: Tensor | None, cos: Tensor | None, **_: Any) -> Launches:
