@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 from palkernels.bench.errors import UserError
 from palkernels.bench.study.recipes import write_recipe
 from palkernels.bench.study.settings import Settings, Where
+from palkernels.model.training.run import STAGE, TRAINED
 
 __all__ = ["Run", "finished", "lines_of", "perform", "runs_of"]
 
@@ -80,6 +82,7 @@ def perform(
     waiting = [run for run in runs if not finished(run, settings, where)]
     for run in runs:
         if run not in waiting:
+            _tidy(run, where)
             progress(run, settings.align + settings.joint)
     working: dict[Run, subprocess.Popen[bytes]] = {}
     with _stopped_at_the_end(working):
@@ -96,6 +99,7 @@ def perform(
                 del working[run]
                 if code != 0:
                     raise UserError(f"the run {run.name} must end with 0, got {code}: see {_log(run, where)}")
+                _tidy(run, where)
 
 
 def _start(run: Run, settings: Settings, where: Where) -> subprocess.Popen[bytes]:
@@ -110,6 +114,15 @@ def _start(run: Run, settings: Settings, where: Where) -> subprocess.Popen[bytes
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
+
+
+def _tidy(run: Run, where: Where) -> None:
+    """Remove a finished run's whole models, three of them: what each stage trained stays, and the log."""
+    for name in ("start", "checkpoints"):
+        shutil.rmtree(run.folder(where) / name, ignore_errors=True)
+    for file in run.folder(where).glob("stages/*/*"):
+        if file.name not in (TRAINED, STAGE):
+            file.unlink()
 
 
 @contextmanager

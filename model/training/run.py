@@ -37,7 +37,7 @@ from palkernels.model.training.recipe import Recipe, StageRecipe
 from palkernels.model.training.stages import choose
 from palkernels.model.training.trained import gather, load_trained, save_trained
 
-__all__ = ["Plan", "RunError", "Stopped", "train"]
+__all__ = ["STAGE", "TRAINED", "Plan", "RunError", "Stopped", "train"]
 
 SEEDS = 1000  # a stage's seed is the recipe's, times this, and its number
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

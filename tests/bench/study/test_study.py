@@ -45,7 +45,7 @@ def test_every_recipe_is_one_that_train_takes(where: Where, method: str) -> None
     assert [stage.name for stage in recipe.stages] == ["align", "joint"]
     assert [stage.samples for stage in recipe.stages] == [16, 8]
     assert recipe.seed == 3
-    assert recipe.eval_steps == 1
+    assert recipe.eval_steps == 4
     assert len(recipe.data.train) == len(recipe.data.eval) == 2
     assert ("flamingo" in recipe.stages[0].train) == (method == "flamingo")
 
@@ -68,7 +68,7 @@ def test_recipes_differ_in_the_method_alone(where: Where) -> None:
         ({"tasks": "words,words"}, "--tasks must be distinct"),
         ({"seeds": "0,x"}, "--seeds must be numbers"),
         ({"seeds": "0,0"}, "--seeds must be distinct, got 0, 0"),
-        ({"sizes": {"align": 12}}, "--align must be a multiple of the batch, 8, got 12"),
+        ({"sizes": {"align": 13}}, "--align must be a multiple of the batch, 2, got 13"),
         ({"sizes": {"align": 0}}, "--align must be at least one batch"),
     ],
 )
@@ -109,7 +109,12 @@ with (out / "log.jsonl").open("w") as log:
             log.write(json.dumps({"stage": stage["name"], "samples": n, "eval_loss": 0.5, "accuracy": n / 32 + 0.125,
                                   "by_task": right, **taken}) + "\\n")
 for i, stage in enumerate(recipe["stages"]):
-    (out / "stages" / f"{i + 1}-{stage['name']}").mkdir(parents=True)
+    folder = out / "stages" / f"{i + 1}-{stage['name']}"
+    folder.mkdir(parents=True)
+    for file in ("model.safetensors", "trained.safetensors", "stage.json"):
+        (folder / file).touch()
+(out / "start").mkdir()
+(out / "start" / "model.safetensors").touch()
 """
 
 
@@ -193,6 +198,8 @@ def test_a_whole_study(where: Where, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(json.loads((out / "study.json").read_text())["runs"]) == 4
     assert {path: path.stat().st_mtime_ns for path in [*clips, *logs]} == clips | logs
     assert not list(out.rglob(".study*"))
+    assert not list(out.rglob("model.safetensors"))  # three to a run, of which none is needed
+    assert len(list(out.rglob("trained.safetensors"))) == 2 * 4
 
 
 def test_a_run_is_on_one_thread_and_ends_with_the_study(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
