@@ -203,6 +203,7 @@ def study(
     from palkernels.bench.study.settings import parse
     from palkernels.bench.study.study import run
 
+    clean_up_when_ended()
     sizes = {"train": train, "test": test, "align": align, "joint": joint, "every": every}
     print(f"Picture: {run(parse(methods, tasks, seeds, sizes), out, jobs, console())}")
 

@@ -34,6 +34,8 @@ class ServedConversation:
             raise UserError("--serve needs the package openai: pip install 'palkernels[client]'") from error
         # What is no OpenAI server may answer anything, which the client takes apart without a look.
         self.refused: tuple[type[Exception], ...] = openai.OpenAIError, ValueError, TypeError, AttributeError
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"--serve must begin with http:// or https://, got {url!r}")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.clips = [_part(path) for path in clips]
         self.messages: list[Any] = []

@@ -1,5 +1,5 @@
 """Serve an audio LLM with vLLM, ask it over HTTP with OpenAI's client, two questions about one sound, and stop it.
-Needs pip install 'palkernels[vllm,bench]'. The weights are random: take a trained model's directory instead."""
+Needs palkernels[vllm,audio,bench,client]. The weights are random: take a trained model's directory instead."""
 
 import base64
 import io

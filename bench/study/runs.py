@@ -17,7 +17,7 @@ from typing import Any
 from palkernels.bench.errors import UserError
 from palkernels.bench.study.recipes import write_recipe
 from palkernels.bench.study.settings import Settings, Where
-from palkernels.model.training.run import STAGE, TRAINED
+from palkernels.model.training.checkpoints import STAGE, TRAINED
 
 __all__ = ["Run", "finished", "lines_of", "perform", "runs_of"]
 

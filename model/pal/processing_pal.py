@@ -60,13 +60,15 @@ class PalProcessor(ProcessorMixin):  # type: ignore[misc]
     def __init__(
         self,
         tokenizer: Any,
-        encoders: Sequence[dict[str, Any]],
+        encoders: Sequence[dict[str, Any]] | None = None,
         summary_tokens: int = 0,
         audio_token: str = AUDIO_TOKEN,
         chat_template: Any = None,
         max_seconds: float | None = None,
         max_bytes: int = MAX_BYTES,
     ) -> None:
+        if encoders is None:  # transformers takes a directory without the file for a processor without settings
+            raise ValueError("encoders must be given, got none: processor.save_pretrained writes processor_config.json")
         super().__init__(tokenizer, chat_template=chat_template)
         self.encoders = [complete_entry(entry) for entry in encoders]
         self.summary_tokens = summary_tokens

@@ -13,8 +13,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PREFIX", "WRITING", "checkpoints_in", "finish", "read_json", "unfinished", "whole_folder", "write_json"]
+__all__ = [
+    "PREFIX",
+    "STAGE",
+    "TRAINED",
+    "WRITING",
+    "checkpoints_in",
+    "finish",
+    "read_json",
+    "unfinished",
+    "whole_folder",
+    "write_json",
+]
 
+TRAINED, STAGE = "trained.safetensors", "stage.json"  # in a finished stage's folder
 PREFIX = "step-"
 WRITING = ".writing-"
 

@@ -28,7 +28,15 @@ from palkernels.model.data.collator import Collator
 from palkernels.model.data.states import EncodedStates
 from palkernels.model.pal import PalConfig, PalForConditionalGeneration, PalProcessor
 from palkernels.model.training.arguments import training_arguments
-from palkernels.model.training.checkpoints import WRITING, checkpoints_in, read_json, whole_folder, write_json
+from palkernels.model.training.checkpoints import (
+    STAGE,
+    TRAINED,
+    WRITING,
+    checkpoints_in,
+    read_json,
+    whole_folder,
+    write_json,
+)
 from palkernels.model.training.loop import Log, StageTrainer
 from palkernels.model.training.material import damage_explained, damaged_rows, read_material
 from palkernels.model.training.order import Collate, Order
@@ -37,11 +45,11 @@ from palkernels.model.training.recipe import Recipe, StageRecipe
 from palkernels.model.training.stages import choose
 from palkernels.model.training.trained import gather, load_trained, save_trained
 
-__all__ = ["STAGE", "TRAINED", "Plan", "RunError", "Stopped", "train"]
+__all__ = ["Plan", "RunError", "Stopped", "train"]
 
 SEEDS = 1000  # a stage's seed is the recipe's, times this, and its number
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RECIPE, TRAINED, STAGE, LOG = "recipe.json", "trained.safetensors", "stage.json", "log.jsonl"
+RECIPE, LOG = "recipe.json", "log.jsonl"
 START, DROPPED = "start", "dropped.jsonl"
 BEFORE = (START, DROPPED)  # what is written before a run has begun
 SAMPLES = "samples"  # in RECIPE: a digest of what there is to learn

@@ -93,7 +93,7 @@ def test_refused(server, tmp_path, capsys):
     for arguments, message in (
         (["--serve", server.url, "--audio", clip, "bad"], "the server refused: clips must be shorter, got more"),
         (["--serve", "http://127.0.0.1:9", "--audio", clip, "What?"], "--serve must be a server that lists a model"),
-        (["--serve", "nonsense", "--audio", clip, "What?"], "--serve must be a server that lists a model"),
+        (["--serve", "nonsense", "--audio", clip, "What?"], "--serve must begin with http://"),
         (["--serve", server.url, "--audio", Path("none.wav"), "What?"], "must be readable"),
         (["--serve", server.url, "--model", tmp_path, "What?"], "--serve must be given without --model"),
         (["--serve", server.url, "--device", "cpu", "What?"], "--serve must be given without --device"),

@@ -2,13 +2,17 @@
 
 import io
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 from rich.console import Console
+from support.commands import running, with_runs_that_wait
 
 from palkernels.bench.errors import UserError
 from palkernels.bench.report.markdown import to_markdown
@@ -224,6 +228,22 @@ def test_a_run_is_on_one_thread_and_ends_with_the_study(where: Where, monkeypatc
         perform([Run("lal", 0)], SMALL, where, 1, interrupt)
     assert threads.read_text() == "1"
     assert (where.out / "recipes" / "ended").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_runs_too(tmp_path: Path, number: signal.Signals) -> None:
+    words = ["study", "--methods", "lal", "--seeds", "0", "--jobs", "1", "--out", str(tmp_path / "out")]
+    written = tmp_path / "out" / "recipes" / "pid"
+    with running(words, tmp_path, with_runs_that_wait) as command:
+        while not (written.exists() and written.read_text()):
+            assert command.is_alive(), command.end()
+            time.sleep(0.05)
+        command.send(number)
+        code, _, errors = command.end()
+    ends = {signal.SIGINT: (130, "error: interrupted\n"), signal.SIGTERM: (143, "error: terminated\n")}
+    assert (code, errors) == ends[number]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(written.read_text()), 0)
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -33,6 +33,19 @@ def with_little_memory() -> None:
     without_pictures()
 
 
+def with_runs_that_wait() -> None:
+    """Let a study's runs write the number of their process, and wait."""
+    from palkernels.bench.study import runs, study
+
+    study.llm_file = study.encoder_folder = lambda: Path("nothing-reads-it")
+    study.make = lambda *_: None
+    runs.TRAIN = (
+        "import os, pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[2]).with_name('pid').write_text(f'{os.getpid()} ')\n"
+        "time.sleep(600)\n"
+    )
+
+
 def terminated_amid_writing() -> None:
     """Let SIGTERM come when `init` has written a part of a model."""
 

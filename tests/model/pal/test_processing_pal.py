@@ -61,6 +61,13 @@ def test_markers_become_placeholders_and_places(both, lal):
     assert alone["input_features"].shape == (3, 80, 3000)
 
 
+def test_a_directory_without_the_processors_settings(tmp_path):
+    """As where the model alone was saved, beside its tokenizer."""
+    TOKENIZER.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"encoders must be given, got none: .* writes processor_config\.json"):
+        PalProcessor.from_pretrained(tmp_path)
+
+
 def test_text_alone(both):
     assert set(both(["one", "three"])) == {"input_ids", "attention_mask"}
     assert both("one", padding_side="right", pad_to_multiple_of=8)["attention_mask"].tolist() == [[1] * 3 + [0] * 5]
