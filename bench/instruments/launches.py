@@ -39,7 +39,7 @@ def _forward(**_: Any) -> Launches:
 
 def _backward(*, query: Tensor, needed: Sequence[bool], **_: Any) -> Launches:
     """dQ, which leaves what the keys' gradient needs, and dK and dV, which part at wide heads."""
-    _, of_key, of_value, of_audio_key, of_audio_value = needed
+    of_key, of_value, of_audio_key, of_audio_value = needed[1:]
     keys, values = of_key or of_audio_key, of_value or of_audio_value
     split = keys and values and splits_key_gradient(query.shape[-1])
     return 0, any(needed) + (keys or values) + split

@@ -151,7 +151,7 @@ def test_methods_take_turns(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("no_pictures")
 def test_equal_seeds_do_equal_work(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
-    step, infer = measure._train_step, measure._infer
+    step, infer = measure._train_step, measure.infer
 
     def train_step(*arguments: Any) -> torch.Tensor:
         seen.append((loss := step(*arguments)).item())
@@ -162,7 +162,7 @@ def test_equal_seeds_do_equal_work(tiny: Path, tmp_path: Path, monkeypatch: pyte
         return tokens
 
     monkeypatch.setattr(measure, "_train_step", train_step)
-    monkeypatch.setattr(measure, "_infer", generated)
+    monkeypatch.setattr(measure, "infer", generated)
     runs = []
     for seed in (0, 0, 1):
         seen.clear()
