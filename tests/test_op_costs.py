@@ -29,6 +29,7 @@ def run(probe, folder):
     subprocess.run([sys.executable, "-c", probe], check=True, cwd=folder, env=dict(os.environ))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_registered_in_either_order(order, tmp_path):
     run(PROBE.format(first=order[0], second=order[1]), tmp_path)

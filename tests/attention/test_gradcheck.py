@@ -60,6 +60,7 @@ def test_every_feature(features):
     gradcheck(features, NAMES)
 
 
+@pytest.mark.slow
 def test_in_full():
     """Every entry of the Jacobian is right with every option on."""
     shape = SHAPE | {"queries": 2, "keys": 3, "audio": 3}

@@ -55,6 +55,7 @@ assert not slow, slow
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
 
 
+@pytest.mark.slow
 def test_run_as_a_module() -> None:
     """As `accelerate launch -m` and `torchrun -m` run it: it works, fails and takes Ctrl-C as the command does."""
     command = [sys.executable, "-P", "-m", "palkernels.bench.cli"]

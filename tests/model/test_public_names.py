@@ -33,6 +33,7 @@ def test_other_names_are_not() -> None:
         exec("from palkernels.model import atach")
 
 
+@pytest.mark.slow
 def test_attach_loads_no_other_room() -> None:
     """Neither does a forward of an attached model."""
     rooms = run("""

@@ -107,6 +107,7 @@ def test_says_what_is_to_come_and_where_the_plot_is(measured: tuple[dict[str, An
     assert lines[-2:] == [f"Plot: {out / 'figure1.png'}", f"Report: {out / 'figure1.html'}"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_the_defaults_fit_eighty_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No line is longer, and none of what is measured is broken."""

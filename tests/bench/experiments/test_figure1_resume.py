@@ -53,6 +53,7 @@ def test_an_interrupted_run_is_valid_and_goes_on(tiny: Path, tmp_path: Path) -> 
         assert last["rows"][: len(rows)] == rows
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_resume_needs_the_same_conditions(
     finished: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -66,6 +67,7 @@ def test_resume_needs_the_same_conditions(
     assert json.loads((copy / "figure1.json").read_text()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_resume_sees_another_model_and_measures_points_that_lack_a_method(
     finished: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -28,6 +28,7 @@ def measured(tmp_path_factory):
     return json.loads(path.read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_the_rows(measured):
     rows = measured[0]["rows"]
     assert tuple(dict.fromkeys(row["op"] for row in rows)) == host_calls.OPS

@@ -217,6 +217,7 @@ def test_refuses_what_is_no_batch(batch: Any, got: str) -> None:
         SslamFeatures()(batch)
 
 
+@pytest.mark.slow
 def test_only_sslams_features_need_torchaudio() -> None:
     """Without torchaudio SSLAM's features say what to install, and the others work."""
     code = """

@@ -66,6 +66,7 @@ def test_accumulation_changes_nothing(folder, losses, pieces, tmp_path):
     torch.testing.assert_close(got, losses, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_packing_changes_nothing(folder, losses, pieces, tmp_path):
     """The same samples in every step, and the same losses but for rounding; so on held-out samples."""

@@ -22,6 +22,7 @@ def test_vllm_finds_it():
     assert found.load() is importlib.import_module("palkernels.model.vllm").register
 
 
+@pytest.mark.slow
 def test_importing_it_imports_no_vllm():
     probe = "import sys, palkernels.model.vllm; assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", probe], check=True)
