@@ -6,7 +6,7 @@
 # make lint         format, types and the direction of imports, on the installed wheel
 # make test         format, then types and imports beside the tests, on the installed wheel, with the newest versions
 #                   (constraints.txt); of what can be combined every pair, not everything (tests/lib/support/thorough.py)
-# make test-slow    the few tests that make test leaves out: what is trained, compiled or started in many processes
+# make test-slow    the tests that make test leaves out: what is trained, compiled or started in many processes
 # make test-oldest  the tests of kernels and models with the oldest ones (constraints-oldest.txt), in .venv-oldest;
 #                   everything that can be combined
 # make test-serving the tests of serving with vLLM, in .venv-serving (constraints-serving.txt)

@@ -4,16 +4,14 @@ each request brings the whole conversation, and what it has of clips and texts f
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from palkernels.bench.endpoint import address_of, api_key
 from palkernels.bench.errors import UserError, one_line
 
 __all__ = ["ServedConversation"]
-
-NO_KEY = "none"  # a server that wants one has it in OPENAI_API_KEY
 
 
 class ServedConversation:
@@ -34,13 +32,11 @@ class ServedConversation:
             raise UserError("--serve needs the package openai: pip install 'palkernels[client]'") from error
         # What is no OpenAI server may answer anything, which the client takes apart without a look.
         self.refused: tuple[type[Exception], ...] = openai.OpenAIError, ValueError, TypeError, AttributeError
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"--serve must begin with http:// or https://, got {url!r}")
-        self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self.url = f"{address_of(url)}/v1"
         self.clips = [_part(path) for path in clips]
         self.messages: list[Any] = []
         try:
-            self.client = openai.OpenAI(base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY") or NO_KEY)
+            self.client = openai.OpenAI(base_url=self.url, api_key=api_key())
             self.model = next(iter(self.client.models.list())).id
         except Exception as error:  # a URL that is none raises classes of the client's own client
             raise UserError(f"--serve must be a server that lists a model, got {self.url}: {_said(error)}") from error

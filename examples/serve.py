@@ -41,7 +41,11 @@ def served(directory: str) -> Iterator[str]:
         yield address
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait()
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:  # it waits for whoever asks
+            server.kill()
+            server.wait()
         print("stopped")
 
 

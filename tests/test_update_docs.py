@@ -161,7 +161,7 @@ def test_kernels_on_another_gpu_have_a_section():
     }
     text = written("kernels-gpus", documents)
     assert text.startswith("### More on the GPU H100\n\nNVIDIA H100 80GB HBM3, CUDA 13.0, torch ")
-    assert "\nBeside flash-attn 4, in a run of its own:\n\n|  |  | us | cat + SDPA (flash) |" in text
+    assert "\nBeside flash-attn 4, in a run of its own:\n\n|  |  | us | limit | cat + SDPA (flash) |" in text
     assert "|  |  | us, ptxas 12.8 | us, ptxas 13.5 |" in text
     assert "\nThe host's time of a call:\n\n|" in text
 

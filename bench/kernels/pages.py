@@ -30,8 +30,21 @@ def timed(document: Document) -> Timed:
 
 def microbench(document: Document) -> str:
     """The run's conditions, and a row for each model and operation: our time, and how much longer each peer takes."""
-    machine, figures = document["machine_info"], timed(document)
-    ceilings, versions, sizes = machine["ceilings"], machine["versions"], document["benchmarks"][0]["params"]
+    machine, sizes = document["machine_info"], document["benchmarks"][0]["params"]
+    ceilings, versions = machine["ceilings"], machine["versions"]
+    conditions = (
+        f"{machine['gpu']}, CUDA {machine['cuda']}, torch {versions['torch']}, triton {versions['triton']}, "
+        f"{sizes['dtype']}, {sizes['audio_tokens']} audio and {sizes['text_tokens']} text tokens, "
+        f"{document['datetime'][:10]}; batch 8, of decoding 12. Ceilings measured in the same run: "
+        f"{ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s, {ceilings['bytes_per_second'] / 1e12:.2f} TB/s. Our "
+        "median time, its share of the limit, and how many times longer each peer takes:"
+    )
+    return f"{conditions}\n\n{_beside(document)}"
+
+
+def _beside(document: Document) -> str:
+    """Return a row for each model and operation: our time, its share of the limit, and each peer's as a multiple."""
+    figures = timed(document)
     peers = list(dict.fromkeys(name for *_, name in figures if name != OURS))
     table = Table("", [Column("", text=True), Column("", text=True), *map(Column, ("us", "limit", *peers))])
     for (operation, model, name), ours in figures.items():
@@ -40,14 +53,7 @@ def microbench(document: Document) -> str:
             multiples = ["" if multiple is None else f"{multiple:.2f}x" for multiple in slower]
             cells = [f"{1e6 * ours['p50_seconds']:.1f}", f"{ours['share_of_limit']:.0%}"]
             table.rows.append([model, operation, *cells, *multiples])
-    conditions = (
-        f"{machine['gpu']}, CUDA {machine['cuda']}, torch {versions['torch']}, triton {versions['triton']}, "
-        f"{sizes['dtype']}, {sizes['audio_tokens']} audio and {sizes['text_tokens']} text tokens, "
-        f"{document['datetime'][:10]}; batch 8, of decoding 12. Ceilings measured in the same run: "
-        f"{ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s, {ceilings['bytes_per_second'] / 1e12:.2f} TB/s. Our "
-        "median time, its share of the limit, and how many times longer each peer takes:"
-    )
-    return f"{conditions}\n\n{to_markdown(table)}"
+    return to_markdown(table)
 
 
 def _fastest(rows: list[dict[str, Any]]) -> str:
@@ -127,19 +133,6 @@ def on_gpus(documents: dict[str, Document], shown: Container[str]) -> str:
         if parts:
             text += f"### More on the GPU {card.upper()}\n\n" + "\n".join(parts)
     return text
-
-
-def _beside(document: Document) -> str:
-    """Return our median times and each peer's, as a multiple."""
-    figures = timed(document)
-    peers = list(dict.fromkeys(name for *_, name in figures if name != OURS))
-    table = Table("", [Column("", text=True), Column("", text=True), Column("us"), *map(Column, peers)])
-    for (operation, model, name), ours in figures.items():
-        if name == OURS:
-            slower = [figures.get((operation, model, peer), {}).get("slower_than_ours") for peer in peers]
-            multiples = ["" if multiple is None else f"{multiple:.2f}x" for multiple in slower]
-            table.rows.append([model, operation, f"{1e6 * ours['p50_seconds']:.1f}", *multiples])
-    return to_markdown(table)
 
 
 def _assembled(before: Document, now: Document) -> str:

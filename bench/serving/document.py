@@ -42,11 +42,10 @@ def meta(options: Options) -> dict[str, Any]:
 
 def meta_of_server(options: Options, version: str) -> dict[str, Any]:
     """Return the conditions of a run on a server's machine, of which its release of vLLM is all that is known."""
-    versions = {name: version for name, version in (("palkernels", package_version("palkernels")),) if version}
     return {
         "device": "server",
         "device_name": options.url,
-        "versions": {**versions, "vllm": version},
+        "versions": {"palkernels": package_version("palkernels"), "vllm": version},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "options": recorded(options),
     }

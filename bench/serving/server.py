@@ -16,12 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from palkernels.bench.endpoint import NO_KEY, address_of, api_key
 from palkernels.bench.errors import UserError, one_line
 
 __all__ = ["Server", "StartedServer", "check_installed", "running_server", "serve"]
 
 NAME = "model"  # what requests call the model
-NO_KEY = "none"
 SECONDS_TO_STOP, SECONDS_TO_END = 60, 3
 LAST_LINES, LONGEST = 12, 2_000  # of the log and characters, in an error
 HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
@@ -33,7 +33,8 @@ def check_installed(starts: bool) -> None:
     Raises:
         UserError: one is missing.
     """
-    for package, extra in (("vllm", "vllm"), ("openai", "client"))[not starts :]:
+    needed = {"openai": "client"} | ({"vllm": "vllm"} if starts else {})
+    for package, extra in needed.items():
         if find_spec(package) is None:
             raise UserError(f"bench-serving needs the package {package}: pip install 'palkernels[{extra},bench]'")
 
@@ -122,7 +123,7 @@ def running_server(url: str) -> tuple[Server, str]:
     Raises:
         UserError: there is no server of vLLM's.
     """
-    address, key = url.rstrip("/").removesuffix("/v1"), os.environ.get("OPENAI_API_KEY") or NO_KEY
+    address, key = address_of(url), api_key()
     try:
         server = Server(address, str(_asked(f"{address}/v1/models", key)["data"][0]["id"]), key)
         version = str(_asked(f"{address}/version", key)["version"])

@@ -13,8 +13,7 @@ from palkernels.bench.study.sounds.registry import TASKS
 
 __all__ = ["STUDIED_TASKS", "Settings", "Where", "parse"]
 
-# What a connector of Whisper tiny begins to know after some hundred samples; of numbers, direction, count and loudness
-# it knows no more than chance then.
+# What a connector of Whisper tiny begins to know after some hundred samples: bench/LOG.md.
 STUDIED_TASKS = ("words", "languages", "voices", "timbre", "order")
 
 
@@ -42,7 +41,7 @@ class Settings:
     test: int = 40
     align: int = 720
     joint: int = 480
-    batch: int = 2  # with larger ones it takes more samples to the same accuracy
+    batch: int = 2  # larger ones take more samples to the same accuracy: bench/LOG.md
     every: int = 240
     connector_lr: float = 7e-4
     joint_lr: float = 3e-4

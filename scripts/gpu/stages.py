@@ -1,4 +1,4 @@
-"""The stages of scripts/gpu.py, in the order of their worth."""
+"""The stages of bench/gpu.sh, in the order of their worth."""
 
 from __future__ import annotations
 

@@ -189,6 +189,7 @@ def test_a_server_that_runs(
     [
         (["--model", "somewhere"], "--serve must come without --model and options of a server"),
         (["--", "--max-model-len", 77], "--serve must come without --model and options of a server"),
+        (["--serve", "localhost:8000"], "--serve must begin with http:// or https://, got 'localhost:8000'"),
         ([], "--serve must be a server of vLLM's, with its figures under /metrics, got http://127.0.0.1:1: URLError"),
     ],
 )
