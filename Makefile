@@ -10,7 +10,7 @@
 # make test-oldest  the tests of kernels and models with the oldest ones (constraints-oldest.txt), in .venv-oldest;
 #                   everything that can be combined
 # make test-serving the tests of serving with vLLM, in .venv-serving (constraints-serving.txt)
-# make aot          compile every tile in every dtype for sm_80, sm_90 and sm_100 (make test: bfloat16, some of them)
+# make aot          compile every tile in every dtype for sm_80, sm_90 and sm_100 (make test-slow: bfloat16, some of them)
 # make mutants      run seeded faults in the kernels, which the tests must catch, into tests/mutants/outcome.json
 # make clean        remove everything that these made
 

@@ -39,6 +39,7 @@ def identity(row):
     return row["kernel"], row["dtype"], row["head_dim"], row["features"], tile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_what_is_tried_is_compiled(compiled, capability):
     want = {
@@ -81,12 +82,14 @@ def test_what_is_chosen_is_shipped(capability, kernel):
                 assert (dtype, tiles.padded_head_dim(head_dim), tile) in shipped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_fits_shared_memory(compiled, capability):
     for row in compiled[capability]:
         assert 0 < row["shared_bytes"] <= SHARED_MEMORY[capability], row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_does_not_spill(compiled, capability):
     for row in compiled[capability]:
@@ -98,12 +101,14 @@ def test_does_not_spill(compiled, capability):
         assert row["stack_bytes"] <= allowed, row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_keeps_to_its_register_limit(compiled, capability):
     for row in compiled[capability]:
         assert 0 < row["registers"] <= (row["tile"]["max_registers"] or 255), row
 
 
+@pytest.mark.slow
 def test_hopper_uses_its_tensor_cores(compiled):
     """A warpgroup's wgmma takes 64 rows: of queries, or of keys where those are the held side."""
     held = dict.fromkeys(tiles.KERNELS, "block_m") | {"key_gradient": "block_n"}
@@ -114,6 +119,7 @@ def test_hopper_uses_its_tensor_cores(compiled):
     assert {row["kernel"] for row in compiled[90] if row["dtype"] != "float32" and row not in full} == {"decode"}
 
 
+@pytest.mark.slow
 def test_no_products_are_serialised(compiled):
     """ptxas serialises wgmma where it cannot keep several of them in flight, and the kernel then waits for each."""
     assert [row for rows in compiled.values() for row in rows if row["serialised"]] == []
@@ -141,6 +147,7 @@ def test_the_log_of_ptxas_is_read():
         aot.resources("nothing")
 
 
+@pytest.mark.slow
 def test_the_kernels_of_audio_kv(tmp_path):
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     (rows,) = compile_ahead([("palkernels.kernels.aot", *CAPABILITIES, "--projection", "--dtypes", *names)], tmp_path)
@@ -156,6 +163,7 @@ def test_consumer_gpus_take_the_table_that_fits_them():
     assert [tiles.architecture(x) for x in (80, 86, 89, 90, 100, 103, 120)] == [80, 80, 80, 90, 100, 100, 80]
 
 
+@pytest.mark.slow
 def test_loads_are_asynchronous(compiled):
     """Tiles with two or more stages copy ahead of the products."""
     for rows in compiled.values():
@@ -164,10 +172,12 @@ def test_loads_are_asynchronous(compiled):
         assert all(row["async_copies"] > 0 for row in pipelined)
 
 
+@pytest.mark.slow
 def test_no_transposed_register_operand(compiled):
     for rows in compiled.values():
         assert all(row["transposed_register_dots"] == 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_transposed_register_operand_is_found(tmp_path):
     assert run_compiling([SUPPORT / "transposed.py"], tmp_path) == ["1"]
