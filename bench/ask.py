@@ -6,15 +6,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from transformers import TextStreamer
-
-from palkernels.bench.demo import demo_model
-from palkernels.bench.errors import UserError, one_line
-from palkernels.bench.options import parse_device
-from palkernels.bench.saved import load_saved
+from palkernels.bench.errors import UserError
 from palkernels.bench.served import ServedConversation
-from palkernels.bench.untrained import untrained_warning
-from palkernels.model import AudioError, Conversation
 
 __all__ = ["ask"]
 
@@ -50,7 +43,9 @@ def ask(
                 raise UserError(f"--serve must be given without {name}, which is the server's to choose, got {value}")
         answer = _from_server(url, audio, max_new_tokens)
     else:
-        answer = _from_model(directory, audio, max_new_tokens, device or "auto")
+        from palkernels.bench.asked import conversation_with  # it imports torch, which a server's answers need not
+
+        answer = conversation_with(directory, audio, max_new_tokens, device or "auto")
     asked = 0
     for question in questions or _lines():
         if len(questions) > 1:
@@ -59,26 +54,6 @@ def ask(
         asked += 1
     if not asked:
         raise UserError("a question must be given, as an argument or as a line of the standard input, got none")
-
-
-def _from_model(
-    directory: Path | None, audio: Sequence[Path], max_new_tokens: int, device: str
-) -> Callable[[str], None]:
-    target = parse_device(device)
-    model, processor = demo_model(target) if directory is None else load_saved(directory, target)
-    conversation = Conversation(model, processor, [str(path) for path in audio])
-    warning = None if directory is None else untrained_warning(directory)
-
-    def answer(question: str) -> None:
-        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        if not conversation.messages and warning is not None:
-            print(warning)
-        try:
-            conversation.ask(question, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False)
-        except (AudioError, ValueError) as error:
-            raise UserError(one_line(error)) from error
-
-    return answer
 
 
 def _from_server(url: str, audio: Sequence[Path], max_new_tokens: int) -> Callable[[str], None]:

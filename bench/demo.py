@@ -12,13 +12,14 @@ from rich.console import Console
 from transformers.utils import logging
 
 from palkernels.bench.errors import UserError, one_line
+from palkernels.bench.new_directory import check_new, staged
 from palkernels.bench.study.contestants import CONTESTANTS
 from palkernels.bench.study.packages import encoder_folder, llm_file
 from palkernels.model import build
 from palkernels.model.data import read
 from palkernels.model.training import load_trained
 
-__all__ = ["ASSETS", "METHOD", "QUESTIONS", "WEIGHTS", "WINDOW_SECONDS", "demo_model", "run"]
+__all__ = ["ASSETS", "METHOD", "QUESTIONS", "WEIGHTS", "WINDOW_SECONDS", "demo_model", "run", "save"]
 
 METHOD, WINDOW_SECONDS = "lal", 4.0  # of the study's run that trained the weights
 ASSETS = Path(str(files("palkernels.bench").joinpath("assets", "demo")))
@@ -39,6 +40,23 @@ def demo_model(device: torch.device) -> tuple[Any, Any]:
     except (ValueError, ImportError) as error:
         raise UserError(f"the demo's parts must be those of demo-packages.txt, got {one_line(error)}") from error
     return model.to(device).eval(), processor
+
+
+def save(directory: Path, console: Console) -> None:
+    """Write the demo's model and its processor to a directory, whole or not at all: to serve it, or to train it on.
+
+    Raises:
+        UserError: the directory holds something already or cannot be written, or a package that the model is made of is
+            missing or of another release.
+    """
+    check_new(directory)
+    try:
+        with staged(directory) as folder, console.status("building and saving the demo's model"):
+            for part in demo_model(torch.device("cpu")):
+                part.save_pretrained(folder)
+    except OSError as error:
+        raise UserError(one_line(error)) from error
+    console.print(f"Model: {directory}", highlight=False, markup=False)
 
 
 def run(console: Console) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from safetensors import SafetensorError
@@ -17,6 +13,7 @@ from transformers.utils import logging
 
 from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.init_options import Options, parse_encoders
+from palkernels.bench.new_directory import check_new, staged
 from palkernels.bench.options import dtype_name, parse_dtype
 from palkernels.bench.untrained import LANGUAGE_MODEL, write_untrained
 from palkernels.model import PalForConditionalGeneration, byte_tokenizer
@@ -35,9 +32,7 @@ def run(options: Options) -> None:
         UserError: the directory holds something already, or a part is not there or does not fit.
     """
     directory = options.directory
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        got = "one with something in it" if directory.is_dir() else "a file"
-        raise UserError(f"{str(directory)!r} must be a new or empty directory, got {got}")
+    check_new(directory)
     if (options.llm is None) != (not options.encoders):
         given, lacking = ("--encoder", "--llm") if options.llm is None else ("--llm", "--encoder")
         raise UserError(f"{lacking} must be given with {given}, got none")
@@ -81,29 +76,6 @@ def _small(encoders: list[dict[str, Any]], dtype: Any, settings: dict[str, Any])
     if any(entry["integration"] == "flamingo" for entry in entries):
         settings = {**settings, "flamingo": {"every": 2}}  # every fourth layer, as is usual, would be none
     return assemble(language_model, tokenizer, entries, towers, **settings)
-
-
-@contextmanager
-def staged(directory: Path) -> Iterator[Path]:
-    """Let a directory be written elsewhere and come into being as a whole. Where that fails nothing is left.
-
-    One that is there already, and empty, gets its files one after the other, config.json last: without it a directory
-    holds no model.
-    """
-    there = directory.exists()
-    folder = (directory if there else directory.resolve().parent) / f".{directory.resolve().name}-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if not there:
-            folder.rename(directory)
-            return
-        for file in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
-            file.rename(directory / file.name)
-        folder.rmdir()
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def untrained_parts(encoders: Sequence[dict[str, Any]], small: bool) -> list[str]:

@@ -160,15 +160,24 @@ def train(
     run(recipe, overrides or [], resume=resume, estimate=estimate)
 
 
-def demo() -> None:
+def demo(
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Save the model to a new directory instead, to serve it.", show_default=False),
+    ] = None,
+) -> None:
     """Ask a model that comes trained three questions about sounds, and print what it should have said beside what it
     says.
 
     SmolLM2-135M-Instruct and Whisper tiny.en are taken from the packages of demo-packages.txt.
     """
-    from palkernels.bench.demo import run
+    from palkernels.bench import demo as trained
 
-    run(console())
+    if save is None:
+        trained.run(console())
+    else:
+        clean_up_when_ended()
+        trained.save(save, console())
 
 
 def study(
@@ -230,7 +239,14 @@ def bench_serving(
     new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 32,
     encoder: Annotated[str, typer.Option(help="Whisper's size for a preset, as in figure1.")] = "tiny",
     dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32; auto is bf16, or fp32 on a CPU.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of weights and clips.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of weights and clips.  [default: 0; with --serve another each time, as the server's cache "
+            "remembers clips]",
+            show_default=False,
+        ),
+    ] = None,
     start_seconds: Annotated[float, typer.Option(help="The longest that a server may take to start.")] = 1800,
     serve: Annotated[
         str | None,
@@ -245,7 +261,7 @@ def bench_serving(
     """
     from palkernels.bench.numbers import parse_counts
     from palkernels.bench.serving.serving import run
-    from palkernels.bench.serving.settings import Options, default_model
+    from palkernels.bench.serving.settings import Options, default_model, default_seed
 
     clean_up_when_ended()
     options = Options(
@@ -258,7 +274,7 @@ def bench_serving(
         new_tokens=new_tokens,
         encoder=encoder,
         dtype=dtype,
-        seed=seed,
+        seed=default_seed(serve) if seed is None else seed,
         start_seconds=start_seconds,
         out=out,
         serve=tuple(server_options or ()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from palkernels.bench.errors import UserError
 from palkernels.bench.options import check_counts
 
-__all__ = ["Options", "Point", "check", "default_model", "points"]
+__all__ = ["Options", "Point", "check", "default_model", "default_seed", "points"]
 
 FIXED = ("--model", "--host", "--port", "--dtype", "--served-model-name", "--api-key")  # of a server, not to be given
 
@@ -47,6 +48,11 @@ class Point:
 def default_model() -> str:
     """Return the preset that this machine serves if none is named."""
     return "llama-3.2-1b" if torch.cuda.is_available() else "smollm2-135m"
+
+
+def default_seed(url: str | None) -> int:
+    """Return the seed of a run that names none: a server that runs already may know the clips of an earlier one."""
+    return 0 if url is None else secrets.randbelow(2**31)
 
 
 def check(options: Options) -> None:

@@ -40,8 +40,13 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"--{option} " in text
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["figure1", "--help"]], ids=" ".join)
-def test_help_and_version_load_nothing_slow(arguments: list[str]) -> None:
+NOBODY = "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["figure1", "--help"], ["ask", "--serve", NOBODY, "What?"]], ids=" ".join
+)
+def test_what_runs_no_model_loads_nothing_slow(arguments: list[str]) -> None:
     code = f"""
 import sys
 from palkernels.bench.cli import main

