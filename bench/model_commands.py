@@ -203,6 +203,10 @@ def study(
     jobs: Annotated[
         int | None, typer.Option(help="Runs at a time, each on one thread.  [default: one a processor]", min=1)
     ] = None,
+    join: Annotated[
+        list[Path] | None,
+        typer.Option(help="study.json of other seeds or methods, done elsewhere; may be repeated.", show_default=False),
+    ] = None,
 ) -> None:
     """Study how well and how fast each method learns, with real weights and generated sound. Takes hours; goes on where
     it was.
@@ -214,7 +218,7 @@ def study(
 
     clean_up_when_ended()
     sizes = {"train": train, "test": test, "align": align, "joint": joint, "every": every}
-    print(f"Picture: {run(parse(methods, tasks, seeds, sizes), out, jobs, console())}")
+    print(f"Picture: {run(parse(methods, tasks, seeds, sizes), out, jobs, console(), join or [])}")
 
 
 def bench_serving(

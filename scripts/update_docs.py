@@ -27,7 +27,10 @@ from palkernels.bench.report.markdown import to_markdown
 from palkernels.bench.report.points import EAGER_RATE, MEMORY, RATE, Points
 from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OURS, about, against, label
 from palkernels.bench.report.table import Column, Table, change, factor, gib, number
-from palkernels.bench.serving.tables import long_sound, long_sound_simulated, page
+from palkernels.bench.serving.tables import long_sound, long_sound_simulated
+from palkernels.bench.serving.tables import page as serving_page
+from palkernels.bench.study import curves
+from palkernels.bench.study.page import page as study_page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -224,6 +227,7 @@ FIGURE1 = f"figure1-{GPUS}"
 COMPILED = f"compiled-{GPUS}"
 KERNELS = f"({'|'.join(pages.KERNEL_RESULTS)})-{GPUS}"
 SIMULATED = ("simulate-llama-3.2-1b", "simulate-llama-3.2-3b", "simulate-qwen2.5-1.5b")
+STUDY = "study"
 STARTS = ("gentle-start", "gentle-start-all")
 ENTRIES = (
     Entry("README.md", "headline", headline, ("figure1-h200", SIMULATED[0], "microbench-h200")),
@@ -236,6 +240,7 @@ ENTRIES = (
     Entry("docs/results.md", "figure1-cpu", measured, ("figure1-cpu",)),
     Entry("docs/results.md", "figure1-cpu-llama", measured, ("figure1-cpu-llama-3.2-1b",)),
     Entry("docs/results.md", "short-clips", short_clips, ("figure1-cpu-clips",)),
+    Entry("docs/results.md", "study", study_page, (STUDY,)),
     Entry("docs/results.md", "simulated", simulated, SIMULATED, picture=SIMULATED[0]),
     Entry("docs/results.md", "methods", every_method, SIMULATED[:1]),
     Entry("docs/results.md", "paper", paper, SIMULATED[:1]),
@@ -243,7 +248,7 @@ ENTRIES = (
     Entry("docs/results.md", "serving", serving, SIMULATED[:1]),
     Entry("docs/audio_llm.md", "windows", lambda it: to_markdown(learning.windows(it["rows"])), ("whisper-windows",)),
     Entry("docs/audio_llm.md", "gentle-start", lambda *them: to_markdown(learning.starts(them)), STARTS),
-    Entry("docs/serving.md", "serving-cpu", page, ("serving-cpu",)),
+    Entry("docs/serving.md", "serving-cpu", serving_page, ("serving-cpu",)),
     Entry("docs/serving.md", "long-sound-cpu", long_sound, ("long-sound-cpu",)),
     Entry("docs/serving.md", "long-sound-simulated", long_sound_simulated, ("long-sound-llama-3.2-1b",)),
     Entry("docs/kernels.md", "microbench-h200", pages.microbench, ("microbench-h200",)),
@@ -256,7 +261,11 @@ SHOWN = {name for entry in ENTRIES for name in entry.results}
 
 
 def with_picture(name: str) -> bool:
-    return name in SIMULATED or re.fullmatch(FIGURE1, name) is not None
+    return name in (*SIMULATED, STUDY) or re.fullmatch(FIGURE1, name) is not None
+
+
+def picture_of(name: str, document: Document) -> bytes:
+    return curves.render(document) if name == STUDY else plot.render(document)
 
 
 def content(entry: Entry, documents: dict[str, Document]) -> str:
@@ -294,7 +303,7 @@ def main() -> None:
     for name in filter(with_picture, documents):
         picture = RESULTS / f"{name}.png"
         if not check:
-            picture.write_bytes(plot.render(documents[name]))
+            picture.write_bytes(picture_of(name, documents[name]))
         elif not picture.exists() or plot.digest(documents[name]) not in _description(picture):
             sys.exit(f"{picture.name} must be as scripts/update_docs.py draws it, got one of other results")
 

@@ -24,7 +24,7 @@ from palkernels.bench.report.roles import BASELINE, BASELINES, LEVERS, MODES, OU
 from palkernels.bench.report.style import frame, grid, plain
 from palkernels.bench.report.tables import gains, launched
 
-__all__ = ["digest", "draw", "render"]
+__all__ = ["described", "digest", "draw", "render"]
 
 PAPER_COLOR = "#8a8a8a"
 PAPER = (
@@ -43,8 +43,13 @@ PANELS = {
 def render(document: dict[str, Any]) -> bytes:
     """Return the PNG of a result document; its description holds the document's `digest`."""
     png = io.BytesIO()
-    draw(document).savefig(png, format="png", metadata={"Description": f"results {digest(document)}"})
+    draw(document).savefig(png, format="png", metadata=described(document))
     return png.getvalue()
+
+
+def described(document: dict[str, Any]) -> dict[str, str]:
+    """Return the metadata by which a picture tells what results it shows."""
+    return {"Description": f"results {digest(document)}"}
 
 
 def digest(document: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from palkernels.bench.report.plot import described
 from palkernels.bench.report.roles import UNKNOWN
 from palkernels.bench.report.style import GRID_COLOR, TEXT_COLOR, grid, plain
 from palkernels.bench.study.contestants import CONTESTANTS
@@ -47,5 +48,5 @@ def render(study: dict[str, Any]) -> bytes:
     figure.text(0.5, 0.01, study["meta"]["cpu"] + ", one thread a run", ha="center", fontsize=8.5, color=TEXT_COLOR)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.9, bottom=0.15, wspace=0.06)
     out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
+    figure.savefig(out, format="png", metadata={"Software": None, **described(study)})
     return out.getvalue()

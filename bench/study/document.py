@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from palkernels.bench.machine import cpu_name, package_version
@@ -28,8 +29,10 @@ class Figure:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-def document(settings: Settings, where: Where, runs: Sequence[Run], sounds: dict[str, Any]) -> dict[str, Any]:
-    """Return the document of the runs that are finished.
+def document(
+    settings: Settings, where: Where, runs: Sequence[Run], sounds: dict[str, Any], jobs: int
+) -> dict[str, Any]:
+    """Return the document of the runs that are finished, `jobs` of them at a time.
 
     A point: the samples that a run has learnt from so far, the seconds and the seconds of the processor that it has
     taken for that, without evaluation, and its accuracy on the test questions, of all and of each task.
@@ -37,6 +40,8 @@ def document(settings: Settings, where: Where, runs: Sequence[Run], sounds: dict
     return {
         "meta": {
             "cpu": cpu_name(),
+            "jobs": jobs,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {name: package_version(name) for name in PACKAGES},
             "settings": settings.as_dict(),
             "sounds": sounds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from palkernels.bench.errors import UserError
 from palkernels.bench.report.terminal import print_table
 from palkernels.bench.study import curves, tables
 from palkernels.bench.study.document import document
+from palkernels.bench.study.joined import joined, load
 from palkernels.bench.study.packages import encoder_folder, llm_file
 from palkernels.bench.study.runs import Run, perform, runs_of
 from palkernels.bench.study.settings import Settings, Where
@@ -26,7 +28,7 @@ __all__ = ["run"]
 SETTINGS, RESULT, PICTURE = "settings.json", "study.json", "study.png"
 
 
-def run(settings: Settings, out: Path, jobs: int | None, console: Console) -> Path:
+def run(settings: Settings, out: Path, jobs: int | None, console: Console, others: Sequence[Path] = ()) -> Path:
     """Make the sounds, do the runs, write study.json and study.png, and return the latter.
 
     Whatever ends it, a later call with the same settings goes on where it was.
@@ -36,17 +38,21 @@ def run(settings: Settings, out: Path, jobs: int | None, console: Console) -> Pa
         out: Its folder: new, or of the same study.
         jobs: How many runs at a time; None: one for each processor that is there.
         console: Shows progress and tables.
+        others: Results of runs that were done elsewhere with the same settings, which are shown beside.
 
     Raises:
-        UserError: The settings are not usable, the folder holds another study, a package is missing, or a run failed.
+        UserError: The settings are not usable, the folder or a result is of another study, a package is missing, or a
+            run failed.
     """
     settings.check()
+    elsewhere = [load(path, _as_json(settings)) for path in others]
     where = Where(out.resolve(), llm_file(), encoder_folder())
     _claim(settings, where)
     made = make(where.out / "sounds", SoundSettings(settings.train, settings.test, settings.tasks), console)
     runs = runs_of(settings)
-    _perform(runs, settings, where, jobs or len(os.sched_getaffinity(0)), console)
-    study = document(settings, where, runs, _about(made, settings))
+    jobs = jobs or len(os.sched_getaffinity(0))
+    _perform(runs, settings, where, jobs, console)
+    study = joined([document(settings, where, runs, _about(made, settings), jobs), *elsewhere])
     for table in (tables.accuracy(study), tables.cost(study)):
         print_table(table, console)
     _write(where.out / RESULT, (json.dumps(study, indent=1) + "\n").encode())
@@ -59,7 +65,7 @@ def _claim(settings: Settings, where: Where) -> None:
     """Say what the folder is of, or make sure that it is of the same study."""
     where.out.mkdir(parents=True, exist_ok=True)
     file = where.out / SETTINGS
-    wanted = json.loads(json.dumps(settings.as_dict()))
+    wanted = _as_json(settings)
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         changed = [name for name in wanted if name not in ("methods", "seeds") and before.get(name) != wanted[name]]
@@ -85,6 +91,12 @@ def _perform(runs: list[Run], settings: Settings, where: Where, jobs: int, conso
             progress.update(bars[run], completed=samples)
 
         perform(runs, settings, where, jobs, show)
+
+
+def _as_json(settings: Settings) -> dict[str, Any]:
+    """Return the settings as a file gives them back."""
+    read: dict[str, Any] = json.loads(json.dumps(settings.as_dict()))
+    return read
 
 
 def _about(made: Manifest, settings: Settings) -> dict[str, Any]:

@@ -15,10 +15,12 @@ from rich.console import Console
 from support.commands import running, with_runs_that_wait
 
 from palkernels.bench.errors import UserError
+from palkernels.bench.report import plot
 from palkernels.bench.report.markdown import to_markdown
 from palkernels.bench.study import curves, packages, runs, study, tables
 from palkernels.bench.study.contestants import CONTESTANTS
 from palkernels.bench.study.document import document, final, points
+from palkernels.bench.study.page import page
 from palkernels.bench.study.recipes import recipe_text, write_recipe
 from palkernels.bench.study.runs import Run, finished, perform, runs_of
 from palkernels.bench.study.settings import Settings, Where, parse
@@ -137,7 +139,7 @@ def test_runs_that_fail_are_named_and_the_others_stay(where: Where) -> None:
     assert (where.out / "logs" / "plits-1.txt").read_text() == "no luck\n"
     done = [run.name for run in runs_of(SMALL) if finished(run, SMALL, where)]
     assert done == ["lal-0", "plits-0", "lal-1"]
-    found = document(SMALL, where, runs_of(SMALL), SOUNDS)
+    found = document(SMALL, where, runs_of(SMALL), SOUNDS, 2)
     assert [(run["method"], run["seed"]) for run in found["runs"]] == [("lal", 0), ("plits", 0), ("lal", 1)]
     (where.out / "recipes" / "mended").touch()
     begun = {run: (run.folder(where) / "log.jsonl").stat().st_mtime_ns for run in runs_of(SMALL)[:3]}
@@ -157,7 +159,7 @@ def test_what_is_made_of_the_logs(where: Where, tmp_path: Path) -> None:
         last["by_task"]["words"] += 0.5
         log.seek(0)
         log.writelines([*lines[:-1], json.dumps(last) + "\n", '{"stage": "jo'])  # and its log is not whole
-    result = document(settings, where, runs_of(settings), SOUNDS)
+    result = document(settings, where, runs_of(settings), SOUNDS, 2)
     found = result["runs"][0]["points"]
     assert [point["samples"] for point in found] == [8, 16, 24]
     assert [point["seconds"] for point in found] == [2, 4, 6]
@@ -175,6 +177,11 @@ def test_what_is_made_of_the_logs(where: Where, tmp_path: Path) -> None:
     assert "| LAL | 0.125 | 0.125 | 3.00 |  |" in cost
     picture = Image.open(io.BytesIO(curves.render(result)))
     assert picture.size[0] > 1000
+    assert plot.digest(result) in picture.info["Description"]
+    shown = page(result)
+    assert "16 samples of the connector alone, then 8 of the language model, too, 2 a step; seeds 0, 1;" in shown
+    assert accuracy in shown
+    assert cost in shown
 
 
 @pytest.mark.usefixtures("without_training")
@@ -201,6 +208,24 @@ def test_a_whole_study(where: Where, tmp_path: Path, monkeypatch: pytest.MonkeyP
     study.run(Settings(**{**vars(one), "seeds": (0, 1)}), out, None, Console(file=shown, width=100))
     assert len(json.loads((out / "study.json").read_text())["runs"]) == 4
     assert {path: path.stat().st_mtime_ns for path in [*clips, *logs]} == clips | logs
+    first = tmp_path / "first.json"
+    first.write_text(json.dumps(found))
+    alone = Settings(**{**vars(one), "methods": ("lal",), "seeds": (1, 0)})
+    study.run(alone, out, None, Console(file=shown, width=100), [first])  # of the seed 0 the new run counts
+    both = json.loads((out / "study.json").read_text())
+    assert [(run["method"], run["seed"]) for run in both["runs"]] == [("lal", 0), ("flamingo", 0), ("lal", 1)]
+    assert both["meta"]["settings"] == {**found["meta"]["settings"], "seeds": [0, 1]}
+    for change, message in (
+        ({"align": 24}, "--join must be of a study with the same settings, got .* with align 16, not 24"),
+        ({"tasks": ("voices",)}, "with tasks .'direction'., not .'voices'."),
+    ):
+        with pytest.raises(UserError, match=message):
+            study.run(Settings(**{**vars(one), **change}), tmp_path / "new", 2, Console(file=shown), [first])
+    for text in ("{", "[]", "{}", json.dumps({**found, "runs": []})):
+        first.write_text(text)
+        with pytest.raises(UserError, match="--join must"):
+            study.run(one, tmp_path / "new", 2, Console(file=shown), [first])
+    assert not (tmp_path / "new").exists()
     assert not list(out.rglob(".study*"))
     assert not list(out.rglob("model.safetensors"))  # three to a run, of which none is needed
     assert len(list(out.rglob("trained.safetensors"))) == 2 * 4
