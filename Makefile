@@ -95,10 +95,12 @@ mutants: .venv/installed
 	touch $@
 
 $(SERVING)/packages: export PIP_CONSTRAINT :=
+# PyPI's torchaudio is built for CUDA, and does not load beside torch for CPUs; its Python, all that is used, does.
 $(SERVING)/packages: constraints-serving.txt
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer must be on the PATH" >&2; exit 1; }
 	test -x $(@D)/bin/pip || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --progress-bar on --no-deps -r constraints-serving.txt
+	rm -f $(@D)/lib/python*/site-packages/torchaudio/lib/*.so
 	touch $@
 
 $(SERVING)/installed: $(SERVING)/packages $(SOURCES)

@@ -10,6 +10,7 @@ from support.served import (
     QUESTIONS,
     RATE,
     WIDTH,
+    A,
     Question,
     ask,
     assert_same,
@@ -158,7 +159,6 @@ def test_layers_are_known_by_what_they_do(llm, model, monkeypatch):
     assert len(ask(llm, [prompt_of(QUESTIONS["first"])], new=1)) == 1
 
 
-A = "<|AUDIO|>"
 SOUND = sound(0.5)
 WRONG = {
     "go on behind its last clip": ({"prompt_token_ids": [5, AUDIO_ID]}, [SOUND]),
@@ -187,8 +187,16 @@ def test_what_a_request_does_wrong_is_said(llm, message):
     assert len(ask(llm, [prompt_of(QUESTIONS["first"])], new=1)) == 1
 
 
+def test_a_clip_of_another_rate_is_converted_as_by_hugging_face(llm, reference):
+    question, rate = Question(f"{A}What is it?", (sound(0.7, rate=11_025),)), 11_025
+    inputs = reference("lal").processor(question.text, list(question.clips), rate)
+    (output,) = ask(llm, [prompt_of(question, rate)])
+    assert_same(output, reference("lal").answer_inputs(inputs))
+
+
 def test_a_clip_of_another_rate_is_refused_without_torchaudio(llm, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    for name in ("torchaudio", "torchaudio.transforms"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(VLLMValidationError, match="resampling needs torchaudio"):
         ask(llm, [prompt_of(QUESTIONS["first"], rate=11_025)], new=1)
     assert len(ask(llm, [prompt_of(QUESTIONS["first"])], new=1)) == 1

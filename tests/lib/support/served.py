@@ -26,6 +26,15 @@ QUERIED = {
     "config": {**WHISPER, "window_seconds": 3},  # cut elsewhere than the others' windows
     "connector": {"type": "qformer", "config": QUERIES},
 }
+LFST = {
+    "type": ["sslam", "clap"],
+    "config": [
+        {"hidden_size": 16, "num_layers": 1, "num_heads": 1},
+        {"patch_embeds_hidden_size": 8, "depths": [1, 1, 2, 1], "num_attention_heads": [1, 2, 2, 4]},
+    ],
+    "integration": "lal",
+    "connector": {"type": "lfst", "config": {"width": 16, "num_heads": 2, "depth": 1}},
+}
 FAMILIES: dict[str, Any] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 # By name: entries of a config, and its other settings.
 MODELS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
@@ -34,6 +43,7 @@ MODELS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "unified": ([STACKED], {"summary_tokens": 5}),
     "encoders": ([PLITS, LAL, QUERIED], {"projection": "per_layer"}),
     "delayed": ([STACKED], {"layers": [2, 3]}),
+    "lfst": ([PLITS, LFST], {}),
     "unrotated": ([STACKED], {"rope": "none", "projection": "per_layer", "layers": [1, 2]}),
 }
 NOT_SERVED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
