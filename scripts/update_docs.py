@@ -250,6 +250,7 @@ ENTRIES = (
     Entry("docs/audio_llm.md", "gentle-start", lambda *them: to_markdown(learning.starts(them)), STARTS),
     Entry("docs/serving.md", "serving-cpu", serving_page, ("serving-cpu",)),
     Entry("docs/serving.md", "long-sound-cpu", long_sound, ("long-sound-cpu",)),
+    Entry("docs/serving.md", "long-sound-vllm", long_sound, ("long-sound-vllm",)),
     Entry("docs/serving.md", "long-sound-simulated", long_sound_simulated, ("long-sound-llama-3.2-1b",)),
     Entry("docs/kernels.md", "microbench-h200", pages.microbench, ("microbench-h200",)),
     Entry("docs/kernels.md", "microbench-h200-again", pages.timed_again, ("microbench-h200", "microbench-h200-again")),

@@ -17,6 +17,10 @@ __all__ = ["render"]
 AXES = (("samples", "training samples"), ("cpu_seconds", "CPU seconds of training"))
 
 
+def _counted(seeds: int) -> str:
+    return "1 seed" if seeds == 1 else f"{seeds} seeds"
+
+
 def render(study: dict[str, Any]) -> bytes:
     """Return the picture as PNG: a line a method, the mean over seeds, in a band of one standard deviation."""
     figure, axes = grid(1, 2, (11.5, 5.2), sharey=True)
@@ -43,7 +47,7 @@ def render(study: dict[str, Any]) -> bytes:
     axes[0][0].set_ylabel("right answers, % (unheard voices and sounds)")
     axes[0][0].legend(frameon=False, loc="upper left")
     seeds = max(len(seeds_of(study, method)) for method in methods_of(study))
-    title = f"SmolLM2-135M hears through Whisper tiny.en: {len(settings['tasks'])} tasks at once, {seeds} seeds"
+    title = f"SmolLM2-135M hears through Whisper tiny.en: {len(settings['tasks'])} tasks at once, {_counted(seeds)}"
     figure.suptitle(title, fontsize=13, fontweight="bold")
     figure.text(0.5, 0.01, study["meta"]["cpu"] + ", one thread a run", ha="center", fontsize=8.5, color=TEXT_COLOR)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.9, bottom=0.15, wspace=0.06)
