@@ -10,6 +10,7 @@ from palkernels import unsupported_reasons
 from palkernels.bench import machine, versions
 from palkernels.bench.options import dtype_name
 from palkernels.bench.report.document import GIB
+from palkernels.kernels.gluon import choice
 
 __all__ = ["diagnosis"]
 
@@ -49,6 +50,8 @@ def diagnosis() -> str:
     for capability in versions.CAPABILITIES:
         lines += _assembler(capability)
 
+    lines += ["", "forward of triton on compute capability 9.x", f"  {_forward()}"]
+
     lines += ["", "implementations of lal_attention, in inference and training"]
     for device in devices:
         for impl in IMPLEMENTATIONS:
@@ -71,6 +74,15 @@ def _assembler(capability: int) -> list[str]:
     of = "triton's own" if ptxas.variable is None else f"{ptxas.variable}={ptxas.path}"
     known = ptxas.against()
     return [f"  sm_{capability:<4}  {ptxas.version}, {of}"] + ([f"    {known}"] if known else [])
+
+
+def _forward() -> str:
+    """Return which kernel it takes, by the switch."""
+    if not choice.ON:
+        return "the Triton kernel (PALKERNELS_GLUON=1 switches the Gluon kernel on)"
+    if not choice.has_gluon():
+        return "the Triton kernel: PALKERNELS_GLUON=1 is set, but triton has no triton.experimental.gluon"
+    return "the Gluon kernel where it takes a call, otherwise the Triton kernel (PALKERNELS_GLUON=1)"
 
 
 def _implementation(device: str, impl: str) -> list[str]:

@@ -22,6 +22,7 @@ def forward(call: Call, seen: Geometry | None = None, tensors: Tensors = ()) -> 
     from palkernels.attention import repetition
     from palkernels.kernels import decode
     from palkernels.kernels.forward import forward_launch
+    from palkernels.kernels.gluon import choice
     from palkernels.kernels.ready import repeatable
 
     out, lse = empty_outputs(call.query)
@@ -30,6 +31,10 @@ def forward(call: Call, seen: Geometry | None = None, tensors: Tensors = ()) -> 
         # Not an operator, whose memory may be that of a CUDA graph: torch.compile runs it there before it captures.
         uses_kept = seen is not None and repeatable(devices.index(call.query.device))
         launch = decode.decode_launch(call, out, lse, capability, uses_kept=uses_kept)
+    elif choice.takes(call, capability):
+        from palkernels.kernels.gluon.forward import gluon_forward_launch
+
+        launch = gluon_forward_launch(call, out, lse)
     else:
         launch = forward_launch(call, out, lse, capability)
     compiled = launch.run()

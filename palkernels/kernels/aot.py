@@ -57,6 +57,7 @@ class Compiled:
     shared_bytes: int
     wgmma: int  # Hopper's matrix instructions
     async_copies: int
+    register_moves: int  # between warps; of the Gluon kernel's alone
     transposed_register_dots: int
     serialised: str  # why ptxas carries out the wgmma one after another; "" where it does not
 
@@ -71,34 +72,27 @@ def compile_kernel(
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET must not be set where kernels are compiled")
     driver.set_active(_Compiler(capability))
-    compiled = []
+    compiled: list[Compiled] = []
     for layout in LAYOUTS:
         with tiles.use(**{kernel: tile}):
             launches = _launches(kernel, capability, dtype, head_dim, tile.block_m, features, layout)
         for gradients, launch in launches.items():
-            binary, log = _compile(launch)
-            if not log:  # compiled already, for the other layout
-                continue
-            registers, stack = resources(log)
-            compiled.append(
-                Compiled(
-                    kernel=kernel,
-                    gradients=gradients,
-                    capability=capability,
-                    dtype=str(dtype).removeprefix("torch."),
-                    head_dim=head_dim,
-                    features=features,
-                    tile=tile,
-                    registers=registers,
-                    stack_bytes=stack,
-                    shared_bytes=binary.metadata.shared,
-                    wgmma=binary.asm["ptx"].count("wgmma.mma_async"),
-                    async_copies=len(re.findall(r"cp\.async\.c[ga]|cp\.async\.bulk\.tensor", binary.asm["ptx"])),
-                    transposed_register_dots=transposed_register_dots(binary.asm["ttgir"]),
-                    serialised=serialised(log),
-                )
-            )
+            used = _used(launch, kernel, gradients, capability, dtype, head_dim, features, tile)
+            compiled += [] if used is None else [used]
     return compiled
+
+
+def compile_gluon(dtype: torch.dtype, head_dim: int, features: str) -> list[Compiled]:
+    """Compile the Gluon forward for compute capability 9.0; as :func:`compile_kernel`."""
+    from palkernels.kernels.gluon.choice import LAYOUTS as TILES
+    from palkernels.kernels.gluon.forward import gluon_forward_launch
+
+    driver.set_active(_Compiler(90))
+    compiled = []
+    for layout in LAYOUTS:
+        launch = gluon_forward_launch(*_call(dtype, head_dim, 256, features, layout))
+        compiled.append(_used(launch, "gluon_forward", "", 90, dtype, head_dim, features, TILES[head_dim].tile))
+    return [used for used in compiled if used is not None]
 
 
 def shipped_variants(
@@ -152,10 +146,37 @@ def compile_projection(capability: int, dtype: torch.dtype) -> list[dict[str, ob
     return reports
 
 
-def _launches(
-    kernel: str, capability: int, dtype: torch.dtype, head_dim: int, num_rows: int, features: str, layout: str
-) -> dict[str, Launch]:
-    """Launches of the kernel at the strides of a layout, for the gradients of all five tensors in backward."""
+def _used(
+    launch: Launch, kernel: str, gradients: str, capability: int, dtype: torch.dtype, head_dim: int, features: str,
+    tile: tiles.Tile,
+) -> Compiled | None:  # fmt: skip
+    """What a launch uses, compiled; None where it is compiled already, for the other layout."""
+    binary, log = _compile(launch)
+    if not log:
+        return None
+    registers, stack = resources(log)
+    ptx = binary.asm["ptx"]
+    return Compiled(
+        kernel=kernel,
+        gradients=gradients,
+        capability=capability,
+        dtype=str(dtype).removeprefix("torch."),
+        head_dim=head_dim,
+        features=features,
+        tile=tile,
+        registers=registers,
+        stack_bytes=stack,
+        shared_bytes=binary.metadata.shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        async_copies=len(re.findall(r"cp\.async\.c[ga]|cp\.async\.bulk\.tensor", ptx)),
+        register_moves=ptx.count("setmaxnreg"),
+        transposed_register_dots=transposed_register_dots(binary.asm["ttgir"]),
+        serialised=serialised(log),
+    )
+
+
+def _call(dtype: torch.dtype, head_dim: int, num_rows: int, features: str, layout: str) -> tuple[Call, Tensor, Tensor]:
+    """A call at the strides of a layout, its output and its LSE."""
     batch, kv_heads, num_keys, num_audio = 8, 8, 256, 1504
     group = GROUPS[features]
     num_queries = max(num_rows // group, 1)
@@ -186,13 +207,20 @@ def _launches(
         window=100 if features == "all" else None,
     )
     out = torch.empty_like(query)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device="meta")
+    return call, out, torch.empty(query.shape[:3], dtype=torch.float32, device="meta")
+
+
+def _launches(
+    kernel: str, capability: int, dtype: torch.dtype, head_dim: int, num_rows: int, features: str, layout: str
+) -> dict[str, Launch]:
+    """Launches of the kernel at the strides of a layout, for the gradients of all five tensors in backward."""
+    call, out, lse = _call(dtype, head_dim, num_rows, features, layout)
     if kernel == "forward":
         return {"": forward_launch(call, out, lse, capability=None)}
     if kernel == "decode":
         return {"": decode_launch(call, out, lse, capability=None)}
     gradients: dict[str, Tensor | None] = {name: torch.empty_like(getattr(call, name)) for name in FLOATS}
-    dlse = lse if padded else None
+    dlse = lse if features != "none" else None
     statistics = empty_statistics(call, lse, capability)
     query_launch, *key_launches = backward_launches(call, out, lse, out, dlse, statistics, gradients, capability)
     if kernel == "query_gradient":
@@ -261,9 +289,15 @@ def main() -> None:
     parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=FEATURES)
     parser.add_argument("--projection", action="store_true", help="the kernels of audio_kv instead")
+    parser.add_argument("--gluon", action="store_true", help="the Gluon forward instead, for 90")
     arguments = parser.parse_args()
     for capability in arguments.capabilities:
         dtypes = tuple(DTYPES[name] for name in arguments.dtypes)
+        if arguments.gluon:
+            for dtype, head_dim, features in itertools.product(dtypes, (64, 128), ("none", "padding")):
+                for compiled in compile_gluon(dtype, head_dim, features):
+                    print(json.dumps(asdict(compiled)), flush=True)
+            continue
         if arguments.projection:
             for dtype in dtypes:
                 for report in compile_projection(capability, dtype):

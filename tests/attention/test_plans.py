@@ -1,6 +1,6 @@
 """Launches that are repeated without checks and Triton's binder: they are right, cheap, and given up in time.
 
-On the stand-in for a GPU, which changes torch: in three processes, each of which runs a file of scenarios.
+On the stand-in for a GPU, which changes torch: in four processes, each of which runs a file of scenarios.
 """
 
 import ast
@@ -15,7 +15,7 @@ import support
 from palkernels.bench.instruments import stand_in
 
 FOLDER = Path(support.__file__).parent
-FILES = ("repeated_launches", "plan_guards", "plan_limits")
+FILES = ("repeated_launches", "plan_guards", "plan_limits", "gluon_launches")
 
 
 def scenarios(file):

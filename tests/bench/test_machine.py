@@ -93,6 +93,17 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         assert "no GPU: " in text
 
 
+def test_doctor_says_which_forward_kernel_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from palkernels.bench import doctor
+    from palkernels.kernels.gluon import choice
+
+    assert "\n  the Triton kernel (PALKERNELS_GLUON=1 switches the Gluon kernel on)\n" in doctor.diagnosis()
+    monkeypatch.setattr(choice, "ON", True)
+    assert "\n  the Gluon kernel where it takes a call, otherwise" in doctor.diagnosis()
+    monkeypatch.setattr(choice, "has_gluon", lambda: False)
+    assert "but triton has no triton.experimental.gluon\n" in doctor.diagnosis()
+
+
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from palkernels.bench import doctor
 

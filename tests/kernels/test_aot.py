@@ -157,6 +157,19 @@ def test_the_kernels_of_audio_kv(tmp_path):
         assert row["shared_bytes"] <= SHARED_MEMORY[row["capability"]], row
 
 
+@pytest.mark.slow
+def test_the_gluon_forward(tmp_path):
+    """Its warps share the registers out, and what they hold there fits."""
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES if dtype != torch.float32]
+    (rows,) = compile_ahead([("palkernels.kernels.aot", 90, "--gluon", "--dtypes", *names)], tmp_path)
+    assert len(rows) == len(names) * 2 * 2
+    for row in rows:
+        assert row["serialised"] == "", row
+        assert row["stack_bytes"] == 0, row
+        assert row["shared_bytes"] <= SHARED_MEMORY[90], row
+        assert min(row["wgmma"], row["async_copies"], row["register_moves"]) > 0, row
+
+
 def test_consumer_gpus_take_the_table_that_fits_them():
     """Compute capabilities 8.6, 8.9 and 12.0 have 101,376 bytes of shared memory."""
     assert SHARED_MEMORY[80] == 101_376
