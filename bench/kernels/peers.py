@@ -1,7 +1,7 @@
 """Peers: what users would call instead of this library for the same results, each with its backend pinned and named.
 
 Attention peers concatenate keys and values inside what is timed, which is their way to take audio; but for the one that
-finds them in pages, as a server does.
+finds them in pages, as a server does, and for this library's second forward kernel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from palkernels.arguments import Call
+from palkernels.attention.launches import empty_outputs
+from palkernels.bench.errors import UserError
 from palkernels.bench.kernels.cases import EPS, Case
+from palkernels.kernels import tiles
+from palkernels.kernels.gluon import choice
 
 __all__ = ["OURS", "PEERS", "Peer", "Run", "peers_of"]
 
@@ -173,6 +178,22 @@ def _in_pages(case: Case) -> Run:
     return run
 
 
+def _gluon(case: Case) -> Run:
+    """Attend by this library's Gluon kernel, whether PALKERNELS_GLUON switches it on or not."""
+    from palkernels.kernels.gluon.forward import gluon_forward_launch
+
+    def run(inputs: dict[str, Any]) -> list[Tensor]:
+        call = Call(**inputs, scale=case.head_dim**-0.5)
+        reasons = choice.reasons(call, tiles.capability(case.device))
+        if reasons:
+            raise UserError("; ".join(reasons))
+        out, lse = empty_outputs(call.query)
+        gluon_forward_launch(call, out, lse).run()
+        return [out]
+
+    return run
+
+
 def _eager_projection(case: Case) -> Run:
     """Project as a decoder layer does, in plain PyTorch, layer by layer."""
 
@@ -235,6 +256,7 @@ PEERS = (
     Peer("flash-attn-4", "cat + flash-attn 4", _flash_attn("flash_attn.cute"), module="flash_attn.cute"),
     Peer("flashinfer", "cat + FlashInfer", _flashinfer, has_gradients=False, module="flashinfer"),
     Peer("flashinfer-paged", "FlashInfer, in pages", _in_pages, has_gradients=False, module="flashinfer"),
+    Peer("gluon", "the Gluon kernel", _gluon, has_gradients=False, module="triton.experimental.gluon"),
     Peer("sdpa", "cat + SDPA (PyTorch's choice)", _sdpa(None), devices=("cpu",)),
     Peer("eager", "RMSNorm, Linear, RoPE (eager)", _eager_projection, is_projection=True, devices=("cuda", "cpu")),
     Peer("modules", "Llama's modules (transformers)", _layer_modules, is_projection=True, devices=("cuda", "cpu")),

@@ -16,14 +16,18 @@ COMPILED += ("--compiled", "--no-serving", "--clip-seconds", "none")
 FIGURE1 = (*PALKERNELS, "figure1", "--device", "cuda", "--methods", "all", "--audio-tokens", "512,1500")
 WORKERS = str(max(1, (os.cpu_count() or 1) - 2))
 # -v names every test as it ends: the log says which are left.
-PYTEST = ("-m", "pytest", "--device", "cuda", "-v", "--numprocesses", WORKERS, "--passed", "{out}/passed.txt")
+PYTEST = ("-m", "pytest", "--device", "cuda", "-v", "--numprocesses", WORKERS)
+GOES_ON = (*PYTEST, "--passed", "{out}/passed.txt")
 TESTS = ("tests/attention", "tests/kernels", "tests/projection", "tests/test_recompute.py")
+# The Gluon kernel has never run on a GPU: should it wait for ever there, it takes no other test's time.
+GLUON = "tests/kernels/test_gluon.py"
 PEERS = {  # as in bench/kernels/peers.py, which is not installed yet where this file is read
     "flash-attn-2": "flash_attn.flash_attn_interface",
     "flash-attn-3": "flash_attn_interface",
     "flash-attn-4": "flash_attn.cute",
     "flashinfer": "flashinfer",
     "flashinfer-paged": "flashinfer",
+    "gluon": "triton.experimental.gluon",
 }
 
 
@@ -45,7 +49,7 @@ class Stage:
 
 def stages(new: list[str]) -> list[Stage]:
     """Return all stages in the order of their worth; `new` are the tests of what is new."""
-    first = [Stage("new", 120, (*PYTEST, *new), goes_on=True)] if new else []
+    first = [Stage("new", 120, (*GOES_ON, *new), goes_on=True)] if new else []
     # Without PyTorch's own pools, so that each tensor ends where its memory does.
     no_pools = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     sanitizer = [
@@ -87,7 +91,11 @@ def stages(new: list[str]) -> list[Stage]:
             "compiled", 200, (*COMPILED, "--repeats", "3", "--out", "{out}/compiled"), "compiled/figure1.json",
             goes_on=True, resume="--resume",
         ),
-        Stage("tests", 170, (*PYTEST, *TESTS), goes_on=True),
+        Stage("tests", 170, (*GOES_ON, f"--ignore={GLUON}", *TESTS), goes_on=True),
+        Stage(
+            "gluon-tests", 90, (*PYTEST, "-k", "not float32", GLUON, "tests/attention/test_random_cases.py"),
+            variables=(("PALKERNELS_GLUON", "1"),),
+        ),
         *peers,
         *sweeps,
         Stage(

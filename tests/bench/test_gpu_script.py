@@ -43,6 +43,7 @@ ORDER = [
     "figure1",
     "compiled",
     "tests",
+    "gluon-tests",
     *SWEEPS,
     *SANITIZER,
 ]  # without wheels
@@ -102,6 +103,7 @@ def test_all_stages_in_the_order_of_their_worth(gpu: Machine) -> None:
         "flash-attn-2": "flash_attn.flash_attn_interface",
         "flash-attn-4": "flash_attn.cute",
         "flashinfer": "flashinfer",
+        "gluon": "triton.experimental.gluon",
     }
     assert all(f"== {peer}: not installed: {module}\n" in printed for peer, module in missing.items())
     assert "== ptxas: no wheel brought ptxas\n" in printed

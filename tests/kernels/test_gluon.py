@@ -29,7 +29,7 @@ def laid_out(tensor, how):
     if how == "BTHD":
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     batch, heads, tokens, dim = tensor.shape
-    around = torch.full((batch, heads, tokens + 3, dim + 16), torch.nan, dtype=tensor.dtype)
+    around = tensor.new_full((batch, heads, tokens + 3, dim + 16), torch.nan)
     around[:, :, 2:-1, 8:-8] = tensor
     return around[:, :, 2:-1, 8:-8]
 
@@ -52,7 +52,8 @@ def check(case, seed=0, kernel=forward):
     call = call_of(case)
     assert choice.reasons(call, 90) == []
     out, lse = (x.fill_(torch.nan) for x in launches.empty_outputs(call.query))
-    gluon.run(kernel.gluon_forward_launch(call, out, lse), seed)
+    launch = kernel.gluon_forward_launch(call, out, lse)
+    gluon.run(launch, seed) if out.device.type == "cpu" else launch.run()
     exact = case.to(torch.float64)
     want, want_lse = reference.lal_attention(*exact.tensors, **exact.options, return_lse=True)
     assert max_error(lse, want_lse) <= 3e-5
@@ -61,24 +62,29 @@ def check(case, seed=0, kernel=forward):
     assert max_error(out, want) <= torch.finfo(out.dtype).eps * largest
 
 
-def random_case(seed):
+def random_case(seed, variant=None, device="cpu"):
+    """A case with a variant's dtype, head dim, group and features: what the kernel is compiled for."""
     choose = random.Random(seed)
-    group = choose.choice([1, 3, 4, 8])
-    queries = choose.choice([1, 2, 9, 33, 65, 130] if group < 4 else [1, 2, 9, 33])
+    some = [feature for feature in (*FEATURES, "scale") if choose.random() < 0.6]
+    chosen = choose.choice([torch.float16, torch.bfloat16]), choose.choice([64, 128]), choose.choice([1, 3, 4, 8]), some
+    dtype, dim, group, features = variant or chosen
+    big = device == "cuda"
+    queries = choose.choice([1, 2, 9, 33, 65, 130] if group < 4 or big else [1, 2, 9, 33])
     kv_heads = choose.choice([1, 2])
     return case_of(
-        features=[feature for feature in (*FEATURES, "scale") if choose.random() < 0.6],
+        features=features,
         how=choose.choice(["BHTD", "BTHD", "within"]),
-        batch=choose.randint(1, 2),
+        batch=choose.randint(1, 4 if big else 2),
         heads=kv_heads * group,
         kv_heads=kv_heads,
         queries=queries,
         keys=queries + choose.choice([0, 1, 40, 130]),
-        audio=choose.choice([0, 1, 63, 64, 65, 300]),
+        audio=choose.choice([0, 1, 63, 64, 65, 300, *[1500] * big]),
         audio_rows=choose.randint(1, 3),
-        dim=choose.choice([64, 128]),
-        dtype=choose.choice([torch.float16, torch.bfloat16]),
+        dim=dim,
+        dtype=dtype,
         seed=seed,
+        device=device,
     )
 
 
@@ -88,11 +94,54 @@ def test_random_cases():
         check(random_case(seed), seed)
 
 
+@pytest.mark.gpu
+@pytest.mark.cuda_only
+@pytest.mark.parametrize(
+    "variant",
+    [
+        (torch.bfloat16, 64, 4, ()),
+        (torch.bfloat16, 128, 3, ("lengths", "text_start")),
+        (torch.float16, 64, 1, FEATURES),
+        (torch.float16, 128, 8, ("lengths", "index", "text_end")),
+    ],
+    ids=str,
+)
+def test_random_cases_on_a_gpu(variant):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the GPU must have compute capability 9.x")
+    for seed in range(100):
+        case = random_case(seed, variant, "cuda")
+        case.options.update({key: x.long() for key, x in case.options.items()})  # no mixture of types is compiled again
+        check(case)
+
+
 def test_rows_that_see_nothing():
     nothing = {"audio_lengths": torch.tensor([0]), "text_start": torch.tensor([50])}
     case = case_of(features=(), audio=70, keys=50, options=nothing)
     assert all(x.isnan().all() for x in case.tensors[1:])
     check(case)
+
+
+FAR = 2**30 + 64  # twice this leaves 32 bits, but it does not itself
+FAR_STRIDES = {
+    "batch": (FAR, 192, 64, 1),
+    "head": (192, FAR, 64, 1),
+    "token": (192, 64, FAR, 1),
+    "masked token": (192, 64, 2**28, 1),  # only lanes beyond the last token leave 32 bits
+}
+
+
+@pytest.mark.parametrize("name", FAR_STRIDES)
+def test_offsets_beyond_32_bits(name):
+    """Each tensor in turn has one stride that takes its offsets beyond 2^31; only the pages touched are real."""
+    batch, heads, tokens = (3 if name == side else 1 for side in ("batch", "head", "token"))
+    sizes = {"batch": batch, "kv_heads": heads, "queries": tokens, "keys": tokens, "audio": tokens}
+    case = case_of(features=(), heads=2 * heads, dtype=torch.float16, **sizes)
+    memory = torch.empty(6 * FAR, dtype=torch.float16)
+    for index in range(5):
+        tensors = list(case.tensors)
+        tensors[index] = memory.as_strided(tensors[index].shape, FAR_STRIDES[name]).copy_(tensors[index])
+        check(case._with(tensors))
 
 
 def test_every_interleaving_gives_the_same_bits():

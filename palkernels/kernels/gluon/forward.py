@@ -75,6 +75,7 @@ def turn(i, STAGES: gl.constexpr):
 def row_pointers(matrix, batch, head, token, dim):
     """Pointers (R, D) to tokens (R,) of one head, or of heads (R,)."""
     if matrix.wide is not None:
+        head = gl.cast(head, gl.int64)
         token = token.to(gl.int64)
     base = matrix.ptr + gl.cast(batch, gl.int64) * matrix.batch
     return base + (head * matrix.head + token * matrix.token)[:, None] + dim[None, :]
@@ -131,7 +132,7 @@ def produce(
 
 @gluon.jit
 def hide(scores, i, walk, position, first_position, BLOCK_N: gl.constexpr, layout: gl.constexpr):
-    """Scores (M, N) of block ``i``, -inf where rows at ``position`` (M,), from ``first_position`` on, see no key."""
+    """Scores (M, N) of block ``i``, -inf for keys beyond what the rows at ``position`` (M,), the first given, see."""
     is_audio = i < walk.audio_blocks
     first = gl.where(is_audio, i * BLOCK_N, walk.text_start + (i - walk.audio_blocks) * BLOCK_N)
     if first + BLOCK_N > gl.where(is_audio, walk.audio_end, first_position + 1):

@@ -6,13 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import gluon
 from torch.nn.functional import scaled_dot_product_attention
 
+from palkernels.bench.errors import UserError
 from palkernels.bench.instruments import timing
 from palkernels.bench.instruments.rates import Rates
 from palkernels.bench.kernels import measurement, peers
 from palkernels.bench.kernels.cases import OPS, Case, model_cases, shape_case
 from palkernels.bench.kernels.measurement import relative_error
+from palkernels.kernels import tiles
+from palkernels.kernels.launch import Launch
 
 CPU = torch.device("cpu")
 SHAPE = "1,4,2,9,20,16"
@@ -142,3 +146,15 @@ def test_keys_in_pages(monkeypatch, op, shape):
     truth = case.truth(inputs)
     for _ in range(2):
         assert relative_error(run(inputs), truth) < 1e-5
+
+
+def test_the_gluon_kernel_beside_ours(monkeypatch):
+    monkeypatch.setattr(tiles, "capability", lambda device: 90)
+    monkeypatch.setattr(Launch, "run", gluon.run)
+    peer = next(peer for peer in peers.PEERS if peer.key == "gluon")
+    case = shape_case("forward", "2,6,2,30,70,64", torch.float16, CPU)
+    inputs = case.inputs(1)
+    assert relative_error(peer.prepare(case)(inputs), case.truth(inputs)) < 2e-3
+    case = shape_case("forward", "2,6,2,30,70,32", torch.float16, CPU)
+    with pytest.raises(UserError, match="the head dim must be one of 64, 128, got 32"):
+        peer.prepare(case)(case.inputs(1))

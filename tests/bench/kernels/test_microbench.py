@@ -191,7 +191,8 @@ def test_a_fault_of_this_library_is_not_hidden(monkeypatch):
 
 
 def test_what_is_not_installed_says_so(monkeypatch):
-    names = ("flash_attn.flash_attn_interface", "flash_attn_interface", "flash_attn.cute", "flashinfer")
+    names = ["flash_attn.flash_attn_interface", "flash_attn_interface", "flash_attn.cute", "flashinfer"]
+    names.append("triton.experimental.gluon")
     optional = [peer for peer in peers.PEERS if peer.module is not None]
     assert {peer.module for peer in optional} == set(names)
     monkeypatch.setattr(peers, "PEERS", tuple(dataclasses.replace(peer, devices=("cpu",)) for peer in optional))
