@@ -24,6 +24,7 @@ MEASURED = {
     "3.8": {("key_gradient", 64, 168): 112, ("key_gradient", 128, None): 176},  # 12.9
     "3.9": {("key_gradient", 64, 168): 120, ("key_gradient", 128, None): 8, ("forward", 128, 168): 16},  # 13.4
 }
+GLUON = {"3.9": 48}  # a few scalars, as above
 SERIES = ".".join(version("triton").split(".")[:2])
 ODD_GROUP = 8  # more of it where rows divide into groups of 7, as with padding
 
@@ -165,7 +166,7 @@ def test_the_gluon_forward(tmp_path):
     assert len(rows) == len(names) * 2 * 2
     for row in rows:
         assert row["serialised"] == "", row
-        assert row["stack_bytes"] == 0, row
+        assert row["stack_bytes"] <= GLUON.get(SERIES, 0), row
         assert row["shared_bytes"] <= SHARED_MEMORY[90], row
         assert min(row["wgmma"], row["async_copies"], row["register_moves"]) > 0, row
 

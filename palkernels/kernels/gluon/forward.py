@@ -28,6 +28,8 @@ from palkernels.kernels.launch import Launch, attention_launch
 from palkernels.kernels.operands import UNSPECIALISED, Matrix, Sizes
 from palkernels.kernels.primitives import LN_2, LOG2_E, per_row, split_program
 
+# Triton 3.9 has it under this name alone, 3.6 under the other.
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 WARPS = gl.constexpr(4)  # of the producer and of each consumer: a warpgroup
 THREADS = gl.constexpr(128)
 PRODUCER_REGISTERS = gl.constexpr(56)  # of a thread
@@ -87,7 +89,7 @@ def copy_rows(matrix, batch, head, token, token_ok, to, HEAD_DIM: gl.constexpr, 
     dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     pointers = row_pointers(matrix, batch, head, token, dim)
     mask = token_ok[:, None] & (dim < HEAD_DIM)[None, :]
-    async_copy.async_copy_global_to_shared(to, pointers, mask=mask)
+    async_load(to, pointers, mask=mask)
 
 
 @gluon.jit

@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
+from palkernels.kernels.gluon.forward import async_load
 from support.warps import Barrier, KernelError, Machine, Product, Slot, Stages, here
 
 
@@ -152,9 +153,8 @@ _language = SimpleNamespace(
 )  # fmt: skip
 _REPLACED = {
     id(gl): _language, id(tl): _shared, id(hopper.fence_async_shared): fence,
-    id(hopper.async_copy): SimpleNamespace(
-        async_copy_global_to_shared=async_copy_to_shared, mbarrier_arrive=arrive_when_copied
-    ),
+    id(async_load): async_copy_to_shared,
+    id(hopper.async_copy): SimpleNamespace(mbarrier_arrive=arrive_when_copied),
     id(hopper.mbarrier): SimpleNamespace(init=init, wait=wait, arrive=arrive, MBarrierLayout=lambda: None),
     id(hopper.warpgroup_mma): warpgroup_mma, id(hopper.warpgroup_mma_wait): warpgroup_mma_wait,
 }  # fmt: skip
