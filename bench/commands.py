@@ -240,7 +240,9 @@ def microbench(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32; auto is bf16, or fp32 on a CPU.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
-    peers: Annotated[str | None, typer.Option(help="Which ones, separated by commas.  [default: all]")] = None,
+    peers: Annotated[
+        str | None, typer.Option(help="Which ones, separated by commas.  [default: all but gluon]")
+    ] = None,
     tile: Annotated[
         list[str] | None, typer.Option(help="KERNEL=M,N,WARPS,STAGES[,REGISTERS] instead of the shipped one.")
     ] = None,

@@ -122,7 +122,8 @@ def _cases(options: Options, dtype: torch.dtype, device: torch.device) -> list[C
 
 
 def _check_peers(chosen: tuple[str, ...] | None, cases: list[Case]) -> None:
-    available = {peer.key for case in cases for peer in peers_of(case)}
+    keys = tuple(peer.key for peer in PEERS)
+    available = {peer.key for case in cases for peer in peers_of(case, keys)}
     for key in chosen or ():
         if key not in available:
             known = ", ".join(peer.key for peer in PEERS if peer.key in available)

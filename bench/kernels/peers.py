@@ -44,6 +44,7 @@ class Peer:
     is_projection: bool = False  # of audio_kv, not of attention
     module: str | None = None  # that must be installed
     devices: tuple[str, ...] = ("cuda",)
+    by_default: bool = True  # or only where it is named
 
     @property
     def is_installed(self) -> bool:
@@ -256,7 +257,9 @@ PEERS = (
     Peer("flash-attn-4", "cat + flash-attn 4", _flash_attn("flash_attn.cute"), module="flash_attn.cute"),
     Peer("flashinfer", "cat + FlashInfer", _flashinfer, has_gradients=False, module="flashinfer"),
     Peer("flashinfer-paged", "FlashInfer, in pages", _in_pages, has_gradients=False, module="flashinfer"),
-    Peer("gluon", "the Gluon kernel", _gluon, has_gradients=False, module="triton.experimental.gluon"),
+    Peer(  # which has never run on a GPU, and may wait there for ever
+        "gluon", "the Gluon kernel", _gluon, has_gradients=False, module="triton.experimental.gluon", by_default=False,
+    ),
     Peer("sdpa", "cat + SDPA (PyTorch's choice)", _sdpa(None), devices=("cpu",)),
     Peer("eager", "RMSNorm, Linear, RoPE (eager)", _eager_projection, is_projection=True, devices=("cuda", "cpu")),
     Peer("modules", "Llama's modules (transformers)", _layer_modules, is_projection=True, devices=("cuda", "cpu")),
@@ -264,11 +267,11 @@ PEERS = (
 
 
 def peers_of(case: Case, chosen: tuple[str, ...] | None = None) -> list[Peer]:
-    """Return the peers of a case's operation on its device, installed or not; of `chosen` ones, if there are any."""
+    """Return the peers of a case's operation on its device, installed or not: those `chosen`, or those by default."""
     return [
         peer
         for peer in PEERS
         if case.is_projection == peer.is_projection
         and case.device.type in peer.devices
-        and (chosen is None or peer.key in chosen)
+        and (peer.by_default if chosen is None else peer.key in chosen)
     ]

@@ -1,6 +1,7 @@
 """The microbenchmark's cases: what they count, their inputs, and peers that compute the same."""
 
 import contextlib
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -153,6 +154,7 @@ def test_the_gluon_kernel_beside_ours(monkeypatch):
     monkeypatch.setattr(Launch, "run", gluon.run)
     peer = next(peer for peer in peers.PEERS if peer.key == "gluon")
     case = shape_case("forward", "2,6,2,30,70,64", torch.float16, CPU)
+    assert peer not in peers.peers_of(dataclasses.replace(case, device=torch.device("cuda")))  # unless it is named
     inputs = case.inputs(1)
     assert relative_error(peer.prepare(case)(inputs), case.truth(inputs)) < 2e-3
     case = shape_case("forward", "2,6,2,30,70,32", torch.float16, CPU)

@@ -197,7 +197,7 @@ def test_what_is_not_installed_says_so(monkeypatch):
     assert {peer.module for peer in optional} == set(names)
     monkeypatch.setattr(peers, "PEERS", tuple(dataclasses.replace(peer, devices=("cpu",)) for peer in optional))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    _, text = run(ops=("forward",))
+    _, text = run(ops=("forward",), peers=tuple(peer.key for peer in optional))
     for name in names:
         assert f"not installed: {name}" in text
 
