@@ -5,7 +5,8 @@ from triton import knobs
 
 from palkernels import audio_kv, plans
 from palkernels.attention.plans import _classes
-from palkernels.kernels.ready import repeatable
+from palkernels.kernels import scratch
+from palkernels.kernels.ready import ReadyLaunch, repeatable
 from support.planned import (
     HKV,
     LONG,
@@ -36,6 +37,29 @@ def traces_see_the_operator():
         lal_attention(*x)
         traced = torch.jit.trace(lambda query: lal_attention(query, *x[1:]), (x[0],), check_trace=False)
         assert "palkernels::lal_forward" in str(traced.graph)
+
+
+@scenario
+def decoding_goes_on_after_a_launch_that_failed():
+    """Whether refused or interrupted on the host: the next one finds the same memory, and its counters are zeros."""
+    x = tensors()
+    lal_attention(*x)
+    (before,) = launched(lambda: lal_attention(*x))
+    run = ReadyLaunch.run
+    for error in (KeyboardInterrupt, RuntimeError):
+
+        def fail(*_, error=error):
+            raise error("on the host")
+
+        ReadyLaunch.run = fail
+        try:
+            must_raise(error, "on the host", lambda: lal_attention(*x))
+        finally:
+            ReadyLaunch.run = run
+        (after,) = launched(lambda: lal_attention(*x))
+        assert pointers_beyond(after, x) == pointers_beyond(before, x)
+    assert scratch._kept
+    assert not any(counters.any() for _, counters in scratch._kept.values())
 
 
 @scenario
