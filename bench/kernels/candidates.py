@@ -27,20 +27,23 @@ REGISTERS = (None, 128, 168, 255)
 
 def candidates(tile: tiles.Tile, fixed: tuple[str, ...] = ()) -> list[tiles.Tile]:
     """Return a tile, and all that differ from it in one property or two: half or twice the rows or keys, the other
-    number of warps, a stage more or less, another limit of registers. Properties in `fixed` stay."""
+    number of warps, a stage more or less, another limit of registers, keys that warps do not split. Properties in
+    `fixed` stay."""
     others: dict[str, tuple[Any, ...]] = {
         "block_m": (tile.block_m // 2, 2 * tile.block_m),
         "block_n": (tile.block_n // 2, 2 * tile.block_n),
         "num_warps": (12 - tile.num_warps,) if tile.num_warps in (4, 8) else (4, 8),
         "num_stages": tuple(x for x in (tile.num_stages - 1, tile.num_stages + 1) if x > 0),
         "max_registers": tuple(x for x in REGISTERS if x != tile.max_registers),
+        "splits_keys": (False,) if tile.splits_keys else (),
     }
     singles = [{name: value} for name, values in others.items() if name not in fixed for value in values]
     pairs = [a | b for a, b in combinations(singles, 2) if a.keys() != b.keys()]
     found = [tile]
     for change in [*singles, *pairs]:
         sizes = [change.get(name, getattr(tile, name)) for name in ("block_m", "block_n")]
-        if all(tiles.MIN_BLOCK <= size <= 256 for size in sizes):  # larger ones never fit
+        split = change.get("num_warps", tile.num_warps) if change.get("splits_keys", tile.splits_keys) else 1
+        if all(tiles.MIN_BLOCK <= size <= 256 for size in (sizes[0], sizes[1] // split)):  # larger ones never fit
             found.append(replace(tile, **change))
     return found
 

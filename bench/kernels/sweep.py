@@ -115,11 +115,10 @@ def _sweep(options: Options, cases: list[Case], arch: int, path: Path | None, co
 
 def _compiled(kernel: str, arch: int, case: Case) -> list[tuple[tiles.Tile, list[Row]]]:
     head_dim = tiles.padded_head_dim(case.head_dim)
-    shipped = tiles.choose(kernel, arch, case.dtype, case.head_dim, intricate=False)
-    chosen = candidates(shipped)
-    if kernel == "decode":  # a launch takes as few rows as hold its queries
-        shipped = tiles.with_rows(shipped, case.heads // case.kv_heads)
-        chosen = candidates(shipped, fixed=("block_m",))
+    is_decode = kernel == "decode"  # a launch takes as few rows as hold its queries
+    num_rows = case.heads // case.kv_heads if is_decode else None
+    shipped = tiles.choose(kernel, arch, case.dtype, case.head_dim, False, num_rows)
+    chosen = candidates(shipped, fixed=("block_m",) if is_decode else ())
     processes = min(os.cpu_count() or 1, -(-len(chosen) // 3))
     return list(compile_all(kernel, arch, dtype_name(case.dtype), head_dim, chosen, processes))
 
@@ -155,6 +154,10 @@ def _measured(kernel: str, tile: tiles.Tile, case: Case, truth: list[Tensor], se
     return {"status": measured.status, "microseconds": 1e6 * measured.percentile(50) if measured.samples else None}
 
 
+def _size(tile: Row) -> str:
+    return f"{tile['block_m']} x {tile['block_n']}{', split' if tile['splits_keys'] else ''}"
+
+
 def _against(launches: list[Row]) -> str:
     """Return why a tile is not timed, or ""."""
     for launch in launches:
@@ -177,7 +180,7 @@ def _table(kernel: str, case: Case, rows: list[Row]) -> Table:
     shipped = rows[0]["tile"]
     for row in sorted(rows, key=lambda row: row["microseconds"] or float("inf")):
         tile, used = row["tile"], [x for x in row["launches"] if "failed" not in x]
-        sizes = [f"{tile['block_m']} x {tile['block_n']}", tile["num_warps"], tile["num_stages"], tile["max_registers"]]
+        sizes = [_size(tile), tile["num_warps"], tile["num_stages"], tile["max_registers"]]
         most = [str(max((x[key] for x in used), default="")) for key in ("registers", "stack_bytes", "shared_bytes")]
         time = "" if row["microseconds"] is None else f"{row['microseconds']:.1f}"
         remarks = ["shipped"] if tile == shipped else []

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from palkernels.kernels.operands import Audio, Text
-from palkernels.kernels.primitives import load_rows
+from palkernels.kernels.primitives import block_tokens, load_rows
 
 NEVER = tl.constexpr(2**30)
 
@@ -91,10 +91,14 @@ def load_visible_from(visibility, text, audio, token, token_ok):
 def visit_whole_blocks(
     state, step: tl.constexpr, rows, first, end, row, kv_head, key, value,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUB_BLOCKS: tl.constexpr = 1,
 ):  # fmt: skip
-    """Fold ``step`` over keys that every query row sees; ``end - first`` is a multiple of BLOCK_N."""
+    """Fold ``step`` over keys that every query row sees; ``end - first`` is a multiple of BLOCK_N.
+
+    With several sub-blocks the state has one output for each, and the rows are there as often.
+    """
     for start in range(first, end, BLOCK_N):
-        token = start + tl.arange(0, BLOCK_N)
+        token = block_tokens(start, BLOCK_N, SUB_BLOCKS)
         keys = load_rows(key, row, kv_head, token, 0, None, HEAD_DIM)
         values = load_rows(value, row, kv_head, token, 0, None, HEAD_DIM)
         state = step(state, rows, keys, values, None, SCALE, SOFTCAP)
@@ -131,6 +135,7 @@ def visit_audio(
 def visit_text(
     state, step: tl.constexpr, rows, position, tile_first, first, end, text, kv_head, key, value, window,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUB_BLOCKS: tl.constexpr = 1,
 ):  # fmt: skip
     """Fold ``step`` over those of the text keys from ``first`` on, below ``end``, that query rows at ``position`` (M,)
     see, the first of them at ``tile_first``. ``end`` is at most one past the last query's."""
@@ -140,14 +145,14 @@ def visit_text(
     if window is None:  # then every row of the tile sees the keys up to its first row's position
         full_end += tl.maximum(tl.minimum(tile_first + 1, end) - first, 0) // BLOCK_N * BLOCK_N
         state = visit_whole_blocks(
-            state, step, rows, first, full_end, text, kv_head, key, value, SCALE, SOFTCAP, HEAD_DIM, BLOCK_N
+            state, step, rows, first, full_end, text, kv_head, key, value, SCALE, SOFTCAP, HEAD_DIM, BLOCK_N, SUB_BLOCKS
         )
     for start in range(full_end, end, BLOCK_N):
-        token = start + tl.arange(0, BLOCK_N)
+        token = block_tokens(start, BLOCK_N, SUB_BLOCKS)
         loaded = token < end
-        visible = loaded[None, :] & (token[None, :] <= position[:, None])
+        visible = tl.expand_dims(loaded, -2) & (tl.expand_dims(token, -2) <= position[:, None])
         if window is not None:
-            visible = visible & (token[None, :] > position[:, None] - window)
+            visible = visible & (tl.expand_dims(token, -2) > position[:, None] - window)
         keys = load_rows(key, text, kv_head, token, 0, loaded, HEAD_DIM)
         values = load_rows(value, text, kv_head, token, 0, loaded, HEAD_DIM)
         state = step(state, rows, keys, values, visible, SCALE, SOFTCAP)

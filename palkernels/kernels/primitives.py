@@ -12,6 +12,7 @@ from palkernels.kernels.tiles import padded_head_dim
 padded = triton.constexpr_function(padded_head_dim)
 # Decided when the kernels are defined: setting the variable later does not reach them.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+PREFETCHED_BITS = tl.constexpr(512)  # by one instruction
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -32,32 +33,67 @@ def packed_rows(first, num_queries, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def block_tokens(first, BLOCK_N: tl.constexpr, SUB_BLOCKS: tl.constexpr):
+    """Tokens (BLOCK_N,) from ``first`` on; of several sub-blocks (SUB_BLOCKS, BLOCK_N // SUB_BLOCKS)."""
+    if SUB_BLOCKS == 1:
+        return first + tl.arange(0, BLOCK_N)
+    else:
+        SIZE: tl.constexpr = BLOCK_N // SUB_BLOCKS
+        return first + tl.arange(0, SUB_BLOCKS)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+
+
+@triton.jit
+def row_base(matrix, row, head):
+    """Where the first token of a Text or Audio ``row`` lies, of a head."""
+    base = matrix.ptr + tl.cast(row.batch, tl.int64) * matrix.batch + tl.cast(head, tl.int64) * matrix.head
+    return base + tl.cast(row.first, tl.int64) * matrix.token
+
+
+@triton.jit
 def row_pointers(matrix, row, head, token, member, HEAD_DIM: tl.constexpr):
-    """Pointers (R, BLOCK_D) to tokens (R,) of a Text or Audio ``row``, head ``head + member``, and which columns exist
-    (1, BLOCK_D)."""
+    """Pointers (..., BLOCK_D) to tokens (...) of a Text or Audio ``row``, head ``head + member``, and which columns
+    exist (1, BLOCK_D)."""
     dim = tl.arange(0, padded(HEAD_DIM))[None, :]
     column_ok = dim < HEAD_DIM
     if matrix.wide is not None:
         token = token.to(tl.int64)
         dim = dim.to(tl.int64)
-    base = matrix.ptr + tl.cast(row.batch, tl.int64) * matrix.batch + tl.cast(head, tl.int64) * matrix.head
-    base += tl.cast(row.first, tl.int64) * matrix.token
-    return base + (token * matrix.token + member * matrix.head)[:, None] + dim * matrix.dim, column_ok
+    base = row_base(matrix, row, head)
+    return base + tl.expand_dims(token * matrix.token + member * matrix.head, -1) + dim * matrix.dim, column_ok
 
 
 @triton.jit
 def load_rows(matrix, row, head, token, member, token_ok, HEAD_DIM: tl.constexpr):
-    """Tokens (R,) of a row as (R, BLOCK_D), zero beyond HEAD_DIM and where ``token_ok`` is false; None loads them all.
+    """Tokens (...) of a row as (..., BLOCK_D), zero beyond HEAD_DIM and where ``token_ok`` is false; None loads them
+    all.
 
-    ``member`` (R,), or 0, is added to the scalar ``head``.
+    ``member`` (...), or 0, is added to the scalar ``head``.
     """
     pointers, column_ok = row_pointers(matrix, row, head, token, member, HEAD_DIM)
     if token_ok is not None:
-        return tl.load(pointers, mask=token_ok[:, None] & column_ok, other=0.0)
+        return tl.load(pointers, mask=tl.expand_dims(token_ok, -1) & column_ok, other=0.0)
     elif padded(HEAD_DIM) == HEAD_DIM:
         return tl.load(pointers)
     else:
+        if len(pointers.shape) > len(column_ok.shape):
+            column_ok = column_ok[None, :, :]
         return tl.load(pointers, mask=tl.broadcast_to(column_ok, pointers.shape), other=0.0)
+
+
+@triton.jit
+def prefetch_rows(matrix, row, head, first, end, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Ask the L2 cache for the tokens of a row from ``first`` on, below ``end``, BLOCK_N at most and one at least.
+    Nothing waits for them."""
+    if not INTERPRETED:
+        STEP: tl.constexpr = PREFETCHED_BITS // matrix.ptr.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = padded(HEAD_DIM) // STEP
+        line = tl.arange(0, BLOCK_N * LINES)
+        token, dim = tl.minimum(first + line // LINES, end - 1), tl.minimum(line % LINES * STEP, HEAD_DIM - 1)
+        if matrix.wide is not None:
+            token, dim = token.to(tl.int64), dim.to(tl.int64)
+        pointers = row_base(matrix, row, head) + (token * matrix.token + dim * matrix.dim)
+        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -17,7 +17,8 @@ def waiting_factor(scale, softcap):
 
 @triton.jit
 def attend(state, rows, keys, values, visible, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Fold one block of keys and values into the running output, maximum and sum of a tile of query rows."""
+    """Fold one block of keys and values into the running output, maximum and sum of a tile of query rows. Every tensor
+    may have one dimension more in front."""
     acc, row_max, row_sum = state
     (queries,) = rows
     scores = dot(queries, tl.trans(keys), None)
@@ -27,12 +28,12 @@ def attend(state, rows, keys, values, visible, SCALE: tl.constexpr, SOFTCAP: tl.
         scores = base2_scores(scores, SCALE, SOFTCAP)
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
-    block_max = tl.max(scores, axis=1)
+    block_max = tl.max(scores, axis=-1)
     new_max = tl.maximum(row_max, block_max if factor is None else block_max * factor)
     # A row that has seen nothing yet has maximum -inf; exp2(-inf - 0) is 0 where exp2(-inf + inf) is NaN.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max) if visible is not None else new_max
     decay = tl.exp2(row_max - shift)
-    weights = tl.exp2((scores if factor is None else scores * factor) - shift[:, None])
-    row_sum = row_sum * decay + tl.sum(weights, axis=1)
-    acc = dot(weights.to(values.dtype), values, acc * decay[:, None])
+    weights = tl.exp2((scores if factor is None else scores * factor) - tl.expand_dims(shift, -1))
+    row_sum = row_sum * decay + tl.sum(weights, axis=-1)
+    acc = dot(weights.to(values.dtype), values, acc * tl.expand_dims(decay, -1))
     return acc, new_max, row_sum

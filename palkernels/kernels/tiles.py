@@ -3,12 +3,12 @@
 The tables are by kernel, compute capability, bytes per element and head dim (rounded up to a power of two).
 ``block_m`` counts packed query rows (all heads of a group), ``block_n`` keys. Forward and the queries' gradient hold a
 block of rows and walk over keys; the keys' gradient holds a block of keys and walks over rows. Decoding takes the
-smallest ``block_m`` that holds its rows, up to the table's.
+smallest ``block_m`` that holds its rows, up to the table's, and for few rows a tile of its own.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -25,12 +25,21 @@ class Tile:
     num_warps: int
     num_stages: int  # blocks in flight between memory and shared memory
     max_registers: int | None = None  # per thread, where fewer let another program share the SM
+    # Decoding: each warp takes a sub-block of a block's keys, instead of all warps sharing it.
+    splits_keys: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n"):
             size = getattr(self, name)
             if not MIN_BLOCK <= size <= MAX_BLOCK or size & (size - 1):
                 raise ValueError(f"{name} must be a power of two from {MIN_BLOCK} to {MAX_BLOCK}, got {size}")
+        if self.block_n < MIN_BLOCK * self.sub_blocks:
+            wanted = f"at least {MIN_BLOCK} for each of {self.num_warps} warps that split it"
+            raise ValueError(f"block_n must be {wanted}, got {self.block_n}")
+
+    @property
+    def sub_blocks(self) -> int:
+        return self.num_warps if self.splits_keys else 1
 
 
 # float32 products take the plain arithmetic units (IEEE, no TF32): small tiles, so that registers do not spill.
@@ -131,7 +140,10 @@ TILES: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
 # Blackwell's data centre GPUs take Hopper's tiles, but for those that would spill there.
 _BLACKWELL = {
     "forward": {(2, 64): Tile(128, 32, 8, 3, max_registers=128)},
-    "decode": {(2, 128): Tile(64, 32, 8, 3, max_registers=255)},
+    "decode": {
+        (2, 64): Tile(64, 64, 8, 3, max_registers=255),
+        (2, 128): Tile(64, 32, 8, 3, max_registers=255),
+    },
     "query_gradient": {
         (2, 64): Tile(128, 32, 8, 3, max_registers=128),
         (2, 128): Tile(64, 32, 4, 3, max_registers=168),
@@ -162,8 +174,19 @@ INTRICATE: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
         90: {(2, 64): Tile(64, 64, 4, 1), (2, 128): Tile(16, 128, 8, 2), (4, 64): Tile(16, 32, 8, 2)},
     },
 }
+INTRICATE["decode"][100][4, 64] = Tile(32, 16, 8, 2, max_registers=255)
+
+# For decoding up to MIN_BLOCK packed rows: as many as tensor cores take at once, which several warps can share in keys
+# alone. Splitting these, they exchange nothing from block to block; above 128 columns the outputs would not fit.
+FEW_ROWS = {
+    (2, 32): Tile(MIN_BLOCK, 64, 4, 3, max_registers=255, splits_keys=True),
+    (2, 64): Tile(MIN_BLOCK, 64, 4, 3, max_registers=168, splits_keys=True),  # three programs per SM
+    (2, 128): Tile(MIN_BLOCK, 64, 4, 3, max_registers=255, splits_keys=True),
+}
+INTRICATE_FEW_ROWS = {(2, 64): Tile(MIN_BLOCK, 64, 4, 3, max_registers=255, splits_keys=True)}
 # Blocks as large as the interpreter's speed wants, small enough that tests cross several of them.
 INTERPRETER = Tile(32, 32, 4, 1)
+INTERPRETER_FEW_ROWS = Tile(16, 32, 2, 1, splits_keys=True)
 
 overrides: dict[str, Tile] = {}  # by kernel name, while a context of :func:`use` is open
 
@@ -209,13 +232,21 @@ def splits_key_gradient(head_dim: int) -> bool:
     return padded_head_dim(head_dim) > 128
 
 
-def choose(kernel: str, capability: int | None, dtype: torch.dtype, head_dim: int, intricate: bool) -> Tile:
-    """The tile of a launch. ``capability`` is 90 for 9.0, None in the interpreter."""
+def choose(
+    kernel: str, capability: int | None, dtype: torch.dtype, head_dim: int, intricate: bool, num_rows: int | None = None
+) -> Tile:
+    """The tile of a launch. ``capability`` is 90 for 9.0, None in the interpreter; ``num_rows`` the packed rows that
+    decoding wants in a tile, None for any number."""
+    few = num_rows is not None and num_rows <= MIN_BLOCK
     if kernel in overrides:
-        return overrides[kernel]
-    if capability is None:
-        return INTERPRETER
-    return _entry(kernel, architecture(capability), dtype.itemsize, padded_head_dim(head_dim), intricate)
+        tile = overrides[kernel]
+    elif capability is None:
+        tile = INTERPRETER_FEW_ROWS if few else INTERPRETER
+    else:
+        about = dtype.itemsize, padded_head_dim(head_dim), intricate
+        tile = _entry(kernel, architecture(capability), *about)
+        tile = _few_rows(tile, *about) if few else tile
+    return tile if num_rows is None else with_rows(tile, num_rows)
 
 
 def with_rows(tile: Tile, num_rows: int) -> Tile:
@@ -230,11 +261,19 @@ def _entry(kernel: str, architecture: int, element_size: int, head_dim: int, int
     return tile
 
 
+def _few_rows(tile: Tile, element_size: int, head_dim: int, intricate: bool) -> Tile:
+    tile = FEW_ROWS.get((element_size, head_dim), tile)
+    return INTRICATE_FEW_ROWS.get((element_size, head_dim), tile) if intricate else tile
+
+
 def shipped(kernel: str, architecture: int, intricate: bool) -> list[tuple[int, int, Tile]]:
     """Every (bytes per element, padded head dim, tile) that a launch of a kernel can take on an architecture."""
     tiles = []
     for element_size, head_dim in sorted(TILES[kernel][architecture]):
         tile = _entry(kernel, architecture, element_size, head_dim, intricate)
-        sizes = [16, 32, 64] if kernel == "decode" else [tile.block_m]
-        tiles += [(element_size, head_dim, x) for x in dict.fromkeys(with_rows(tile, size) for size in sizes)]
+        found = [tile]
+        if kernel == "decode":
+            few = _few_rows(tile, element_size, head_dim, intricate)
+            found = [with_rows(few, MIN_BLOCK), with_rows(tile, 32), with_rows(tile, 64)]
+        tiles += [(element_size, head_dim, x) for x in dict.fromkeys(found)]
     return tiles

@@ -49,10 +49,29 @@ def decoded(monkeypatch):
     return launches
 
 
+@pytest.fixture
+def parts(monkeypatch):
+    """What launches leave for their last program, in memory that held NaN; and counters that held zeros."""
+    left = []
+
+    def poisoned(*args):
+        acc, row_max, row_sum, arrived = make(*args)
+        left.append((acc.fill_(math.nan), row_max, row_sum, arrived))
+        return left[-1]
+
+    make = decode._parts
+    monkeypatch.setattr(decode, "_parts", poisoned)
+    return left
+
+
+SHARED, SPLIT = tiles.Tile(32, 16, 4, 1), tiles.Tile(32, 32, 2, 1, splits_keys=True)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("tile", [SHARED, SPLIT], ids=["shared", "split"])
 @pytest.mark.parametrize("queries", [1, 3, 8])
 @pytest.mark.parametrize("features", [(), ("index",), ("lengths", "text_start", "text_end"), FEATURES], ids=len)
-def test_equals_prefill(queries, features, device):
+def test_equals_prefill(queries, features, tile, device, parts):
     """Decoding agrees with the kernel that does not split, and with the definition."""
     dtype, bound = (torch.float64, 1e-12) if device == "cpu" else (torch.float32, 1e-5)
     case = lal_case(
@@ -61,7 +80,7 @@ def test_equals_prefill(queries, features, device):
     )  # fmt: skip
     want = lal_attention(*case.to(torch.float64).tensors, **case.options, return_lse=True, impl="reference")
     call = call_of(fill_unreachable(case, math.nan))
-    with tiles.use(tiles.Tile(32, 16, 4, 1)), strict(device):
+    with tiles.use(tile), strict(device):
         assert decode.takes(call, capability(call.query.device))
         for launch in (decode.decode_launch, forward_launch):
             for got, exact in zip(run(launch, call), want, strict=True):
@@ -85,6 +104,54 @@ def test_a_cuda_graph_decodes():
         graph.replay()
         graph.replay()  # the counters are zeros again
         assert max_error(out, lal_attention(*case.tensors, **case.options, impl="reference")) <= 1e-4
+
+
+# Audio and text tokens of each row, all, none and some of each: three shares of audio, four of text.
+KEYS = [(45, 50), (0, 0), (1, 0), (0, 1), (17, 40), (45, 0)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [SHARED, SPLIT], ids=["shared", "split"])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_shares_without_keys_leave_nothing(parts, tile, queries, device):
+    """A short clip beside a long one, and rows that see no clip, no text or neither: only what has keys is stored."""
+    dtype, bound = (torch.float64, 1e-12) if device == "cpu" else (torch.float32, 1e-5)
+    case = lal_case(batch=len(KEYS), queries=queries, seed=queries, dtype=dtype, device=device, poison=True, **SHAPE)
+    audio, text = (torch.tensor(x, device=device) for x in zip(*KEYS, strict=True))
+    case.options.update(audio_lengths=audio, text_start=50 - text)
+    want = lal_attention(*case.to(torch.float64).tensors, **case.options, return_lse=True, impl="reference")
+    call = call_of(fill_unreachable(case, math.nan))
+    with tiles.use(tile), pytest.MonkeyPatch.context() as patches:
+        patches.setattr(division, "multiprocessors_of", lambda *args: 1000)
+        audio_shares, text_shares = decode.division_of(call, capability(call.query.device)).shares()
+        assert (audio_shares, text_shares) == (-(-45 // tile.block_n), -(-50 // tile.block_n))
+        for got, exact in zip(run(decode.decode_launch, call), want, strict=True):
+            assert max_error(got, exact) <= bound
+    acc, _, _, arrived = parts[-1]
+    rows = queries * call.group
+    acc = acc[: len(KEYS) * 2 * (audio_shares + text_shares) * rows * 20]
+    stored = acc.view(len(KEYS), 2, audio_shares + text_shares, rows * 20).isfinite().all(-1)
+    for row, (heard, read) in enumerate(KEYS):
+        has = [first < heard for first in range(0, 45, tile.block_n)]
+        has += [first < read for first in range(0, 50, tile.block_n)]
+        assert stored[row].tolist() == [has] * 2
+    assert not arrived.any()
+
+
+def test_a_launch_that_is_interrupted_does_no_harm():
+    """In the interpreter, where a launch can end halfway, the next one counts from zero."""
+    from support import interpreter
+
+    case = lal_case(batch=2, queries=2, **SHAPE)
+    want = lal_attention(*case.tensors, impl="reference")
+
+    def interrupt(programs):
+        yield from list(programs)[:3]
+        raise KeyboardInterrupt
+
+    with interpreter.in_order(interrupt), pytest.raises(KeyboardInterrupt):
+        lal_attention(*case.tensors, impl="triton")
+    assert max_error(lal_attention(*case.tensors, impl="triton"), want) <= 1e-5
 
 
 @pytest.mark.parametrize(("queries", "taken"), [(0, False), (1, True), (8, True), (9, False)])
@@ -112,19 +179,32 @@ def test_readers_of_one_clip_share_its_loads(readers, monkeypatch):
 
 
 @pytest.mark.parametrize("features", [("lengths", "text_end"), ("lengths", "window")], ids="-".join)
-@pytest.mark.parametrize("programs", [1, 3, 1000])
-def test_any_number_of_splits(monkeypatch, programs, features):
-    """The keys go to one program or to one for each block; every launch leaves its counters at zero."""
+@pytest.mark.parametrize("tile", [tiles.Tile(16, 16, 4, 1), SPLIT], ids=["shared", "split"])
+@pytest.mark.parametrize("programs", [1, 3, 14, 1000])
+def test_any_number_of_splits(monkeypatch, programs, features, tile):
+    """The keys go to one program or to one for each block, or three blocks to two; counters are zeros again."""
     monkeypatch.setattr(division, "multiprocessors_of", lambda *args: programs)
     zeros = torch.zeros(4, dtype=torch.int32)
     monkeypatch.setattr(decode, "_zeros", lambda *args: zeros)
     case = lal_case(batch=2, queries=2, features=features, dtype=torch.float64, **SHAPE)
     want = lal_attention(*case.tensors, **case.options, return_lse=True, impl="reference")
-    with tiles.use(tiles.Tile(16, 16, 4, 1)):
+    with tiles.use(tile):
         for _ in range(2):
             for got, exact in zip(run(decode.decode_launch, call_of(case)), want, strict=True):
                 assert max_error(got, exact) <= 1e-12
             assert not zeros.any()
+
+
+@pytest.mark.parametrize("dim", [32, 64, 65, 128])
+def test_parts_of_any_head_dim(monkeypatch, dim):
+    """How many are merged at once depends on it; there are five of seven shares that have keys."""
+    monkeypatch.setattr(division, "multiprocessors_of", lambda *args: 1000)
+    case = lal_case(batch=2, queries=1, dtype=torch.float64, **SHAPE | {"dim": dim})
+    case.options.update(audio_lengths=torch.tensor([17, 45]), text_start=torch.tensor([10, 20]))
+    want = lal_attention(*case.tensors, **case.options, return_lse=True, impl="reference")
+    with tiles.use(SHARED):
+        for got, exact in zip(run(decode.decode_launch, call_of(case)), want, strict=True):
+            assert max_error(got, exact) <= 1e-12
 
 
 def test_programs_may_end_in_any_order(monkeypatch):

@@ -79,8 +79,26 @@ def test_what_is_chosen_is_shipped(capability, kernel):
             for intricate in (False, True):
                 tile = tiles.choose(kernel, capability, dtype, head_dim, intricate)
                 for rows in (1, 16, 17, 32, 33, 100_000) if kernel == "decode" else ():
-                    assert (dtype, tiles.padded_head_dim(head_dim), tiles.with_rows(tile, rows)) in shipped
+                    tile = tiles.choose(kernel, capability, dtype, head_dim, intricate, rows)
+                    assert (dtype, tiles.padded_head_dim(head_dim), tile) in shipped
                 assert (dtype, tiles.padded_head_dim(head_dim), tile) in shipped
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_warps_split_the_keys_of_few_rows_alone(capability):
+    for rows, splits in ((1, True), (16, True), (17, False), (None, False)):
+        for head_dim in (32, 64, 80, 128):
+            for intricate in (False, True):
+                tile = tiles.choose("decode", capability, torch.float16, head_dim, intricate, rows)
+                assert tile.splits_keys == splits
+        assert not tiles.choose("decode", capability, torch.float32, 64, False, rows).splits_keys
+
+
+def test_warps_that_split_keys_have_enough_of_them():
+    assert tiles.Tile(16, 64, 4, 1, splits_keys=True).sub_blocks == 4
+    assert tiles.Tile(16, 64, 4, 1).sub_blocks == 1
+    with pytest.raises(ValueError, match="block_n must be at least 16 for each of 8 warps that split it, got 64"):
+        tiles.Tile(16, 64, 8, 1, splits_keys=True)
 
 
 @pytest.mark.slow

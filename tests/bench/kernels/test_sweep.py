@@ -39,6 +39,17 @@ def test_small_tiles_have_no_neighbours_that_cannot_be():
     assert min(tile.num_stages for tile in found) == 1
 
 
+def test_a_tile_whose_warps_split_its_keys():
+    """Beside it stands the same one whose warps do not, and none whose warps would have too few."""
+    shipped = tiles.Tile(16, 64, 4, 3, splits_keys=True)
+    found = candidates(shipped, fixed=("block_m",))
+    assert dataclasses.replace(shipped, splits_keys=False) in found
+    assert tiles.Tile(16, 128, 8, 3, splits_keys=True) in found
+    assert tiles.Tile(16, 64, 8, 3) in found
+    assert all(tile.block_n >= 64 for tile in found if tile.splits_keys)
+    assert sweep._size(dataclasses.asdict(shipped)) == "16 x 64, split"
+
+
 def test_what_the_compiler_makes_of_tiles():
     """In two processes; a tile that does not compile says so and stops no other."""
     chosen = [tiles.Tile(16, 32, 4, 2), tiles.Tile(16, 16, 3, 2)]  # warps are a power of two
@@ -122,7 +133,9 @@ def test_compile_only_needs_no_gpu(monkeypatch, tmp_path, capsys):
 def test_decoding_takes_as_few_rows_as_hold_its_queries(monkeypatch):
     monkeypatch.setattr(sweep, "compile_all", lambda *given: ((tile, [USED]) for tile in given[4]))
     case = shape_case("decode", "1,32,8,128,1500,64", torch.bfloat16, torch.device("cpu"))
-    assert {tile.block_m for tile, _ in sweep._compiled("decode", 90, case)} == {16}
+    chosen = [tile for tile, _ in sweep._compiled("decode", 90, case)]
+    assert {tile.block_m for tile in chosen} == {16}
+    assert chosen[0] == tiles.choose("decode", 90, torch.bfloat16, 64, False, 4)
 
 
 @pytest.mark.parametrize(
