@@ -13,6 +13,7 @@ from palkernels import flop_counter, lazy
 if TYPE_CHECKING:
     from palkernels import reference
     from palkernels.api import audio_kv, lal_attention, lal_attention_varlen
+    from palkernels.quantization import quantize_audio_kv
     from palkernels.reasons import unsupported_reasons
 else:
     __getattr__, __dir__ = lazy.exports(
@@ -21,6 +22,7 @@ else:
             "audio_kv": "palkernels.api",
             "lal_attention": "palkernels.api",
             "lal_attention_varlen": "palkernels.api",
+            "quantize_audio_kv": "palkernels.quantization",
             "reference": "palkernels.reference",
             "unsupported_reasons": "palkernels.reasons",
         },
@@ -33,6 +35,7 @@ __all__ = [
     "audio_kv",
     "lal_attention",
     "lal_attention_varlen",
+    "quantize_audio_kv",
     "reference",
     "unsupported_reasons",
 ]

@@ -24,7 +24,8 @@ PerLayer: TypeAlias = Sequence[Tensor | None] | None
 def lal_attention(
     query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *,
     audio_lengths: Tensor | None = ..., audio_index: Tensor | None = ..., audio_visible_from: Tensor | None = ...,
-    text_start: Tensor | None = ..., text_end: Tensor | None = ..., scale: float | None = ...,
+    audio_key_scale: Tensor | None = ..., audio_value_scale: Tensor | None = ..., text_start: Tensor | None = ...,
+    text_end: Tensor | None = ..., scale: float | None = ...,
     softcap: float | None = ..., window: int | None = ..., return_lse: Literal[False] = ..., impl: str = ...,
 ) -> Tensor: ...  # fmt: skip
 
@@ -33,7 +34,8 @@ def lal_attention(
 def lal_attention(
     query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *,
     audio_lengths: Tensor | None = ..., audio_index: Tensor | None = ..., audio_visible_from: Tensor | None = ...,
-    text_start: Tensor | None = ..., text_end: Tensor | None = ..., scale: float | None = ...,
+    audio_key_scale: Tensor | None = ..., audio_value_scale: Tensor | None = ..., text_start: Tensor | None = ...,
+    text_end: Tensor | None = ..., scale: float | None = ...,
     softcap: float | None = ..., window: int | None = ..., return_lse: Literal[True], impl: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -42,7 +44,8 @@ def lal_attention(
 def lal_attention(
     query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *,
     audio_lengths: Tensor | None = ..., audio_index: Tensor | None = ..., audio_visible_from: Tensor | None = ...,
-    text_start: Tensor | None = ..., text_end: Tensor | None = ..., scale: float | None = ...,
+    audio_key_scale: Tensor | None = ..., audio_value_scale: Tensor | None = ..., text_start: Tensor | None = ...,
+    text_end: Tensor | None = ..., scale: float | None = ...,
     softcap: float | None = ..., window: int | None = ..., return_lse: bool, impl: str = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -57,6 +60,8 @@ def lal_attention(
     audio_lengths: Tensor | None = None,
     audio_index: Tensor | None = None,
     audio_visible_from: Tensor | None = None,
+    audio_key_scale: Tensor | None = None,
+    audio_value_scale: Tensor | None = None,
     text_start: Tensor | None = None,
     text_end: Tensor | None = None,
     scale: float | None = None,
@@ -84,10 +89,13 @@ def lal_attention(
     Args:
         query: (B, Hq, T, D), float16, bfloat16, float32 or float64.
         key, value: (B, Hkv, S, D); S >= T and Hq a multiple of Hkv. Same dtype and device as query.
-        audio_key, audio_value: (A, Hkv, N, D); N may be 0.
+        audio_key, audio_value: (A, Hkv, N, D); N may be 0. Query's dtype too, or with scales float8_e4m3fn.
         audio_lengths: (A,) valid tokens of each audio row, 0 to N; None: all N.
         audio_index: (B,) the audio row that each text row reads; None: A == B, row for row.
         audio_visible_from: (B, N) first key position whose query sees the token; None: every query does.
+        audio_key_scale, audio_value_scale: (A, Hkv) float32, positive, iff audio_key and audio_value are float8_e4m3fn
+            (:func:`palkernels.quantize_audio_kv`): keys are ``audio_key * audio_key_scale[:, :, None, None]``, values
+            likewise. There are no gradients then, and "triton" needs compute capability 8.9.
         text_start: (B,) first valid text key (left padding); it may exceed text_end. None: 0.
         text_end: (B,) one past the last query's key, T to S (preallocated caches). None: S.
         scale: factor of the scores; None: D ** -0.5.
@@ -112,12 +120,12 @@ def lal_attention(
     """
     tensors = (
         query, key, value, audio_key, audio_value,
-        audio_lengths, audio_index, audio_visible_from, text_start, text_end,
+        audio_lengths, audio_index, audio_visible_from, text_start, text_end, audio_key_scale, audio_value_scale,
     )  # fmt: skip
     seen = plans.geometry(tensors, (scale, softcap, window, impl)) if plans.usable() else None
     results = None if seen is None else repeat_attention(seen, tensors)
     if results is None:
-        call = Call(*tensors, scale, softcap, window)
+        call = Call.of(tensors, (scale, softcap, window))
         check_impl(impl)
         raise_problems(checks.problems_of(call))
         ready = checks.prepared(call)

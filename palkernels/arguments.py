@@ -12,7 +12,8 @@ from torch import Tensor
 FLOATS = ("query", "key", "value", "audio_key", "audio_value")
 INTEGERS = ("audio_lengths", "audio_index", "audio_visible_from", "text_start", "text_end")
 PACKING = ("cu_seqlens", "cu_audio")
-TENSORS = (*FLOATS, *INTEGERS, *PACKING)
+SCALES = ("audio_key_scale", "audio_value_scale")
+TENSORS = (*FLOATS, *INTEGERS, *SCALES, *PACKING)
 NUMBERS = ("scale", "softcap", "window", "max_seqlen", "max_audio")
 # The arguments of audio_kv that have gradients, and the tables of the rotation, which have none.
 PROJECTION = ("states", "norm_weight", "k_weight", "v_weight", "k_bias", "v_bias", "k_norm_weight")
@@ -44,6 +45,8 @@ class Call:
     cu_audio: Tensor | None = None  # (A + 1,)
     max_seqlen: int | None = None
     max_audio: int | None = None
+    audio_key_scale: Tensor | None = None  # (A, Hkv), where audio keys and values have eight bits
+    audio_value_scale: Tensor | None = None
 
     def arguments(self) -> tuple[Any, ...]:
         """The fields in their order, as the operators take them."""
@@ -67,6 +70,10 @@ class Call:
     def integers(self) -> dict[str, Tensor]:
         """The integer tensors that are not None."""
         return {name: value for name in (*INTEGERS, *PACKING) if (value := getattr(self, name)) is not None}
+
+    def scales(self) -> dict[str, Tensor]:
+        """The scales of keys and values in eight bits that are not None."""
+        return {name: value for name in SCALES if (value := getattr(self, name)) is not None}
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of :func:`palkernels.reference.lal_attention`, except ``return_lse``."""

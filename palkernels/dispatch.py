@@ -12,6 +12,7 @@ from palkernels import devices
 
 IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
 MIN_CAPABILITY = (8, 0)
+MIN_EIGHT_BIT_CAPABILITY = (8, 9)  # that converts float8_e4m3fn
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for, not imported
 
 
@@ -71,3 +72,16 @@ def device_reasons(tensor: Tensor) -> list[str]:
         if tensor.dtype == torch.float64:
             reasons.append("float64 must be run with TRITON_INTERPRET=1 or another implementation")
     return reasons
+
+
+def eight_bit_reasons(tensor: Tensor) -> list[str]:
+    """Why no Triton kernel takes float8_e4m3fn on a tensor's device, beyond what :func:`device_reasons` says of it."""
+    if not torch.compiler.is_compiling() and is_fake(tensor):
+        return []
+    if os.environ.get("TRITON_INTERPRET") == "1" or not devices.runs_kernels(tensor.device):
+        return []
+    capability = torch.cuda.get_device_capability(tensor.device)
+    if capability >= MIN_EIGHT_BIT_CAPABILITY:
+        return []
+    got = ".".join(map(str, capability))
+    return [f"the GPU must have compute capability 8.9 or more for float8_e4m3fn, got {got}"]

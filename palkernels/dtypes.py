@@ -14,6 +14,8 @@ INTEGERS = (
     torch.uint32,
     torch.uint64,
 )
+EIGHT_BITS = torch.float8_e4m3fn  # of audio keys and values that have scales
+EIGHT_BITS_NAME = "float8_e4m3fn"
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -25,9 +27,9 @@ def float_names() -> str:
 def computed_in(tensor: Tensor, device: torch.device) -> torch.dtype:
     """The dtype that a tensor is computed in on a device: its own, or autocast's where that is on.
 
-    Autocast leaves float64 alone, as it does for PyTorch's own attention.
+    Autocast leaves float64 alone, as it does for PyTorch's own attention; and what is in eight bits, which has scales.
     """
     autocast = device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
-    if not autocast or tensor.dtype == torch.float64:
+    if not autocast or tensor.dtype in (torch.float64, EIGHT_BITS):
         return tensor.dtype
     return torch.get_autocast_dtype(device.type)

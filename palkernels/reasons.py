@@ -20,7 +20,8 @@ from palkernels.projection import checks as projection_checks
 def unsupported_reasons(
     query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *,
     audio_lengths: Tensor | None = ..., audio_index: Tensor | None = ..., audio_visible_from: Tensor | None = ...,
-    text_start: Tensor | None = ..., text_end: Tensor | None = ..., scale: float | None = ...,
+    audio_key_scale: Tensor | None = ..., audio_value_scale: Tensor | None = ..., text_start: Tensor | None = ...,
+    text_end: Tensor | None = ..., scale: float | None = ...,
     softcap: float | None = ..., window: int | None = ..., return_lse: bool = ..., impl: str = ...,
 ) -> list[str]: ...  # fmt: skip
 

@@ -48,6 +48,9 @@ def recomputed(
     def make_and_save(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # In the dtype that attention computes in: else it would copy them under autocast, and keep the copies.
         key, value = (made.to(dtypes.computed_in(made, made.device)) for made in make(states))
+        if dtypes.EIGHT_BITS in (key.dtype, value.dtype):
+            got = f"{key.dtype} and {value.dtype}"
+            raise TypeError(f"keys and values that are made again must have gradients, got {got}")
         anchor: Tensor = _Save.apply(key.new_empty(0).requires_grad_(), key.detach(), value.detach())
         return key, value, anchor
 

@@ -63,7 +63,8 @@ def lal_mask(
 def lal_attention(
     query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *,
     audio_lengths: Tensor | None = ..., audio_index: Tensor | None = ..., audio_visible_from: Tensor | None = ...,
-    text_start: Tensor | None = ..., text_end: Tensor | None = ..., scale: float | None = ...,
+    audio_key_scale: Tensor | None = ..., audio_value_scale: Tensor | None = ..., text_start: Tensor | None = ...,
+    text_end: Tensor | None = ..., scale: float | None = ...,
     softcap: float | None = ..., window: int | None = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
@@ -72,7 +73,8 @@ def lal_attention(
 def lal_attention(
     query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *,
     audio_lengths: Tensor | None = ..., audio_index: Tensor | None = ..., audio_visible_from: Tensor | None = ...,
-    text_start: Tensor | None = ..., text_end: Tensor | None = ..., scale: float | None = ...,
+    audio_key_scale: Tensor | None = ..., audio_value_scale: Tensor | None = ..., text_start: Tensor | None = ...,
+    text_end: Tensor | None = ..., scale: float | None = ...,
     softcap: float | None = ..., window: int | None = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -81,7 +83,8 @@ def lal_attention(
 def lal_attention(
     query: Tensor, key: Tensor, value: Tensor, audio_key: Tensor, audio_value: Tensor, *,
     audio_lengths: Tensor | None = ..., audio_index: Tensor | None = ..., audio_visible_from: Tensor | None = ...,
-    text_start: Tensor | None = ..., text_end: Tensor | None = ..., scale: float | None = ...,
+    audio_key_scale: Tensor | None = ..., audio_value_scale: Tensor | None = ..., text_start: Tensor | None = ...,
+    text_end: Tensor | None = ..., scale: float | None = ...,
     softcap: float | None = ..., window: int | None = ..., return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -96,6 +99,8 @@ def lal_attention(
     audio_lengths: Tensor | None = None,
     audio_index: Tensor | None = None,
     audio_visible_from: Tensor | None = None,
+    audio_key_scale: Tensor | None = None,
+    audio_value_scale: Tensor | None = None,
     text_start: Tensor | None = None,
     text_end: Tensor | None = None,
     scale: float | None = None,
@@ -113,6 +118,10 @@ def lal_attention(
     group = num_heads // key.shape[1]
     dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
     query, key, value, audio_key, audio_value = (x.to(wide) for x in (query, key, value, audio_key, audio_value))
+    if audio_key_scale is not None:
+        audio_key = audio_key * audio_key_scale[:, :, None, None]
+    if audio_value_scale is not None:
+        audio_value = audio_value * audio_value_scale[:, :, None, None]
     if num_audio + key.shape[2] == 0:  # no keys, so no queries either
         out = query.to(dtype, copy=True)
         return (out, query.sum(-1)) if return_lse else out

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from palkernels import devices, dtypes
-from palkernels.arguments import PACKING, Call
-from palkernels.dispatch import device_reasons
+from palkernels.arguments import FLOATS, PACKING, Call
+from palkernels.attention import scales
+from palkernels.dispatch import device_reasons, eight_bit_reasons
 
 MAX_TRITON_HEAD_DIM = 256
 LAYOUTS = {
@@ -60,19 +61,23 @@ def _values_are_checked(call: Call) -> bool:
 
 def _type_problems(call: Call) -> list[Exception]:
     problems: list[Exception] = []
-    tensors = {**call.floats(), **call.integers()}
+    tensors = {**call.floats(), **call.integers(), **call.scales()}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             problems.append(TypeError(f"{name} must be a tensor, got {type(tensor).__name__}"))
     if problems:
         return problems
 
-    floats = call.floats()
+    # Audio in eight bits has scales in place of query's dtype.
+    sharing = FLOATS[:3] if scales.has_eight_bits(call) else FLOATS
+    floats = {name: getattr(call, name) for name in sharing}
     if call.query.dtype not in dtypes.FLOATS:
         problems.append(TypeError(f"query must be {dtypes.float_names()}, got {call.query.dtype}"))
     elif len({dtypes.computed_in(tensor, call.query.device) for tensor in floats.values()}) > 1:
         got = ", ".join(f"{name} {tensor.dtype}" for name, tensor in floats.items())
-        problems.append(TypeError(f"query, key, value, audio_key and audio_value must share one dtype, got {got}"))
+        names = f"{', '.join(sharing[:-1])} and {sharing[-1]}"
+        problems.append(TypeError(f"{names} must share one dtype, got {got}"))
+    problems += scales.type_problems(call)
     for name, tensor in call.integers().items():
         if tensor.dtype not in dtypes.INTEGERS:
             problems.append(TypeError(f"{name} must have an integer dtype, got {tensor.dtype}"))
@@ -129,6 +134,8 @@ def _shape_problems(call: Call) -> list[Exception]:
         expect("key", (batch, kv_heads, num_keys, head_dim), "(B, Hkv, S, D) with query's B and D")
         expect("audio_key", (audio_rows, kv_heads, num_audio, head_dim), "(A, Hkv, N, D) with key's Hkv and D")
         expect("audio_lengths", (audio_rows,), "(A,)")
+        expect("audio_key_scale", (audio_rows, kv_heads), "(A, Hkv)")
+        expect("audio_value_scale", (audio_rows, kv_heads), "(A, Hkv)")
         expect("audio_visible_from", (batch, num_audio), "(B, N)")
         expect("text_start", (batch,), "(B,)")
         expect("text_end", (batch,), "(B,)")
@@ -161,7 +168,7 @@ def _value_problems(call: Call) -> list[Exception]:
         "text_start": (0, None, "at least 0"),
         "text_end": (num_queries, num_keys, "T to S"),
     }
-    return _range_problems(call, ranges)
+    return _range_problems(call, ranges) + scales.value_problems(call)
 
 
 def _range_problems(call: Call, ranges: dict[str, tuple[int, int | None, str]]) -> list[Exception]:
@@ -228,7 +235,7 @@ def triton_reasons(call: Call) -> list[str]:
     reasons = device_reasons(query)
     if query.ndim and query.shape[-1] > MAX_TRITON_HEAD_DIM:
         reasons.append(f"D must be at most {MAX_TRITON_HEAD_DIM}, got {query.shape[-1]}")
-    return reasons
+    return reasons + eight_bit_reasons(query) if scales.has_eight_bits(call) else reasons
 
 
 def clamped(call: Call) -> Call:

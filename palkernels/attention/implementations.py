@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from palkernels import reference
 from palkernels.arguments import FLOATS, Call
-from palkernels.attention import checks, launches, ops, packed, plans, sdpa
+from palkernels.attention import checks, launches, ops, packed, plans, scales, sdpa
 from palkernels.attention.parts import Settings
 from palkernels.plans import Geometry
 from palkernels.recompute import are_views, instead_of_saving
@@ -28,10 +28,13 @@ def repeat(seen: Geometry, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Te
     if are_views(audio_key, audio_value):  # type: ignore[arg-type]
         return None  # to be refused
     plan = plans.FORWARD.get(seen) or plans.derive(seen, tensors)
-    results = None if plan is None else plan.run(tensors)
-    if results is None or plan is None or not torch.is_grad_enabled():
-        return results
-    if not any(map(_requires_grad, tensors[: len(FLOATS)])):
+    if plan is None:
+        return None
+    wants_gradients = torch.is_grad_enabled() and any(map(_requires_grad, tensors[: len(FLOATS)]))
+    if tensors[scales.FIRST] is not None and scales.want_gradients(tensors, wants_gradients):
+        return None  # to be refused
+    results = plan.run(tensors)
+    if results is None or not wants_gradients:
         return results
     with instead_of_saving(audio_key, audio_value):  # type: ignore[arg-type]
         return ops.with_node(results, (*tensors, None, None), plan.numbers)
@@ -84,13 +87,14 @@ def _by_triton(call: Call, seen: Geometry | None, tensors: Sequence[Tensor | Non
 
 
 def _by_sdpa(call: Call) -> tuple[Tensor, Tensor]:
-    call = checks.clamped(call)
+    call = scales.dequantised(checks.clamped(call))
     return sdpa.merged_attention(*call.floats().values(), settings=Settings(**call.options()))
 
 
 def _by_definition(call: Call) -> tuple[Tensor, Tensor]:
     call = checks.clamped(call)
-    result: tuple[Tensor, Tensor] = reference.lal_attention(*call.floats().values(), **call.options(), return_lse=True)
+    options = call.options() | call.scales()
+    result: tuple[Tensor, Tensor] = reference.lal_attention(*call.floats().values(), **options, return_lse=True)
     return result
 
 

@@ -17,7 +17,8 @@ CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor audio_key, Tensor audio_value, "
     "Tensor? audio_lengths, Tensor? audio_index, Tensor? audio_visible_from, Tensor? text_start, Tensor? text_end, "
     "float scale, float? softcap, SymInt? window, "
-    "Tensor? cu_seqlens=None, Tensor? cu_audio=None, SymInt? max_seqlen=None, SymInt? max_audio=None"
+    "Tensor? cu_seqlens=None, Tensor? cu_audio=None, SymInt? max_seqlen=None, SymInt? max_audio=None, "
+    "Tensor? audio_key_scale=None, Tensor? audio_value_scale=None"
 )
 
 
@@ -65,6 +66,8 @@ def with_node(
 
 def _with_node(results: tuple[Tensor, Tensor], arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     call = Call(*arguments)
+    if call.audio_key_scale is not None:
+        raise NotImplementedError("audio in float8_e4m3fn must be given where no gradient is required, got one that is")
     return with_node(results, call.tensors(), call.numbers())
 
 

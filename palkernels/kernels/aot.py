@@ -22,6 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from palkernels.arguments import FLOATS, Call, Projection
+from palkernels.dispatch import MIN_EIGHT_BIT_CAPABILITY
+from palkernels.dtypes import EIGHT_BITS
 from palkernels.kernels import projection, tiles
 from palkernels.kernels.backward import backward_launches
 from palkernels.kernels.decode import decode_launch
@@ -32,10 +34,11 @@ from palkernels.kernels.statistics import empty_statistics
 # Shared memory one program may use, bytes. Ampere's table also serves the consumer GPUs, which have the least.
 SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# No option at all; padding, shared audio and the LSE's gradient; every option. And the query heads per K/V head: a
-# power of two, or 7, as Qwen2.5-7B has them.
-GROUPS = {"none": 4, "padding": 7, "all": 4}
-FEATURES = tuple(GROUPS)
+# No option at all; padding, shared audio and the LSE's gradient; every option; padding, and audio in eight bits, which
+# has no gradients. And the query heads per K/V head: a power of two, or 7, as Qwen2.5-7B has them.
+GROUPS = {"none": 4, "padding": 7, "all": 4, "eight bits": 4}
+FEATURES = ("none", "padding", "all")
+LEAST_OF_EIGHT_BITS = 10 * MIN_EIGHT_BIT_CAPABILITY[0] + MIN_EIGHT_BIT_CAPABILITY[1]
 # How models lay out (B, H, T, D) in memory: as their projections leave it, and as caches keep it.
 LAYOUTS = ("BTHD", "BHTD")
 HEAD_DIMS = tuple(sorted({head_dim for _, head_dim in tiles.TILES["forward"][80]}))
@@ -58,6 +61,7 @@ class Compiled:
     wgmma: int  # Hopper's matrix instructions
     async_copies: int
     register_moves: int  # between warps; of the Gluon kernel's alone
+    narrow_loads: int  # loads of one or two bytes from memory, where rows of any dtype could be read by four and more
     transposed_register_dots: int
     serialised: str  # why ptxas carries out the wgmma one after another; "" where it does not
 
@@ -110,7 +114,13 @@ def shipped_variants(
         for option in features
         for element_size, head_dim, tile in tiles.shipped(kernel, tiles.architecture(capability), option == "all")
         if element_size == dtype.itemsize and head_dim in head_dims
+        if option != "eight bits" or _has_eight_bits(kernel, capability, dtype)
     ]
+
+
+def _has_eight_bits(kernel: str, capability: int, dtype: torch.dtype) -> bool:
+    """Whether a kernel is compiled for audio in eight bits, too: not beside float32, where one tile spills for it."""
+    return kernel in ("forward", "decode") and capability >= LEAST_OF_EIGHT_BITS and dtype.itemsize == 2
 
 
 def compile_projection(capability: int, dtype: torch.dtype) -> list[dict[str, object]]:
@@ -170,6 +180,7 @@ def _used(
         wgmma=ptx.count("wgmma.mma_async"),
         async_copies=len(re.findall(r"cp\.async\.c[ga]|cp\.async\.bulk\.tensor", ptx)),
         register_moves=ptx.count("setmaxnreg"),
+        narrow_loads=len(re.findall(r"ld\.global\S*\.[bu](?:8|16)\b", ptx)),
         transposed_register_dots=transposed_register_dots(binary.asm["ttgir"]),
         serialised=serialised(log),
     )
@@ -182,7 +193,7 @@ def _call(dtype: torch.dtype, head_dim: int, num_rows: int, features: str, layou
     num_queries = max(num_rows // group, 1)
     padded = features != "none"
 
-    def floats(heads: int, tokens: int) -> Tensor:
+    def floats(heads: int, tokens: int, dtype: torch.dtype = dtype) -> Tensor:
         if layout == "BHTD":
             return torch.empty(batch, heads, tokens, head_dim, dtype=dtype, device="meta")
         return torch.empty(batch, tokens, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
@@ -191,12 +202,15 @@ def _call(dtype: torch.dtype, head_dim: int, num_rows: int, features: str, layou
         return torch.empty(shape, dtype=torch.int64, device="meta") if padded else None
 
     query = floats(kv_heads * group, num_queries)
+    audio_dtype, scale = dtype, None
+    if features == "eight bits":
+        audio_dtype, scale = EIGHT_BITS, torch.empty(batch, kv_heads, dtype=torch.float32, device="meta")
     call = Call(
         query,
         floats(kv_heads, num_keys),
         floats(kv_heads, num_keys),
-        floats(kv_heads, num_audio),
-        floats(kv_heads, num_audio),
+        floats(kv_heads, num_audio, audio_dtype),
+        floats(kv_heads, num_audio, audio_dtype),
         audio_lengths=integers(batch),
         audio_index=integers(batch),
         audio_visible_from=integers(batch, num_audio) if features == "all" else None,
@@ -205,6 +219,8 @@ def _call(dtype: torch.dtype, head_dim: int, num_rows: int, features: str, layou
         scale=head_dim**-0.5,
         softcap=50.0 if features == "all" else None,
         window=100 if features == "all" else None,
+        audio_key_scale=scale,
+        audio_value_scale=scale,
     )
     out = torch.empty_like(query)
     return call, out, torch.empty(query.shape[:3], dtype=torch.float32, device="meta")
@@ -287,7 +303,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--kernels", nargs="+", choices=tiles.KERNELS, default=tiles.KERNELS)
     parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
-    parser.add_argument("--features", nargs="+", choices=FEATURES, default=FEATURES)
+    parser.add_argument("--features", nargs="+", choices=GROUPS, default=FEATURES)
     parser.add_argument("--projection", action="store_true", help="the kernels of audio_kv instead")
     parser.add_argument("--gluon", action="store_true", help="the Gluon forward instead, for 90")
     arguments = parser.parse_args()

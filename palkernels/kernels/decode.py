@@ -15,9 +15,17 @@ from torch import Tensor
 from palkernels.arguments import Call
 from palkernels.kernels import scratch, tiles
 from palkernels.kernels.division import Division
-from palkernels.kernels.keys import audio_row, next_reader, text_row, visit_text, visit_whole_blocks
+from palkernels.kernels.keys import (
+    audio_row,
+    audio_scale,
+    next_reader,
+    scale_values,
+    text_row,
+    visit_text,
+    visit_whole_blocks,
+)
 from palkernels.kernels.launch import Launch, attention_launch
-from palkernels.kernels.operands import UNSPECIALISED, Matrix, Sizes
+from palkernels.kernels.operands import UNSPECIALISED, Matrix, Scales, Sizes
 from palkernels.kernels.parts import Parts, Shares, arrive, seen_text, share, store_part
 from palkernels.kernels.primitives import (
     accumulator_type,
@@ -98,7 +106,7 @@ def prefetch_share(key, value, row, kv_head, first, end, HEAD_DIM: tl.constexpr,
 
 @triton.jit
 def attend_audio(
-    queries, readers, row, row_ok, first, end, audio, kv_head, key, value, visibility, sizes,
+    queries, key_scale, readers, row, row_ok, first, end, audio, kv_head, key, value, visibility, sizes,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB_BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +116,7 @@ def attend_audio(
     if visibility.visible_from is None:
         full_end += tl.maximum(end - first, 0) // BLOCK_N * BLOCK_N
         state = visit_whole_blocks(
-            state, attend, (queries,), first, full_end, audio, kv_head, key, value,
+            state, attend, (queries, key_scale), first, full_end, audio, kv_head, key, value,
             SCALE, SOFTCAP, HEAD_DIM, BLOCK_N, SUB_BLOCKS,
         )  # fmt: skip
     for start in range(full_end, end, BLOCK_N):
@@ -125,13 +133,13 @@ def attend_audio(
             loaded = tl.max(visible.to(tl.int32), axis=-2) > 0
         keys = load_rows(key, audio, kv_head, token, 0, loaded, HEAD_DIM)
         values = load_rows(value, audio, kv_head, token, 0, loaded, HEAD_DIM)
-        state = attend(state, (queries,), keys, values, visible, SCALE, SOFTCAP)
+        state = attend(state, (queries, key_scale), keys, values, visible, SCALE, SOFTCAP)
     return state
 
 
 @triton.jit
 def decode_audio(
-    query, key, value, out, lse_ptr, parts, visibility, sizes, program, shares,
+    query, key, value, scales, out, lse_ptr, parts, visibility, sizes, program, shares,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB_BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -140,6 +148,11 @@ def decode_audio(
     audio = audio_row(visibility, clip, sizes)
     first, end = share(0, audio.length, split, shares.audio, BLOCK_N)
     prefetch_share(key, value, audio, kv_head, first, end, HEAD_DIM, BLOCK_N)
+    acc_type: tl.constexpr = accumulator_type(query.ptr)
+    key_scale, value_scale = None, None
+    if scales.key is not None:
+        key_scale = audio_scale(scales.key, audio, kv_head, sizes, acc_type)
+        value_scale = audio_scale(scales.value, audio, kv_head, sizes, acc_type)
     num_rows = sizes.num_queries * GROUP
     lane = tl.arange(0, BLOCK_M)
     batch = next_reader(visibility, clip, 0, sizes)
@@ -159,10 +172,10 @@ def decode_audio(
             queries = load_queries(query, readers, kv_head, row, row_ok, GROUP, HEAD_DIM, SUB_BLOCKS)
             begin = tl.minimum(first, sizes.num_audio + taken)
             state = attend_audio(
-                queries, readers, row, row_ok, begin, end, audio, kv_head, key, value, visibility, sizes,
+                queries, key_scale, readers, row, row_ok, begin, end, audio, kv_head, key, value, visibility, sizes,
                 SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, SUB_BLOCKS,
             )  # fmt: skip
-            state = whole_state(state, SUB_BLOCKS)
+            state = scale_values(whole_state(state, SUB_BLOCKS), value_scale)
             store_part(state, parts, readers, kv_head, split, shares, row, row_ok, sizes, GROUP, HEAD_DIM)
         for reader in range(taken):
             reader_batch = tl.sum(tl.where(lane == reader * num_rows, readers, 0), axis=0)
@@ -188,7 +201,7 @@ def decode_text(
         queries = load_queries(query, readers, kv_head, row, row_ok, GROUP, HEAD_DIM, SUB_BLOCKS)
         first_position = text.end - sizes.num_queries
         state = visit_text(
-            empty_state(queries), attend, (queries,), first_position + row // GROUP, first_position, first, end,
+            empty_state(queries), attend, (queries, None), first_position + row // GROUP, first_position, first, end,
             text, kv_head, key, value, sizes.window, SCALE, SOFTCAP, HEAD_DIM, BLOCK_N, SUB_BLOCKS,
         )  # fmt: skip
         state = whole_state(state, SUB_BLOCKS)
@@ -205,6 +218,7 @@ def decode_kernel(
     value,
     audio_key,  # Matrix (A, Hkv, N, D)
     audio_value,
+    scales,  # of audio_key and audio_value
     out,  # Matrix (B, Hkv * GROUP, T, D)
     lse_ptr,  # (B, Hkv * GROUP, T), contiguous
     parts,
@@ -236,7 +250,7 @@ def decode_kernel(
     audio_programs = num_audio_rows * num_kv_heads * audio_shares
     if program < audio_programs:
         decode_audio(
-            query, audio_key, audio_value, out, lse_ptr, parts, visibility, sizes, program, shares,
+            query, audio_key, audio_value, scales, out, lse_ptr, parts, visibility, sizes, program, shares,
             SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, SUB_BLOCKS,
         )  # fmt: skip
     else:
@@ -270,7 +284,9 @@ def decode_launch(call: Call, out: Tensor, lse: Tensor, capability: int | None, 
         division.num_programs(shares),
         tile,
         call,
-        *(Matrix.of(tensor) for tensor in (*call.floats().values(), out)),
+        *(Matrix.of(tensor) for tensor in call.floats().values()),
+        Scales.of(call.audio_key_scale, call.audio_value_scale),
+        Matrix.of(out),
         lse,
         Parts(*_parts(call.query, lse, division, shares, uses_kept)),
         *shares,

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from palkernels.arguments import Call
 from palkernels.kernels import tiles
-from palkernels.kernels.keys import audio_read_by, text_row, visit_keys
+from palkernels.kernels.keys import audio_read_by, audio_scale, text_row, visit_keys
 from palkernels.kernels.launch import Launch, attention_launch
-from palkernels.kernels.operands import UNSPECIALISED, Matrix, Sizes
+from palkernels.kernels.operands import UNSPECIALISED, Matrix, Scales, Sizes
 from palkernels.kernels.primitives import (
     LN_2,
     accumulator_type,
@@ -28,6 +28,7 @@ def forward_kernel(
     value,
     audio_key,  # Matrix (A, Hkv, N, D)
     audio_value,
+    scales,  # of audio_key and audio_value
     out,  # Matrix (B, Hkv * GROUP, T, D)
     lse_ptr,  # (B, Hkv * GROUP, T), contiguous
     visibility,
@@ -64,9 +65,13 @@ def forward_kernel(
     acc = tl.zeros(queries.shape, dtype=acc_type)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=acc_type)
     row_sum = tl.zeros([BLOCK_M], dtype=acc_type)
+    key_scale, value_scale = None, None
+    if scales.key is not None:
+        key_scale = audio_scale(scales.key, audio, kv_head, sizes, acc_type)
+        value_scale = audio_scale(scales.value, audio, kv_head, sizes, acc_type)
     acc, row_max, row_sum = visit_keys(
-        (acc, row_max, row_sum), attend, (queries,), tile, t, text, audio, kv_head,
-        key, value, audio_key, audio_value, visibility, window,
+        (acc, row_max, row_sum), attend, (queries, None), (queries, key_scale), value_scale,
+        tile, t, text, audio, kv_head, key, value, audio_key, audio_value, visibility, window,
         SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -85,5 +90,6 @@ def forward_launch(call: Call, out: Tensor, lse: Tensor, capability: int | None)
     num_rows = call.group * call.num_queries
     tile = tiles.choose("forward", capability, call.query.dtype, call.head_dim, call.is_intricate)
     num_programs = call.num_batches * call.num_kv_heads * triton.cdiv(num_rows, tile.block_m)
-    matrices = (Matrix.of(tensor) for tensor in (*call.floats().values(), out))
-    return attention_launch(forward_kernel, num_programs, tile, call, *matrices, lse)
+    matrices = (Matrix.of(tensor) for tensor in call.floats().values())
+    scales = Scales.of(call.audio_key_scale, call.audio_value_scale)
+    return attention_launch(forward_kernel, num_programs, tile, call, *matrices, scales, Matrix.of(out), lse)

@@ -50,6 +50,24 @@ def audio_row(visibility, row, sizes):
 
 
 @triton.jit
+def audio_scale(scale, audio, kv_head, sizes, acc_type: tl.constexpr):
+    """What one head's keys or values of an audio row are to be multiplied by, from a pointer of ``Scales``. That of a
+    row without tokens may be anything: it is not loaded."""
+    place = audio.batch * sizes.num_kv_heads + kv_head
+    return tl.load(scale + place, mask=audio.length > 0, other=1.0).to(acc_type)
+
+
+@triton.jit
+def scale_values(state, value_scale):
+    """A running output, maximum and sum with the output times ``value_scale``, unless that is None."""
+    if value_scale is None:
+        return state
+    else:
+        acc, row_max, row_sum = state
+        return acc * value_scale, row_max, row_sum
+
+
+@triton.jit
 def audio_read_by(visibility, batch, sizes):
     """The audio row that a text row reads."""
     row = batch
@@ -163,7 +181,9 @@ def visit_text(
 def visit_keys(
     state,
     step: tl.constexpr,  # (state, rows, keys (N, D), values (N, D), visible (M or 1, N) or None: all, ...) -> state
-    rows,  # what the step needs of the query rows
+    rows,  # what the step needs of the query rows, for text
+    audio_rows,  # and for audio
+    value_scale,  # of the audio; None: the values are what they are
     tile,  # packed rows tile * BLOCK_M and on
     t,  # (M,) their queries
     text,
@@ -192,10 +212,10 @@ def visit_keys(
     tile_first = first_position + tile * BLOCK_M // GROUP
     tile_last = first_position + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, text.num_queries - 1)
     state = visit_audio(
-        state, step, rows, position, text, audio, kv_head, audio_key, audio_value, visibility,
+        state, step, audio_rows, position, text, audio, kv_head, audio_key, audio_value, visibility,
         SCALE, SOFTCAP, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
     return visit_text(
-        state, step, rows, position, tile_first, text.start, tile_last + 1, text, kv_head, key, value, window,
-        SCALE, SOFTCAP, HEAD_DIM, BLOCK_N,
+        scale_values(state, value_scale), step, rows, position, tile_first, text.start, tile_last + 1, text, kv_head,
+        key, value, window, SCALE, SOFTCAP, HEAD_DIM, BLOCK_N,
     )  # fmt: skip

@@ -65,6 +65,17 @@ class Visibility(NamedTuple):
         return cls(lengths, index, audio_visible_from, batch, token, start, end, seqlens, audio)
 
 
+class Scales(NamedTuple):
+    """What audio keys and values in eight bits are to be multiplied by, per audio row and K/V head; None: nothing."""
+
+    key: Any  # (A, Hkv), float32, contiguous
+    value: Any
+
+    @classmethod
+    def of(cls, *scales: Tensor | None) -> "Scales":
+        return cls(*(None if scale is None else scale.contiguous() for scale in scales))
+
+
 class Sizes(NamedTuple):
     """Built inside the kernels, whose size arguments are plain integers so that they are not specialised on."""
 
@@ -93,7 +104,7 @@ class Text(NamedTuple):
 class Audio(NamedTuple):
     """One audio row, built inside the kernels: where it lies, and how many of its tokens are valid."""
 
-    batch: Any
+    batch: Any  # 0 where rows are packed
     first: Any
     num_tokens: Any
     length: Any  # valid ones

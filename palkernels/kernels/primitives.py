@@ -117,6 +117,20 @@ def dot(left, right, accumulator):
 
 
 @triton.jit
+def widened(values, like):
+    """Values in the dtype of ``like``, which holds those of eight bits exactly; of that dtype already, as they are."""
+    if values.dtype == like.dtype:
+        return values
+    elif INTERPRETED:  # it takes NaN for a number, and knows no float64 of eight bits
+        is_nan = (values.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F
+        return tl.where(is_nan, float("nan"), values.to(tl.float32)).to(like.dtype)
+    elif like.dtype == tl.bfloat16:  # the processor knows no other way that is quick
+        return values.to(tl.float32).to(like.dtype)
+    else:
+        return values.to(like.dtype)
+
+
+@triton.jit
 def settled(product):
     """A float32 product, as it is, that stays where it has been computed.
 
@@ -131,7 +145,9 @@ def settled(product):
 
 @triton.constexpr_function
 def accumulator_type(tensor):
-    return tl.float64 if tensor.dtype.scalar == tl.float64 else tl.float32
+    """What sums of a tensor's elements, or of those behind a pointer, are kept in."""
+    dtype = tensor.dtype.scalar
+    return tl.float64 if (dtype.element_ty if dtype.is_ptr() else dtype) == tl.float64 else tl.float32
 
 
 @triton.jit

@@ -97,9 +97,10 @@ def query_gradient_kernel(
 
     if dquery.ptr is not None:
         queries = load_rows(query, text, kv_head * GROUP, t, member, row_ok, HEAD_DIM)
+        rows = (queries, douts, base2_lse, delta)
         gradient = visit_keys(
-            tl.zeros(queries.shape, dtype=acc_type), add_key_block, (queries, douts, base2_lse, delta),
-            tile, t, text, audio, kv_head, key, value, audio_key, audio_value, visibility, window,
+            tl.zeros(queries.shape, dtype=acc_type), add_key_block, rows, rows, None, tile, t, text, audio, kv_head,
+            key, value, audio_key, audio_value, visibility, window,
             SCALE, SOFTCAP, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         store_rows(dquery, text, kv_head * GROUP, t, member, row_ok, gradient * SCALE, HEAD_DIM)

@@ -3,29 +3,37 @@
 import triton
 import triton.language as tl
 
-from palkernels.kernels.primitives import LOG2_E, base2_scores, dot
+from palkernels.kernels.primitives import LOG2_E, base2_scores, dot, widened
+
+LEAST_FACTOR = tl.constexpr(1e-30)  # of scores; positive in float32 too: 0 times the -inf of hidden keys would be NaN
 
 
 @triton.constexpr_function
 def waiting_factor(scale, softcap):
-    """From products to base-2 scores, where that is a positive factor; otherwise None.
-
-    Positive in float32 too: 0 times the -inf of hidden keys would be NaN.
-    """
-    return scale * LOG2_E.value if softcap is None and scale > 1e-30 else None
+    """From products to base-2 scores, where that is a positive factor; otherwise None."""
+    return scale * LOG2_E.value if softcap is None and scale > LEAST_FACTOR.value else None
 
 
 @triton.jit
 def attend(state, rows, keys, values, visible, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """Fold one block of keys and values into the running output, maximum and sum of a tile of query rows. Every tensor
-    may have one dimension more in front."""
+    may have one dimension more in front.
+
+    ``rows`` are the queries, and what the keys are to be multiplied by, or None. The output has values as they are.
+    """
     acc, row_max, row_sum = state
-    (queries,) = rows
+    queries, key_scale = rows
+    keys, values = widened(keys, queries), widened(values, queries)
     scores = dot(queries, tl.trans(keys), None)
     # A factor known to be positive waits for the exponent, where it costs nothing: one multiply-add for each score.
-    factor: tl.constexpr = waiting_factor(SCALE, SOFTCAP)
-    if factor is None:
-        scores = base2_scores(scores, SCALE, SOFTCAP)
+    waiting: tl.constexpr = waiting_factor(SCALE, SOFTCAP)
+    if waiting is None:
+        factor: tl.constexpr = None
+        scores = base2_scores(scores if key_scale is None else scores * key_scale, SCALE, SOFTCAP)
+    elif key_scale is None:
+        factor: tl.constexpr = waiting
+    else:
+        factor = tl.maximum(key_scale * waiting, LEAST_FACTOR, propagate_nan=tl.PropagateNan.ALL)
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
     block_max = tl.max(scores, axis=-1)

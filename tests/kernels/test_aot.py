@@ -205,6 +205,13 @@ def test_loads_are_asynchronous(compiled):
 
 
 @pytest.mark.slow
+def test_loads_are_wide(compiled):
+    """Eight bits too are loaded by four bytes and more."""
+    assert "eight bits" in {row["features"] for row in compiled[90]}
+    assert [row for rows in compiled.values() for row in rows if row["narrow_loads"]] == []
+
+
+@pytest.mark.slow
 def test_no_transposed_register_operand(compiled):
     for rows in compiled.values():
         assert all(row["transposed_register_dots"] == 0 for row in rows)

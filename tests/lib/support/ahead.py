@@ -1,10 +1,10 @@
 """Compile the shipped tiles that the tests try, ahead of time, for the GPUs on the command line: a JSON row for each.
 
-bfloat16 on Hopper, with padding and with every option, and on Ampere with every option, which takes the most
-registers; of these three, the kernels and the head dims every pair. With every option, decoding's tiles have the most
-rows: those of fewer rows keep less, and compile with padding. With ``PALKERNELS_TESTS=all`` every triple, on Hopper
-without any option too, and all rows; with ``PALKERNELS_AOT=all``, as ``make aot`` sets it, all options, every dtype,
-and Blackwell.
+bfloat16 on Hopper, with padding and with every option, and on Ampere with every option, which takes the most registers;
+of these three, the kernels and the head dims every pair. With every option, decoding's tiles have the most rows: those
+of fewer rows keep less, and compile with padding; on Hopper also with audio in eight bits. With
+``PALKERNELS_TESTS=all`` every triple, on Hopper without any option too, and all rows; with ``PALKERNELS_AOT=all``, as
+``make aot`` sets it, all options, every dtype, and Blackwell.
 """
 
 import json
@@ -21,8 +21,9 @@ from support import thorough
 EVERYTHING = os.environ.get("PALKERNELS_AOT") == "all"
 CAPABILITIES = [80, 90, 100] if EVERYTHING else [80, 90]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32) if EVERYTHING else (torch.bfloat16,)
-OPTIONS = dict.fromkeys(CAPABILITIES, FEATURES) if EVERYTHING else {
-    80: ("all",), 90: FEATURES if thorough.EVERYTHING else ("padding", "all")
+EIGHT_BITS = ("eight bits",)
+OPTIONS = dict.fromkeys(CAPABILITIES, FEATURES + EIGHT_BITS) if EVERYTHING else {
+    80: ("all",), 90: (*(FEATURES if thorough.EVERYTHING else ("padding", "all")), *EIGHT_BITS)
 }  # fmt: skip
 GPUS_WITH_OPTIONS = [(capability, features) for capability in CAPABILITIES for features in OPTIONS[capability]]
 
@@ -37,7 +38,7 @@ def variants(capability):
         (kernel, *about, head_dim, tile, features)
         for kernel, *about, head_dim, tile, features in shipped
         if (kernel, head_dim, (capability, features)) in tried
-        and (features == "padding" or tile == most_rows(kernel, *about, head_dim, features))
+        and (features in ("padding", "eight bits") or tile == most_rows(kernel, *about, head_dim, features))
     ]
 
 

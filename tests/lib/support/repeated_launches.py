@@ -5,7 +5,7 @@ import weakref
 
 import torch
 
-from palkernels import audio_kv, plans
+from palkernels import audio_kv, plans, quantize_audio_kv
 from palkernels.attention import plans as attention_plans
 from palkernels.kernels.ready import ReadyLaunch
 from support.counting import count_calls
@@ -64,6 +64,27 @@ def decoding_is_repeated():
     check_repeats(index, lambda x: lal_attention(*x[:5], audio_index=x[5], text_end=x[6]), 1)
     visible = lambda: [*tensors(), torch.zeros(2, 20, dtype=torch.int64)]  # noqa: E731
     check_repeats(visible, lambda x: lal_attention(*x[:5], audio_visible_from=x[5]), 1)
+
+
+@scenario
+def audio_in_eight_bits_is_repeated():
+    def make(queries=1, keys=16):
+        query, key, value, *audio = tensors(queries, keys)
+        return [query, key, value, *quantize_audio_kv(*audio)]
+
+    call = lambda x: lal_attention(*x[:5], audio_key_scale=x[5], audio_value_scale=x[6])  # noqa: E731
+    lal_attention(*tensors(16))
+    assert long_launches(lambda: call(make(16))) == 1, "audio in eight bits took the kernel of 16"
+    assert long_launches(lambda: lal_attention(*tensors(16))) == 0
+    for queries in (1, 16):
+        check_repeats(lambda: make(queries), call, 1)  # noqa: B023
+        assert long_launches(lambda: [call(make(queries, 16 + n)) for n in range(40)]) == 0  # noqa: B023
+        for place in (0, 6):
+            given = make(queries)
+            given[place].requires_grad_()
+            must_raise(ValueError, "no tensor must require gradients", lambda: call(given))  # noqa: B023
+            with torch.no_grad():
+                assert long_launches(lambda: call(given)) == 0  # noqa: B023
 
 
 @scenario
