@@ -1,6 +1,6 @@
 """The attention function that an attached model's layers call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from palkernels import lal_attention, lal_attention_varlen
+from palkernels.arguments import SCALES
 from palkernels.model.causal_lm.layers import modeling_file
 from palkernels.model.causal_lm.request import Carried, KeySpan, LalRequest
 from palkernels.recompute import recomputed
@@ -76,12 +77,14 @@ def lal_attention_forward(
     if span.order is not None:
         query = span.order.ordered(query, span.order.queries)
         key, value = (span.order.ordered(x, span.order.keys) for x in (key, value))
+    scales: Sequence[Tensor] = ()
     if request.recompute and torch.is_grad_enabled() and not _is_checkpointed(request, layer, module):
         audio_key, audio_value = recomputed(lambda _: request.project(layer), request.states_of(layer))
     elif request.cached is not None and layer in request.cached:  # without a call: so it is in every decoding step
-        audio_key, audio_value = request.cached[layer]
+        audio_key, audio_value, *scales = request.cached[layer]
     else:
-        audio_key, audio_value = request.audio_kv(layer)
+        audio_key, audio_value, *scales = request.audio_kv(layer)
+    keywords = span.keywords if not scales else span.keywords | dict(zip(SCALES, scales, strict=True))
     out = lal_attention(
         query,
         key,
@@ -91,7 +94,7 @@ def lal_attention_forward(
         scale=scaling,
         softcap=softcap,
         window=sliding_window,
-        **span.keywords,
+        **keywords,
     )
     if span.order is not None:
         out = span.order.as_they_were(out)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from palkernels.dispatch import check_impl
+from palkernels.dtypes import EIGHT_BITS_NAME
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,10 @@ class LalConfig:
         recompute_audio_kv: in training, keep no audio keys and values for the backward pass but project them again
             there, through the same modules. This saves 2 x Hkv x D numbers per audio token and layer, and more where
             adapters keep tensors of theirs.
+        audio_kv_dtype: what ``generate`` keeps audio keys and values in; None: as they are made. "float8_e4m3fn" takes
+            half the memory of 16 bits, with a scale for each audio row and K/V head: for hours of sound. The prompt
+            attends to them too. docs/kernels.md says how far that is off. A forward without ``generate``, as in
+            training, keeps none and is not affected.
 
     Raises:
         TypeError, ValueError: a setting is not one of these.
@@ -29,6 +34,7 @@ class LalConfig:
     rope: str = "sequence"
     impl: str = "auto"
     recompute_audio_kv: bool = False
+    audio_kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.layers != "all":
@@ -43,6 +49,8 @@ class LalConfig:
         check_impl(self.impl)
         if not isinstance(self.recompute_audio_kv, bool):
             raise TypeError(f"recompute_audio_kv must be a bool, got {self.recompute_audio_kv!r}")
+        if self.audio_kv_dtype not in (None, EIGHT_BITS_NAME):
+            raise ValueError(f'audio_kv_dtype must be None or "{EIGHT_BITS_NAME}", got {self.audio_kv_dtype!r}')
 
     def selected(self, num_layers: int) -> tuple[int, ...]:
         """Return the indices of the layers that see audio in a model of ``num_layers``.

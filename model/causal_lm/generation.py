@@ -1,6 +1,6 @@
 """``generate`` of an attached model: audio is projected once, and every step is prepared before the model runs."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from palkernels.model.causal_lm.attached import Attached
 from palkernels.model.causal_lm.caches import cache_of, without_cache
-from palkernels.model.causal_lm.layers import AudioKV
 from palkernels.model.causal_lm.memory import check_complete, recalled, remember, text_lengths, text_rows, whole_again
 from palkernels.model.causal_lm.plan import check_prompt
 from palkernels.model.causal_lm.request import Carried, Request
@@ -120,7 +119,7 @@ class Generation:
         return self.handle.rotary.depends_on_length and no_cache
 
 
-def settle(kept: Iterable[AudioKV]) -> None:
+def settle(kept: Iterable[Sequence[Tensor]]) -> None:
     """Say that K and V stay where they are, as static caches do of theirs: a step that is a CUDA graph would copy them
     into memory of its own every time."""
     for key_value in kept:

@@ -227,6 +227,7 @@ class LalHandle(Attached):
             impl=self.config.impl,
             recompute=self.config.recompute_audio_kv,
             norm_offset=self._fast_path.norm_offset(state.device.type),
+            in_eight_bits=self.config.audio_kv_dtype is not None,
         )
         request.project_at_once()
         return request

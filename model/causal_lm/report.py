@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from palkernels import devices, unsupported_reasons
 from palkernels.dispatch import choose
+from palkernels.dtypes import EIGHT_BITS
 from palkernels.model.causal_lm.config import LalConfig
 from palkernels.model.causal_lm.layers import num_kv_heads
 from palkernels.model.causal_lm.support import devices_of
@@ -65,7 +66,9 @@ def make_report(
         if index in selected:
             attention: Any = layer.self_attn
             heads = attention.config.num_attention_heads, num_kv_heads(attention), attention.head_dim
-            impl, reasons = implementation(*heads, model.dtype, next(devices_of(attention)), config.impl)
+            in_eight_bits = config.audio_kv_dtype is not None
+            device = next(devices_of(attention))
+            impl, reasons = implementation(*heads, model.dtype, device, config.impl, in_eight_bits)
             reports.append(LayerReport(index, True, impl, tuple(reasons), why_not_fused))
         else:
             reports.append(LayerReport(index, False, "stock", (), None))
@@ -73,14 +76,25 @@ def make_report(
 
 
 def implementation(
-    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, impl: str
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    impl: str,
+    in_eight_bits: bool = False,
 ) -> tuple[str, list[str]]:
     """Return the implementation that attends in a layer of this shape, and why Triton does not.
 
-    It is "none" where the layer would raise.
+    It is "none" where the layer would raise. ``in_eight_bits``: to audio that ``generate`` keeps so.
     """
     query = torch.empty(1, num_heads, 1, head_dim, dtype=dtype, device=device)
     key = query[:, :num_kv_heads]
-    reasons = unsupported_reasons(query, key, key, key, key, impl="triton")
+    audio, scale = key, None
+    if in_eight_bits:
+        audio, scale = key.to(EIGHT_BITS), torch.ones(1, num_kv_heads, device=device)
+    reasons = unsupported_reasons(
+        query, key, key, audio, audio, audio_key_scale=scale, audio_value_scale=scale, impl="triton"
+    )
     raises = impl == "triton" and bool(reasons)
     return "none" if raises else choose(impl, reasons, on_cuda=devices.runs_kernels(query.device)), reasons

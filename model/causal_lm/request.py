@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from palkernels import quantize_audio_kv
 from palkernels.model.causal_lm.fast_path import project_fused
 from palkernels.model.causal_lm.layers import AudioKV, Rotation, project_audio, rotate
 from palkernels.model.causal_lm.packing import Packing
@@ -33,7 +34,8 @@ class Request(ABC):
     state: AudioState
     plan: Plan
     texts: Texts
-    cached: dict[int, AudioKV] | None  # by layer index, K and V that are made already; None: none are kept
+    # By layer index, K and V that are made already, and their scales in eight bits; None: none are kept.
+    cached: dict[int, tuple[Tensor, ...]] | None
     consumed: set[int] = field(default_factory=set, init=False)  # indices of layers that have taken the audio
     ran: bool = field(default=False, init=False)
 
@@ -49,13 +51,18 @@ class Request(ABC):
         """Return the request of a later step of generation, with the same plan and the same cached keys and values."""
         return replace(self, texts=texts)
 
-    def audio_kv(self, index: int) -> AudioKV:
-        """Return K and V of the audio in one layer."""
+    def audio_kv(self, index: int) -> tuple[Tensor, ...]:
+        """Return K and V of the audio in one layer, and their scales where they are kept in eight bits."""
         if self.cached is not None and index in self.cached:
             return self.cached[index]
         projected = self.project(index)
-        if self.cached is not None:
-            self.cached[index] = projected
+        if self.cached is None:
+            return projected
+        kept = self.cached[index] = self.as_kept(projected)
+        return kept
+
+    def as_kept(self, projected: AudioKV) -> tuple[Tensor, ...]:
+        """Return K and V as they are kept in ``cached``."""
         return projected
 
     def states_of(self, index: int) -> Tensor:
@@ -122,6 +129,7 @@ class LalRequest(Request):
     impl: str
     recompute: bool  # whether K and V are projected again for the backward pass, not kept
     norm_offset: float | None  # of audio_kv, where it takes the layers' weights; None: the modules are called
+    in_eight_bits: bool  # whether K and V that are kept are float8_e4m3fn
     spans: dict[int, KeySpan] = field(default_factory=dict, init=False)  # by the length of a layer's keys
     _whole: KeySpan | None = field(default=None, init=False)  # of layers that have all keys so far, in every step
     _packed_spans: dict[bool, PackedSpan] = field(default_factory=dict, init=False)  # by whether it is without audio
@@ -243,17 +251,22 @@ class LalRequest(Request):
             return self._placed(index, *self._padded(projected))
         return self._project_fused([index], self.norm_offset)[index]
 
+    def as_kept(self, projected: AudioKV) -> tuple[Tensor, ...]:
+        if not self.in_eight_bits:
+            return projected
+        return quantize_audio_kv(*projected, audio_lengths=self.plan.layout.lengths)
+
     def project_at_once(self) -> None:
         """Make every layer's K and V before the first layer runs, if that is possible and pays.
 
-        With gradients it does not: each layer's are then made where they are used. Layers that share their states are
-        projected in one call.
+        With gradients it does not: each layer's are then made where they are used. Nor does it where they are kept in
+        eight bits: all layers' would be there in 16 at once. Layers that share their states are projected in one call.
         """
-        if self.norm_offset is None or torch.is_grad_enabled():
+        if self.norm_offset is None or torch.is_grad_enabled() or (self.in_eight_bits and self.cached is not None):
             return
         shared = isinstance(self.state.states, Tensor)
         groups = [self.selected] if shared else [(index,) for index in self.selected]
-        made = {} if self.cached is None else self.cached
+        made: dict[int, tuple[Tensor, ...]] = {} if self.cached is None else self.cached
         for group in groups:
             made.update(self._project_fused(group, self.norm_offset))
         self.cached = made

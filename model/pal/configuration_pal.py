@@ -49,7 +49,7 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
             "clap"] and a list of two configs, or none.
         layers: "all", or the layers that LAL's audio enters; delayed LAL is ``range(4, num_layers)``. With an empty
             list LAL's audio is not there at all. "all" where no audio enters by LAL.
-        rope, impl, recompute_audio_kv: as in :class:`LalConfig`.
+        rope, impl, recompute_audio_kv, audio_kv_dtype: as in :class:`LalConfig`.
         projection: "shared": all layers take the connector's output; "per_layer": each projects it once more, by a
             linear map of its own. The paper does not say which; the default is ours.
         flamingo: arguments of :func:`attach_flamingo` such as {"every": 4}, where audio enters by Flamingo. LAL and
@@ -81,6 +81,7 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
     rope: str = "sequence"
     impl: str = "auto"
     recompute_audio_kv: bool = False
+    audio_kv_dtype: str | None = None
     projection: str = "shared"
     flamingo: Any = None
     summary_tokens: int = 0
@@ -130,7 +131,7 @@ class PalConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def lal(self) -> LalConfig:
         """Return the settings for ``attach``."""
-        return LalConfig(self.layers, self.rope, self.impl, self.recompute_audio_kv)
+        return LalConfig(self.layers, self.rope, self.impl, self.recompute_audio_kv, self.audio_kv_dtype)
 
     def lal_layers(self) -> list[int]:
         """Return the layers that LAL's audio enters; none if no encoder's audio enters by LAL."""
