@@ -232,7 +232,10 @@ def microbench(
     ] = None,
     op: Annotated[
         list[str] | None,
-        typer.Option(help="forward, backward, both, decode, audio_kv or audio_kv_layers; may be repeated."),
+        typer.Option(
+            help="forward, backward, both, decode, audio_kv, audio_kv_layers or decode_fp8; may be repeated.  "
+            "[default: all but decode_fp8]"
+        ),
     ] = None,
     audio_tokens: Annotated[str | None, typer.Option(help="[default: 512,1500,3000; 512 on a CPU]")] = None,
     shape: Annotated[

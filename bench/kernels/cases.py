@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palkernels import audio_kv, lal_attention
+from palkernels import audio_kv, lal_attention, quantize_audio_kv
+from palkernels.arguments import SCALES
 from palkernels.bench.errors import UserError
 from palkernels.bench.instruments.rates import Rates
 from palkernels.bench.presets import plan_llm
 from palkernels.model.causal_lm.layers import head_dim_of
 
-__all__ = ["OPS", "Case", "model_cases", "shape_case"]
+__all__ = ["ALL_OPS", "OPS", "Case", "model_cases", "shape_case"]
 
-OPS = ("forward", "backward", "both", "decode", "audio_kv", "audio_kv_layers")
+OPS = ("forward", "backward", "both", "decode", "audio_kv", "audio_kv_layers")  # what is measured unless asked
+DECODE_EIGHT_BITS = "decode_fp8"
+ALL_OPS = (*OPS, DECODE_EIGHT_BITS)
 GRADIENTS = ("backward", "both")
 PROJECTIONS = ("audio_kv", "audio_kv_layers")
 EPS = 1e-5
@@ -28,7 +31,8 @@ class Case:
     """One operation at one shape.
 
     `backward` and `both` take the gradients of all five tensors. `decode` has one query per text and `text` keys before
-    it. `audio_kv` projects for one layer, with RoPE; `audio_kv_layers` for all layers at once.
+    it; `decode_fp8` too, and audio in eight bits. `audio_kv` projects for one layer, with RoPE; `audio_kv_layers` for
+    all layers at once.
     """
 
     op: str
@@ -45,12 +49,21 @@ class Case:
 
     @property
     def queries(self) -> int:
-        return 1 if self.op == "decode" else self.text
+        return 1 if self.is_decode else self.text
 
     @property
     def width(self) -> int:
         """The width of the hidden states, which all query heads have together."""
         return self.heads * self.head_dim
+
+    @property
+    def is_decode(self) -> bool:
+        return self.op in ("decode", DECODE_EIGHT_BITS)
+
+    @property
+    def in_eight_bits(self) -> bool:
+        """Whether the audio is."""
+        return self.op == DECODE_EIGHT_BITS
 
     @property
     def is_projection(self) -> bool:
@@ -63,7 +76,7 @@ class Case:
     @property
     def counts_bytes(self) -> bool:
         """Whether its rate is given in bytes, not in FLOPs, per second."""
-        return self.op == "decode"
+        return self.is_decode
 
     @property
     def flops(self) -> float:
@@ -71,7 +84,7 @@ class Case:
         four gradients."""
         if self.is_projection:
             return 4.0 * self.layers * self.batch * self.audio * self.width * self.kv_heads * self.head_dim
-        seen = self.text if self.op == "decode" else (self.text + 1) / 2  # text keys of a query, on average
+        seen = self.text if self.is_decode else (self.text + 1) / 2  # text keys of a query, on average
         forward = 4.0 * self.batch * self.heads * self.head_dim * self.queries * (self.audio + seen)
         return forward * {"backward": 2.5, "both": 3.5}.get(self.op, 1.0)
 
@@ -85,8 +98,13 @@ class Case:
             results = 2 * self.layers * self.batch * self.audio * self.kv_heads * self.head_dim
             return float(size * (self.batch * self.audio * self.width + weights + results))
         queries = 2 * self.batch * self.queries * self.heads * self.head_dim
-        keys = 2 * self.batch * (self.audio + self.text) * self.kv_heads * self.head_dim
-        forward = size * (queries + keys) + (0 if self.op == "decode" else 4 * self.batch * self.heads * self.queries)
+        heads = 2 * self.batch * self.kv_heads
+        text, audio = (heads * tokens * self.head_dim for tokens in (self.text, self.audio))
+        if self.in_eight_bits:
+            return float(size * (queries + text) + audio + 4 * heads)
+        forward = size * (queries + text + audio) + (
+            0 if self.is_decode else 4 * self.batch * self.heads * self.queries
+        )
         return float(forward * {"backward": 2, "both": 3}.get(self.op, 1))
 
     def limit(self, rates: Rates) -> float:
@@ -107,6 +125,9 @@ class Case:
         queries = (self.batch, self.heads, self.queries, self.head_dim)
         names = ("query", "key", "value", "audio_key", "audio_value")
         tensors = {name: floats(*s) for name, s in zip(names, (queries, text, text, audio, audio), strict=True)}
+        if self.in_eight_bits:
+            eight_bits = quantize_audio_kv(tensors["audio_key"], tensors["audio_value"])
+            return tensors | dict(zip((*names[3:], *SCALES), eight_bits, strict=True))
         return tensors | ({"dout": floats(*queries).detach()} if self.with_gradients else {})
 
     def _projection_inputs(self, floats: Any) -> dict[str, Any]:
@@ -127,8 +148,8 @@ class Case:
     def ours(self, inputs: dict[str, Any], impl: str) -> list[Tensor]:
         """Return the outputs of this library's function."""
         if not self.is_projection:
-            tensors = [x for name, x in inputs.items() if name != "dout"]
-            return [lal_attention(*tensors, impl=impl)]
+            tensors = {name: x for name, x in inputs.items() if name != "dout"}
+            return [lal_attention(**tensors, impl=impl)]
         if self.layers == 1:
             inputs = {name: x[0] if isinstance(x, list) else x for name, x in inputs.items()}
         keys, values = audio_kv(**inputs, num_kv_heads=self.kv_heads, eps=EPS, impl=impl)
@@ -136,6 +157,9 @@ class Case:
 
     def truth(self, inputs: dict[str, Any]) -> list[Tensor]:
         """Return the outputs, and the gradients if there are any, by their definition in float64."""
+        if self.in_eight_bits:
+            inputs = {name: x.double() if name in ("query", "key", "value") else x for name, x in inputs.items()}
+            return self.ours(inputs, "reference")
         inputs = torch.utils._pytree.tree_map(lambda x: x.detach().double().requires_grad_(x.requires_grad), inputs)
         return self.with_its_gradients(inputs, lambda tensors: self.ours(tensors, "reference"))
 
@@ -165,7 +189,7 @@ def model_cases(
     head_dim = head_dim_of(config)
     cases = []
     for op in ops:
-        batch = 1 if device.type == "cpu" else 12 if op == "decode" else 8
+        batch = 1 if device.type == "cpu" else 12 if op in ("decode", DECODE_EIGHT_BITS) else 8
         layers = config.num_hidden_layers if op == "audio_kv_layers" else 1
         cases += [Case(op, model, batch, heads, kv_heads, 128, n, head_dim, layers, dtype, device) for n in audio]
     return cases

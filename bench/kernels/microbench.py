@@ -17,7 +17,7 @@ from palkernels.bench import machine
 from palkernels.bench.errors import UserError, one_line
 from palkernels.bench.instruments import rates
 from palkernels.bench.kernels import output
-from palkernels.bench.kernels.cases import OPS, Case, model_cases, shape_case
+from palkernels.bench.kernels.cases import ALL_OPS, OPS, Case, model_cases, shape_case
 from palkernels.bench.kernels.measurement import BROKEN, SEED, WRONG, Measurement, call_on, measure, our_peer
 from palkernels.bench.kernels.peers import PEERS, peers_of
 from palkernels.bench.options import parse_device, parse_dtype
@@ -89,7 +89,7 @@ def run(options: Options, console: Console) -> bool:
 
 def _check(options: Options) -> None:
     for option, names, known in (
-        ("--op", options.ops, OPS),
+        ("--op", options.ops, ALL_OPS),
         ("--peers", options.peers or (), tuple(peer.key for peer in PEERS)),
         ("--model", options.models or (), tuple(PRESETS)),
     ):

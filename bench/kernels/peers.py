@@ -272,6 +272,7 @@ def peers_of(case: Case, chosen: tuple[str, ...] | None = None) -> list[Peer]:
         peer
         for peer in PEERS
         if case.is_projection == peer.is_projection
+        and not case.in_eight_bits  # which no peer takes with scales
         and case.device.type in peer.devices
         and (peer.by_default if chosen is None else peer.key in chosen)
     ]

@@ -14,7 +14,7 @@ from palkernels.bench.errors import UserError
 from palkernels.bench.instruments import timing
 from palkernels.bench.instruments.rates import Rates
 from palkernels.bench.kernels import measurement, peers
-from palkernels.bench.kernels.cases import OPS, Case, model_cases, shape_case
+from palkernels.bench.kernels.cases import ALL_OPS, Case, model_cases, shape_case
 from palkernels.bench.kernels.measurement import relative_error
 from palkernels.kernels import tiles
 from palkernels.kernels.launch import Launch
@@ -50,7 +50,7 @@ def test_projections_count_their_products_and_bytes():
     assert case.bytes == 2 * (rows * width + layers * 2 * (projected * width + rows * projected))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL_OPS)
 def test_truth_is_the_definition_in_float64(op):
     case = shape_case(op, SHAPE, torch.float32, CPU)
     inputs = case.inputs(3)
@@ -59,6 +59,16 @@ def test_truth_is_the_definition_in_float64(op):
     assert {x.dtype for x in truth} == {torch.float64}
     assert len(truth) == {"backward": 6, "both": 6, "audio_kv": 2, "audio_kv_layers": 32}.get(op, 1)
     assert relative_error(found, truth) < 1e-5
+
+
+def test_audio_in_eight_bits_has_half_the_bytes():
+    """But for text, queries and scales, which take as many as before; the FLOPs are the same."""
+    decode, eight_bits = (shape_case(op, "2,4,2,9,1500,64", torch.bfloat16, CPU) for op in ("decode", "decode_fp8"))
+    assert decode.bytes - eight_bits.bytes == 2 * 2 * 2 * 1500 * 64 - 2 * 2 * 2 * 4
+    assert decode.flops == eight_bits.flops
+    inputs = eight_bits.inputs(1)
+    audio = [inputs[name].nbytes for name in ("audio_key", "audio_value", "audio_key_scale", "audio_value_scale")]
+    assert sum(audio) == 2 * 2 * 2 * (1500 * 64 + 4)
 
 
 def test_a_case_has_fresh_inputs_for_each_seed():
