@@ -23,8 +23,8 @@ def attend(state, rows, keys, values, visible, SCALE: tl.constexpr, SOFTCAP: tl.
     """
     acc, row_max, row_sum = state
     queries, key_scale = rows
-    keys, values = widened(keys, queries), widened(values, queries)
-    scores = dot(queries, tl.trans(keys), None)
+    scores = dot(queries, widened(tl.trans(keys), queries), None)
+    values = widened(values, queries)
     # A factor known to be positive waits for the exponent, where it costs nothing: one multiply-add for each score.
     waiting: tl.constexpr = waiting_factor(SCALE, SOFTCAP)
     if waiting is None:
