@@ -51,7 +51,7 @@ def test_an_hour_is_right(device, queries, keys, tokens, record_property):
     for name, x, exact in zip(("out", "lse"), got, want, strict=True):
         error = error_of(x, exact, case)
         record_property(f"{name}, in epsilons", f"{error:.2f}")
-        assert error <= 2
+        assert error <= (8 if device == "cuda" else 2)  # a GPU sums in another order
 
 
 @pytest.mark.gpu
