@@ -86,7 +86,7 @@ def prefetch_rows(matrix, row, head, first, end, HEAD_DIM: tl.constexpr, BLOCK_N
     Nothing waits for them."""
     if not INTERPRETED:
         STEP: tl.constexpr = PREFETCHED_BITS // matrix.ptr.dtype.element_ty.primitive_bitwidth
-        LINES: tl.constexpr = padded(HEAD_DIM) // STEP
+        LINES: tl.constexpr = (padded(HEAD_DIM) + STEP - 1) // STEP
         line = tl.arange(0, BLOCK_N * LINES)
         token, dim = tl.minimum(first + line // LINES, end - 1), tl.minimum(line % LINES * STEP, HEAD_DIM - 1)
         if matrix.wide is not None:
