@@ -85,7 +85,7 @@ def lines(selection: command.Selection) -> list[str]:
         for gradients in ("dK", "dV") if split else ("dK dV" if kernel == "key_gradient" else "",):
             variant = (kernel, gradients, arch, selection.dtype, head_dim, features, tile)
             reason = "(C7515) Potential Performance Loss" if features == "all" else ""
-            found.append(json.dumps(asdict(aot.Compiled(*variant, 97, 8, 4096, 12, 3, 0, 0, reason))))
+            found.append(json.dumps(asdict(aot.Compiled(*variant, 97, 8, 4096, 12, 3, 0, 0, 0, reason))))
     return found
 
 
