@@ -166,6 +166,11 @@ def test_kernels_on_another_gpu_have_a_section():
     assert "\nThe host's time of a call:\n\n|" in text
 
 
+def test_audio_in_eight_bits_has_a_table():
+    text = written("kernels-gpus", {"eight-bits-h100": of("NVIDIA H100 80GB HBM3", "microbench-h200-again")})
+    assert text.startswith("### More on the GPU H100\n\nAudio in 16 bits and in eight, in a run of its own:\n\n|  |")
+
+
 def test_a_sweep_shows_the_shipped_tile_and_the_fastest():
     tiles = [
         {"block_m": m, "block_n": 64, "num_warps": 8, "num_stages": 3, "max_registers": 128} for m in (128, 64, 32)

@@ -13,7 +13,7 @@ __all__ = ["KERNEL_RESULTS", "goals", "host_times", "microbench", "on_gpus", "ti
 
 # What scripts/gpu_results.py makes results of, and what of that is about the kernels.
 KERNEL_RESULTS = ("microbench", *(peer.key for peer in PEERS if peer.module is not None), "ptxas", "host")
-KERNEL_RESULTS += ("sweep-forward", "sweep-backward", "sweep-decode")
+KERNEL_RESULTS += ("sweep-forward", "sweep-backward", "sweep-decode", "eight-bits")
 
 Document = dict[str, Any]
 Timed = dict[tuple[str, str, str], dict[str, Any]]  # by operation, model and implementation: the `extra_info`
@@ -75,7 +75,9 @@ def _fastest(rows: list[dict[str, Any]]) -> str:
 
 def _tile(tile: dict[str, Any]) -> str:
     limit = "" if tile["max_registers"] is None else f", {tile['max_registers']} registers"
-    return f"{tile['block_m']} x {tile['block_n']}, {tile['num_warps']} warps, {tile['num_stages']} stages{limit}"
+    split = ", which split the keys" if tile.get("splits_keys") else ""
+    warps = f"{tile['num_warps']} warps{split}"
+    return f"{tile['block_m']} x {tile['block_n']}, {warps}, {tile['num_stages']} stages{limit}"
 
 
 def _microseconds(row: dict[str, Any]) -> str:
@@ -122,6 +124,8 @@ def on_gpus(documents: dict[str, Document], shown: Container[str]) -> str:
                 parts.append(
                     f"Beside {peer.name.removeprefix('cat + ')}, in a run of its own:\n\n{_beside(found[peer.key])}"
                 )
+        if "eight-bits" in found:
+            parts.append(f"Audio in 16 bits and in eight, in a run of its own:\n\n{_beside(found['eight-bits'])}")
         if "ptxas" in found and "microbench" in found:
             parts.append(_assembled(found["microbench"], found["ptxas"]))
         sweeps = [found[what]["rows"] for what in KERNEL_RESULTS if what.startswith("sweep-") and what in found]

@@ -96,6 +96,11 @@ def stages(new: list[str]) -> list[Stage]:
             "gluon-tests", 90, (*PYTEST, "-k", "not float32", GLUON, "tests/attention/test_random_cases.py"),
             variables=(("PALKERNELS_GLUON", "1"),),
         ),
+        Stage(
+            "eight-bits", 60,
+            (*MICROBENCH, "--op", "decode", "--op", "decode_fp8", *control, "--json", "{out}/eight-bits.json"),
+            "eight-bits.json",
+        ),
         *peers,
         *sweeps,
         Stage(

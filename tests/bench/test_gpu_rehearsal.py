@@ -130,9 +130,9 @@ def test_what_was_measured_becomes_results_and_pages(rehearsed, tmp_path, capsys
     gpu_results.main([str(rehearsed.out), "--results", str(tmp_path)])
     printed = capsys.readouterr().out.splitlines()
     names = ["figure1-h100", "compiled-h100", "microbench-h100", "flash-attn-4-h100", "gluon-h100", "host-h100"]
-    names += [f"sweep-{op}-h100" for op in ("forward", "backward", "decode")]
-    assert printed[:9] == [f"{name}.json" for name in names]
-    assert "flashinfer: missing" in printed[9:]
+    names += [f"sweep-{op}-h100" for op in ("forward", "backward", "decode")] + ["eight-bits-h100"]
+    assert printed[:10] == [f"{name}.json" for name in names]
+    assert "flashinfer: missing" in printed[10:]
     documents = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert sorted(documents) == sorted(names)
     pages = {entry.mark: update_docs.content(entry, documents) for entry in update_docs.ENTRIES if entry.pattern}
@@ -158,7 +158,7 @@ def test_what_is_cut_gives_no_result_but_the_points_of_figure_1(rehearsed, tmp_p
     (out / "stages.json").write_text(json.dumps(entries))
     (tmp_path / "results").mkdir()
     gpu_results.main([str(out), "--results", str(tmp_path / "results"), "--card", "h100b"])
-    names = ("compiled", "figure1", "flash-attn-4", "gluon", "host", "sweep-backward", "sweep-forward")
+    names = ("compiled", "eight-bits", "figure1", "flash-attn-4", "gluon", "host", "sweep-backward", "sweep-forward")
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [f"{name}-h100b.json" for name in names]
     printed = capsys.readouterr().out.splitlines()
     assert "microbench: cut" in printed

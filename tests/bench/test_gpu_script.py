@@ -44,6 +44,7 @@ ORDER = [
     "compiled",
     "tests",
     "gluon-tests",
+    "eight-bits",
     *SWEEPS,
     *SANITIZER,
 ]  # without wheels
