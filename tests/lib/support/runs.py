@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import traceback
 from pathlib import Path
 
 import torch
@@ -102,6 +103,8 @@ def killed(folder, output, moment, names):
                 setattr(owner, name, counting(getattr(owner, name)))
             run(folder, f"output={output}", resume=True)
             os.write(writer, str(count).encode())
+        except BaseException:
+            traceback.print_exc()  # to what pytest shows
         finally:
             os._exit(0)
     os.close(writer)
