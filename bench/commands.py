@@ -247,7 +247,10 @@ def microbench(
         str | None, typer.Option(help="Which ones, separated by commas.  [default: all but gluon]")
     ] = None,
     tile: Annotated[
-        list[str] | None, typer.Option(help="KERNEL=M,N,WARPS,STAGES[,REGISTERS] instead of the shipped one.")
+        list[str] | None,
+        typer.Option(
+            help="KERNEL=M,N,WARPS,STAGES[,REGISTERS] instead of the shipped one; decoding's warps then share each key."
+        ),
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Time spent on each measurement.  [default: 0.2]")] = None,
     once: Annotated[bool, typer.Option("--once", help="Run one --op at one --shape once, for a profiler.")] = False,

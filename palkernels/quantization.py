@@ -37,7 +37,7 @@ def quantize_audio_kv(
         audio_lengths: (A,) valid tokens of each audio row, of any integer dtype; None: all N.
 
     Returns:
-        audio_key, audio_value: (A, Hkv, N, D), float8_e4m3fn, laid out in memory as they were.
+        audio_key, audio_value: (A, Hkv, N, D), float8_e4m3fn, with their dimensions in the same order in memory.
         audio_key_scale, audio_value_scale: (A, Hkv), float32, positive.
 
     Raises:
@@ -55,7 +55,8 @@ def quantize_audio_kv(
     if _values_are_checked(audio_key):
         scales = {"audio_key": key_scale, "audio_value": value_scale}
         names = [name for name, scale in scales.items() if not bool(scale.isfinite().all())]
-        raise_problems([ValueError(f"{name} must be finite in valid tokens, got NaN or Inf") for name in names])
+        wanted = "finite in valid tokens, and over 448 in float32's range"
+        raise_problems([ValueError(f"{name} must be {wanted}, got NaN, Inf or more") for name in names])
     return key, value, key_scale, value_scale
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from palkernels.bench.errors import UserError, one_line
 
-__all__ = ["joined", "load"]
+__all__ = ["check_sounds", "joined", "load"]
 
 MAY_DIFFER = ("methods", "seeds")  # of the settings
 
@@ -23,8 +23,9 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     try:
         study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         before = study["meta"]["settings"]
-        runs = [(run["method"], run["seed"]) for run in study["runs"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        runs = [run["points"][-1]["by_task"] for run in joined([study])["runs"]]
+        _ = study["meta"]["sounds"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         got = one_line(error, with_type=True)
         raise UserError(f"--join must be the study.json of another run, got {str(path)!r}: {got}") from error
     for name, value in settings.items():
@@ -38,6 +39,13 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return study
 
 
+def check_sounds(studies: Sequence[dict[str, Any]], sounds: dict[str, Any]) -> None:
+    """Raise a UserError if a study is of other sounds."""
+    for study in studies:
+        if study["meta"]["sounds"] != sounds:
+            raise UserError("--join must be of a study with the same sounds, got others: another version made them")
+
+
 def joined(studies: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return one result of several of the same settings, each run once: the first of these that has it counts."""
     first = studies[0]
@@ -48,9 +56,16 @@ def joined(studies: Sequence[dict[str, Any]]) -> dict[str, Any]:
     settings = [study["meta"]["settings"] for study in studies]
     methods = list(dict.fromkeys(name for one in settings for name in one["methods"]))
     seeds = sorted({seed for one in settings for seed in one["seeds"]})
-    machines = ", ".join(dict.fromkeys(study["meta"]["cpu"] for study in studies))
-    dates = max(study["meta"]["date"] for study in studies)
-    meta = {**first["meta"], "cpu": machines, "date": dates}
+    metas = [study["meta"] for study in studies]
+    machines = ", ".join(dict.fromkeys(one["cpu"] for one in metas))
+    meta = {**first["meta"], "cpu": machines, "date": max(one["date"] for one in metas)}
+    meta |= {"jobs": max(one["jobs"] for one in metas), "versions": _all_versions(metas)}
     meta["settings"] = {**meta["settings"], "methods": methods, "seeds": seeds}
     ordered = sorted(runs.values(), key=lambda run: (run["seed"], methods.index(run["method"])))
     return {"meta": meta, "runs": ordered}
+
+
+def _all_versions(metas: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the versions of each package, of which there is one where the machines have the same."""
+    names = dict.fromkeys(name for meta in metas for name in meta["versions"])
+    return {name: ", ".join(dict.fromkeys(str(meta["versions"].get(name)) for meta in metas)) for name in names}

@@ -15,7 +15,7 @@ from palkernels.bench.errors import UserError
 from palkernels.bench.report.terminal import print_table
 from palkernels.bench.study import curves, tables
 from palkernels.bench.study.document import document
-from palkernels.bench.study.joined import joined, load
+from palkernels.bench.study.joined import check_sounds, joined, load
 from palkernels.bench.study.packages import encoder_folder, llm_file
 from palkernels.bench.study.runs import Run, perform, runs_of
 from palkernels.bench.study.settings import Settings, Where
@@ -49,6 +49,8 @@ def run(settings: Settings, out: Path, jobs: int | None, console: Console, other
     where = Where(out.resolve(), llm_file(), encoder_folder())
     _claim(settings, where)
     made = make(where.out / "sounds", SoundSettings(settings.train, settings.test, settings.tasks), console)
+    if elsewhere:
+        check_sounds(elsewhere, _about(made, settings))
     runs = runs_of(settings)
     jobs = jobs or len(os.sched_getaffinity(0))
     _perform(runs, settings, where, jobs, console)

@@ -22,7 +22,9 @@ class LayerReport:
 
     layer: int
     audio: bool  # whether the layer sees audio
-    impl: str  # the implementation; "stock" where the layer sees no audio, "none" where it would raise
+    # The implementation, with ``audio_kv_dtype`` that of ``generate``; "stock" where the layer sees no audio, "none"
+    # where it would raise.
+    impl: str
     why_not_triton: tuple[str, ...]  # empty where triton runs
     why_not_fused: str | None  # None where audio_kv can project the audio
 

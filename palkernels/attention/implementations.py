@@ -67,10 +67,11 @@ def transform_reasons(call: Call) -> list[str]:
     if torch.compiler.is_compiling():
         return []
     unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
-    dual = [name for name, tensor in call.floats().items() if unpack(tensor).tangent is not None]
+    tensors = call.floats() | call.scales()
+    dual = [name for name, tensor in tensors.items() if unpack(tensor).tangent is not None]
     if dual:
         return [f"impl='triton' must not be given forward-mode tangents, got them for {dual}"]
-    wrapped = [name for name, x in call.floats().items() if torch._C._functorch.is_functorch_wrapped_tensor(x)]
+    wrapped = [name for name, x in tensors.items() if torch._C._functorch.is_functorch_wrapped_tensor(x)]
     return [f"impl='triton' must not be transformed by torch.func, got transformed {wrapped}"] if wrapped else []
 
 

@@ -22,6 +22,8 @@ def type_problems(call: Call) -> list[Exception]:
     """What is wrong with the dtypes of audio in eight bits and of its scales, whose tensors are tensors."""
     problems: list[Exception] = []
     eight_bits, scales = has_eight_bits(call), call.scales()
+    if eight_bits and call.cu_seqlens is not None:  # which has no arguments for scales
+        return [TypeError(f"audio of packed rows must not be {EIGHT_BITS_NAME}: lal_attention takes it")]
     if eight_bits and call.audio_key.dtype != call.audio_value.dtype:
         got = " and ".join(str(getattr(call, name).dtype) for name in AUDIO)
         problems.append(TypeError(f"audio_key and audio_value must both be {EIGHT_BITS_NAME} or neither, got {got}"))
@@ -33,8 +35,6 @@ def type_problems(call: Call) -> list[Exception]:
             problems.append(TypeError(f"{name} must be None where audio is not {EIGHT_BITS_NAME}, got audio in {got}"))
         elif name in scales and scales[name].dtype != torch.float32:
             problems.append(TypeError(f"{name} must be float32, got {scales[name].dtype}"))
-    if eight_bits and call.cu_seqlens is not None:
-        problems.append(TypeError(f"audio of packed rows must not be {EIGHT_BITS_NAME}: lal_attention takes it"))
     return problems + _gradient_problems(call) if eight_bits else problems
 
 

@@ -183,6 +183,7 @@ FEW_ROWS = {
     (2, 64): Tile(MIN_BLOCK, 64, 4, 3, max_registers=168, splits_keys=True),  # three programs per SM
     (2, 128): Tile(MIN_BLOCK, 64, 4, 3, max_registers=255, splits_keys=True),
 }
+FEW_ROWS_COLUMNS = 16  # of which head dims must be multiples: masked loads of others spill 150 bytes and more
 INTRICATE_FEW_ROWS = {(2, 64): Tile(MIN_BLOCK, 64, 4, 3, max_registers=255, splits_keys=True)}
 # Blocks as large as the interpreter's speed wants, small enough that tests cross several of them.
 INTERPRETER = Tile(32, 32, 4, 1)
@@ -237,7 +238,7 @@ def choose(
 ) -> Tile:
     """The tile of a launch. ``capability`` is 90 for 9.0, None in the interpreter; ``num_rows`` the packed rows that
     decoding wants in a tile, None for any number."""
-    few = num_rows is not None and num_rows <= MIN_BLOCK
+    few = num_rows is not None and num_rows <= MIN_BLOCK and head_dim % FEW_ROWS_COLUMNS == 0
     if kernel in overrides:
         tile = overrides[kernel]
     elif capability is None:
@@ -274,6 +275,6 @@ def shipped(kernel: str, architecture: int, intricate: bool) -> list[tuple[int, 
         found = [tile]
         if kernel == "decode":
             few = _few_rows(tile, element_size, head_dim, intricate)
-            found = [with_rows(few, MIN_BLOCK), with_rows(tile, 32), with_rows(tile, 64)]
+            found = [with_rows(few, MIN_BLOCK), *(with_rows(tile, size) for size in (MIN_BLOCK, 32, 64))]
         tiles += [(element_size, head_dim, x) for x in dict.fromkeys(found)]
     return tiles

@@ -193,10 +193,21 @@ def test_without_gradients_they_may_be_required():
             assert unsupported_reasons(**arguments) == []
 
 
+def test_scales_have_no_forward_mode():
+    case = in_eight_bits(lal_case(**SHAPE))
+
+    def run(scale):
+        return lal_attention(*case.tensors, **case.options | {"audio_value_scale": scale}, impl="triton")
+
+    scale = case.options["audio_value_scale"]
+    with pytest.raises(NotImplementedError, match=r"forward-mode tangents, got them for \['audio_value_scale'\]"):
+        torch.func.jvp(run, (scale,), (scale,))
+
+
 def test_packed_rows_have_none():
     audio = torch.ones(5, 2, 8).to(EIGHT_BITS)
     packing = {"cu_seqlens": torch.tensor([0, 3]), "cu_audio": torch.tensor([0, 5]), "max_seqlen": 3, "max_audio": 5}
-    with pytest.raises(TypeError, match="audio of packed rows must not be float8_e4m3fn: lal_attention takes it"):
+    with pytest.raises(TypeError, match=r"^audio of packed rows must not be float8_e4m3fn: lal_attention takes it$"):
         lal_attention_varlen(torch.ones(3, 2, 8), *[torch.ones(3, 2, 8)] * 2, audio, audio, **packing)
 
 

@@ -92,6 +92,8 @@ def test_warps_split_the_keys_of_few_rows_alone(capability):
                 tile = tiles.choose("decode", capability, torch.float16, head_dim, intricate, rows)
                 assert tile.splits_keys == splits
         assert not tiles.choose("decode", capability, torch.float32, 64, False, rows).splits_keys
+        for head_dim in (1, 40, 72, 100):  # their loads are masked
+            assert not tiles.choose("decode", capability, torch.float16, head_dim, False, rows).splits_keys
 
 
 def test_warps_that_split_keys_have_enough_of_them():

@@ -221,7 +221,12 @@ def test_a_whole_study(where: Where, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ):
         with pytest.raises(UserError, match=message):
             study.run(Settings(**{**vars(one), **change}), tmp_path / "new", 2, Console(file=shown), [first])
-    for text in ("{", "[]", "{}", json.dumps({**found, "runs": []})):
+    first.write_text(json.dumps({**found, "meta": {**found["meta"], "sounds": {}}}))
+    with pytest.raises(UserError, match="--join must be of a study with the same sounds, got others"):
+        study.run(alone, out, 2, Console(file=shown), [first])
+    no_points = {**found, "runs": [{"method": "lal", "seed": 0}]}
+    no_date = {**found, "meta": {name: x for name, x in found["meta"].items() if name != "date"}}
+    for text in ("{", "[]", "{}", *(json.dumps(each) for each in ({**found, "runs": []}, no_points, no_date))):
         first.write_text(text)
         with pytest.raises(UserError, match="--join must"):
             study.run(one, tmp_path / "new", 2, Console(file=shown), [first])
