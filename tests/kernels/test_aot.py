@@ -25,6 +25,7 @@ MEASURED = {
     "3.9": {("key_gradient", 64, 168): 120, ("key_gradient", 128, None): 8, ("forward", 128, 168): 16},  # 13.4
 }
 GLUON = {"3.9": 48}  # a few scalars, as above
+DECODE = {"3.6": {128: 16}}  # by head dim, as above
 SERIES = ".".join(version("triton").split(".")[:2])
 ODD_GROUP = 8  # more of it where rows divide into groups of 7, as with padding
 
@@ -119,6 +120,8 @@ def test_does_not_spill(compiled, capability):
         if capability == 90 and row["dtype"] != "float32" and row["features"] != "all":
             measured = MEASURED.get(SERIES, MEASURED["3.9"])
             allowed = measured.get((row["kernel"], row["head_dim"], row["tile"]["max_registers"]), allowed)
+        if row["kernel"] == "decode":
+            allowed = max(allowed, DECODE.get(SERIES, {}).get(row["head_dim"], 0))
         assert row["stack_bytes"] <= allowed, row
 
 
