@@ -74,6 +74,12 @@ def device_reasons(tensor: Tensor) -> list[str]:
     return reasons
 
 
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether values are read beside it: on CPU tensors, with PALKERNELS_CHECK=1 on a GPU too; never while tracing."""
+    tracing = torch.compiler.is_compiling() or is_fake(tensor)
+    return not tracing and (devices.is_host(tensor.device) or os.environ.get("PALKERNELS_CHECK") == "1")
+
+
 def eight_bit_reasons(tensor: Tensor) -> list[str]:
     """Why no Triton kernel takes float8_e4m3fn on a tensor's device, beyond what :func:`device_reasons` says of it."""
     if not torch.compiler.is_compiling() and is_fake(tensor):

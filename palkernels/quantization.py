@@ -1,14 +1,12 @@
 """Audio keys and values in eight bits, for generation over long sound: half the memory that 16 bits take."""
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
-from palkernels import devices, dtypes
-from palkernels.dispatch import raise_problems
+from palkernels import dtypes
+from palkernels.dispatch import raise_problems, values_are_checked
 from palkernels.dtypes import EIGHT_BITS
 
 LARGEST = torch.finfo(EIGHT_BITS).max  # 448
@@ -52,7 +50,7 @@ def quantize_audio_kv(
         places = torch.arange(audio_key.shape[2], device=audio_key.device)
         padding = (places >= audio_lengths.to(torch.int64)[:, None])[:, None, :, None]
     (key, key_scale), (value, value_scale) = (_quantize(x, padding) for x in tensors.values())
-    if _values_are_checked(audio_key):
+    if values_are_checked(audio_key):
         scales = {"audio_key": key_scale, "audio_value": value_scale}
         names = [name for name, scale in scales.items() if not bool(scale.isfinite().all())]
         wanted = "finite in valid tokens, and over 448 in float32's range"
@@ -68,12 +66,6 @@ def _quantize(tensor: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
     scale = (largest / LARGEST).to(torch.float32).clamp(min=LEAST_SCALE)
     wide.div_(scale.to(wide.dtype)[:, :, None, None]).clamp_(-LARGEST, LARGEST)
     return wide.to(EIGHT_BITS), scale
-
-
-def _values_are_checked(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling() or is_fake(tensor):
-        return False
-    return devices.is_host(tensor.device) or os.environ.get("PALKERNELS_CHECK") == "1"
 
 
 def _problems(tensors: dict[str, Any], audio_lengths: Any) -> list[Exception]:
@@ -102,7 +94,7 @@ def _problems(tensors: dict[str, Any], audio_lengths: Any) -> list[Exception]:
         problems.append(ValueError(f"audio_key must be (A, Hkv, N, D), got shape {shape}"))
     elif audio_lengths is not None and tuple(audio_lengths.shape) != shape[:1]:
         problems.append(ValueError(f"audio_lengths must be (A,) = {shape[:1]}, got shape {tuple(audio_lengths.shape)}"))
-    elif audio_lengths is not None and audio_lengths.numel() and _values_are_checked(key):
+    elif audio_lengths is not None and audio_lengths.numel() and values_are_checked(key):
         low, high = (int(x) for x in torch.aminmax(audio_lengths.to(torch.int64)))
         if low < 0 or high > shape[2]:
             problems.append(

@@ -92,8 +92,8 @@ def test_what_is_not_checked_stays_visible(monkeypatch, bad):
     from palkernels import quantization
     from palkernels.attention import checks
 
-    monkeypatch.setattr(quantization, "_values_are_checked", lambda tensor: False)
-    monkeypatch.setattr(checks, "_values_are_checked", lambda call: False)
+    monkeypatch.setattr(quantization, "values_are_checked", lambda tensor: False)
+    monkeypatch.setattr(checks, "values_are_checked", lambda call: False)
     query, text = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 3, 16)
     for place in range(2):
         tensors = [torch.randn(2, 2, 20, 16) for _ in range(2)]

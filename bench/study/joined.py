@@ -22,9 +22,8 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        before = study["meta"]["settings"]
-        runs = [run["points"][-1]["by_task"] for run in joined([study])["runs"]]
-        _ = study["meta"]["sounds"]
+        before = joined([study])["meta"]["settings"]
+        whole = "sounds" in study["meta"] and all(run["points"][-1]["by_task"] for run in study["runs"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         got = one_line(error, with_type=True)
         raise UserError(f"--join must be the study.json of another run, got {str(path)!r}: {got}") from error
@@ -34,8 +33,8 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
                 f"--join must be of a study with the same settings, got {str(path)!r} with {name} {before.get(name)}, "
                 f"not {value}"
             )
-    if not runs:
-        raise UserError(f"--join must have finished runs, got none in {str(path)!r}")
+    if not (whole and study["runs"]):
+        raise UserError(f"--join must have sounds and finished runs, got none in {str(path)!r}")
     return study
 
 

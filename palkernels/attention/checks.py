@@ -1,17 +1,15 @@
 """What must hold of a call's arguments, and what makes it ready to run. Nothing here launches anything."""
 
 import math
-import os
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from palkernels import devices, dtypes
 from palkernels.arguments import FLOATS, PACKING, Call
 from palkernels.attention import scales
-from palkernels.dispatch import device_reasons, eight_bit_reasons
+from palkernels.dispatch import device_reasons, eight_bit_reasons, values_are_checked
 
 MAX_TRITON_HEAD_DIM = 256
 LAYOUTS = {
@@ -51,12 +49,6 @@ def packed_problems_of(call: Call) -> list[Exception]:
         elif number < 0:
             problems.append(ValueError(f"{name} must be at least 0, got {number}"))
     return problems or problems_of(call)
-
-
-def _values_are_checked(call: Call) -> bool:
-    """Whether integers' values are read: on CPU tensors, with PALKERNELS_CHECK=1 on a GPU too; never while tracing."""
-    tracing = torch.compiler.is_compiling() or is_fake(call.query)
-    return not tracing and (devices.is_host(call.query.device) or os.environ.get("PALKERNELS_CHECK") == "1")
 
 
 def _type_problems(call: Call) -> list[Exception]:
@@ -157,7 +149,7 @@ def _shape_problems(call: Call) -> list[Exception]:
 
 
 def _value_problems(call: Call) -> list[Exception]:
-    if not _values_are_checked(call):
+    if not values_are_checked(call.query):
         return []
     ranges: dict[str, tuple[int, int | None, str]] = {"audio_index": (0, call.num_audio_rows - 1, "0 to A - 1")}
     if call.cu_seqlens is not None:

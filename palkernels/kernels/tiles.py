@@ -174,7 +174,7 @@ INTRICATE: dict[str, dict[int, dict[tuple[int, int], Tile]]] = {
         90: {(2, 64): Tile(64, 64, 4, 1), (2, 128): Tile(16, 128, 8, 2), (4, 64): Tile(16, 32, 8, 2)},
     },
 }
-INTRICATE["decode"][100][4, 64] = Tile(32, 16, 8, 2, max_registers=255)
+INTRICATE["decode"][100][4, 64] = Tile(32, 16, 8, 2, max_registers=255)  # of these GPUs alone
 
 # For decoding up to MIN_BLOCK packed rows: as many as tensor cores take at once, which several warps can share in keys
 # alone. Splitting these, they exchange nothing from block to block; above 128 columns the outputs would not fit.

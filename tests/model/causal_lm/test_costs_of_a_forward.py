@@ -20,7 +20,7 @@ from palkernels.model.causal_lm.generation import Generation
 @pytest.fixture(autouse=True)
 def unchecked_values(monkeypatch):
     """As on a GPU: on a CPU lal_attention checks the values of its integers, in every layer."""
-    monkeypatch.setattr("palkernels.attention.checks._values_are_checked", lambda call: False)
+    monkeypatch.setattr("palkernels.attention.checks.values_are_checked", lambda call: False)
 
 
 ATTACH = {"lal": attach, "flamingo": lambda model: attach_flamingo(model, 1)}
